@@ -1,0 +1,50 @@
+# Two commands do all set-up themselves: `make demo` and `make test`.
+SHELL := /bin/bash
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+OUT ?= runs/demo
+
+.PHONY: demo smoke test check lint fast setup bench mutate docs clean help
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+$(READY): pyproject.toml constraints.txt
+	@python=; for name in python3 python3.13 python3.12 python3.11; do \
+	  if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$name; break; fi; done; \
+	if [ -z "$$python" ]; then echo "ppomax needs Python 3.11 or newer on the PATH" >&2; exit 1; fi; \
+	[ -x $(BIN)/python ] || $$python -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(READY) ## virtual environment with pinned packages
+
+demo: $(READY) ## SFT, reward model, PPO-max, evaluation, report on SmolLM2-135M (OUT=DIR)
+	$(BIN)/ppomax demo --out $(OUT)
+
+smoke: $(READY) ## the same path with a tiny model, in a minute
+	$(BIN)/ppomax demo --smoke --out $(OUT)
+
+test: $(READY) ## every test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+check: lint fast ## what every commit passes
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fast: $(READY) ## tests that take seconds
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
+
+mutate: $(READY) ## break the mathematics on purpose and see the tests fail
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutate.py
+
+docs: $(READY) ## docs/metrics.md from the declarations
+	$(BIN)/python -c 'from ppomax.monitors import as_markdown; print(as_markdown(), end="")' > docs/metrics.md
+
+clean: ## remove the environment and what tools left
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .hypothesis .import_linter_cache

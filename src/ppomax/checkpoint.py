@@ -1,0 +1,198 @@
+"""Checkpoints: safetensors and JSON in a directory that appears whole or not at all.
+
+Layout: `checkpoints/step-000100/{policy.safetensors, ..., state.json, manifest.json}`. The manifest
+holds the SHA-256 of every other file and is written last; then the temporary directory is renamed.
+The latest checkpoint is the newest directory whose manifest verifies.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ppomax.distributed import copy_full, full
+from ppomax.errors import CheckpointError
+
+MANIFEST, STATE = "manifest.json", "state.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A verified checkpoint on disk."""
+
+    path: Path
+    state: dict[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Tensors of one group, in memory of their own (adopted memory would change alignment)."""
+        try:
+            loaded = load_file(self.path / f"{name}.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{self.path}: {name}.safetensors cannot be read ({error})"
+            ) from None
+        return {key: value.clone() for key, value in loaded.items()}
+
+
+def save(
+    root: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]
+) -> Path:
+    """Write one checkpoint atomically and durably.
+
+    Args:
+        groups: file name (without suffix) to named tensors, whole and on any device.
+        state: JSON-ready counters and small state.
+
+    Raises:
+        CheckpointError: the disk refuses; earlier checkpoints are untouched.
+    """
+    final = root / f"step-{step:06d}"
+    temporary = root / f".{final.name}.part"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _check_space(root, groups)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for name, tensors in groups.items():
+            ready = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+            save_file(ready, temporary / f"{name}.safetensors")
+        _write(temporary / STATE, json.dumps(state))
+        manifest = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+        for path in temporary.iterdir():
+            _sync(path)
+        _write(temporary / MANIFEST, json.dumps({"step": step, "files": manifest}, indent=1))
+        _sync(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        last = latest(root)
+        safe = f"the last good one is {last.path}" if last else "no checkpoint exists yet"
+        raise CheckpointError(f"{final}: checkpoint not written ({error}); {safe}") from error
+    return final
+
+
+def verify(path: Path) -> Checkpoint | None:
+    """The checkpoint at `path` if every file is there and has its recorded digest."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        names = {item.name for item in path.iterdir()} - {MANIFEST}
+        if names != set(manifest):
+            return None
+        if any(_digest(path / name) != digest for name, digest in manifest.items()):
+            return None
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Checkpoint(path, state)
+
+
+def latest(root: Path) -> Checkpoint | None:
+    """The newest checkpoint under `root` that verifies."""
+    for path in sorted(root.glob("step-*"), reverse=True):
+        found = verify(path)
+        if found is not None:
+            return found
+    return None
+
+
+def prune(root: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints; the last that verifies always stays."""
+    paths = sorted(root.glob("step-*"), reverse=True)
+    good = latest(root)
+    for path in paths[max(1, keep_last) :]:
+        if good is None or path != good.path:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Trainable parameters by name, whole (collective under sharding)."""
+    return {
+        name: full(value.detach())
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    }
+
+
+def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors saved by `model_tensors` into the model's own memory.
+
+    Raises:
+        CheckpointError: names or shapes differ from the model's trainable parameters.
+    """
+    own = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    if set(own) != set(tensors):
+        odd = sorted(set(own) ^ set(tensors))[0]
+        raise CheckpointError(f"checkpoint does not fit the model: {odd} stands on one side only")
+    for name, parameter in own.items():
+        if parameter.shape != tensors[name].shape:
+            raise CheckpointError(
+                f"checkpoint does not fit the model: {name} has shape "
+                f"{tuple(tensors[name].shape)}, the model's is {tuple(parameter.shape)}"
+            )
+        copy_full(parameter, tensors[name])
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Optimizer state as `{slot}.{parameter name}`, whole (collective under sharding)."""
+    return {
+        f"{slot}.{name}": full(value.detach())
+        for name, parameter in model.named_parameters()
+        for slot, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put tensors saved by `optimizer_tensors` back, sharded like their parameters."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        slot, _, name = key.partition(".")
+        parameter = parameters[name]
+        if value.dim() == 0:
+            optimizer.state[parameter][slot] = value.clone()
+        else:
+            place = torch.zeros_like(parameter)
+            copy_full(place, value)
+            optimizer.state[parameter][slot] = place
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_space(root: Path, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
+    need = sum(
+        t.numel() * t.element_size() for tensors in groups.values() for t in tensors.values()
+    )
+    free = shutil.disk_usage(root).free
+    if free < need * 1.05 + 2**20:
+        raise OSError(28, f"needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")

@@ -1,0 +1,109 @@
+"""Batches by token budget, and orders that are pure functions of (seed, epoch)."""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A 63-bit seed from a few numbers and names; equal parts give equal seeds on any machine."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def permutation(count: int, *parts: int | str) -> list[int]:
+    """A permutation of `count` places, a pure function of its arguments."""
+    order = list(range(count))
+    random.Random(derived_seed(*parts)).shuffle(order)
+    return order
+
+
+def plan_micro_batches(
+    lengths: Sequence[int], max_tokens: int, at_least: int = 1
+) -> list[list[int]]:
+    """Cut sequences into micro-batches of at most `max_tokens` padded tokens, longest first.
+
+    The plan is a pure function of its arguments. Sorted by length, so that almost nothing is
+    padding. A sequence longer than the budget stands alone.
+
+    Args:
+        at_least: smallest number of micro-batches, where there are as many sequences (one per
+            rank).
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    most = -(-len(order) // max(1, at_least))
+    batches: list[list[int]] = []
+    for index in order:
+        last = batches[-1] if batches else None
+        if last and len(last) < most and (len(last) + 1) * lengths[last[0]] <= max_tokens:
+            last.append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def token_batches(
+    order: Sequence[int],
+    lengths: Sequence[int],
+    batch_tokens: int,
+    *,
+    least: int = 1,
+    most: int | None = None,
+) -> list[list[int]]:
+    """Consecutive runs of `order` of about `batch_tokens` tokens: the paper's dynamic batch.
+
+    Zheng et al. 2023, §4: batches balanced by token count, between `least` and `most` items.
+    """
+    batches: list[list[int]] = []
+    current: list[int] = []
+    tokens = 0
+    for index in order:
+        full = tokens + lengths[index] > batch_tokens and len(current) >= least
+        if current and (full or (most is not None and len(current) >= most)):
+            batches.append(current)
+            current, tokens = [], 0
+        current.append(index)
+        tokens += lengths[index]
+    if current:
+        if (
+            batches
+            and len(current) < least
+            and (most is None or len(batches[-1]) + len(current) <= most)
+        ):
+            batches[-1] += current
+        else:
+            batches.append(current)
+    return batches
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Right-padded sequences and which tokens are targets."""
+
+    input_ids: Int[Tensor, "batch sequence"]
+    targets: Bool[Tensor, "batch sequence"]
+    lengths: Int[Tensor, " batch"]
+
+    @property
+    def num_targets(self) -> int:
+        """Target tokens in the batch."""
+        return int(self.targets.sum())
+
+
+def collate(
+    rows: Sequence[tuple[Sequence[int], Sequence[bool]]], pad_id: int, device: torch.device
+) -> TokenBatch:
+    """Right-pad (ids, target mask) rows; masks come from lengths, never from ids."""
+    longest = max(len(ids) for ids, _ in rows)
+    input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
+    targets = torch.zeros((len(rows), longest), dtype=torch.bool)
+    for row, (ids, mask) in enumerate(rows):
+        input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+        targets[row, : len(ids)] = torch.tensor(mask, dtype=torch.bool)
+    lengths = torch.tensor([len(ids) for ids, _ in rows])
+    return TokenBatch(input_ids.to(device), targets.to(device), lengths.to(device))

@@ -1,0 +1,159 @@
+"""Dialogues to token ids: one function for every stage, so that the same text has the same ids.
+
+A dialogue is cut at its assistant turns and each piece is tokenised alone, just as a rollout sees
+it: prompt ids first, then the answer's own ids. An answer is its content and the end-of-turn token
+and nothing after it; what the template writes behind that token belongs to the next prompt piece.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ppomax.errors import ModelError
+from ppomax.types import Message, Messages
+
+FALLBACK_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}"
+    "{% elif message['role'] == 'user' %}{{ '\\n\\nHuman: ' + message['content'] }}"
+    "{% else %}{{ '\\n\\nAssistant: ' + message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant: ' }}{% endif %}"
+)
+"""For tokenizers that ship no chat template: the dialogue form of Anthropic's HH data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of a dialogue and which of them the assistant wrote."""
+
+    ids: list[int]
+    mask: list[bool]
+    """True on assistant tokens, the end-of-turn token included."""
+
+    @property
+    def num_targets(self) -> int:
+        """Assistant tokens."""
+        return sum(self.mask)
+
+
+class ChatTemplate:
+    """A tokenizer's chat template with the assistant's spans known exactly.
+
+    Raises:
+        ModelError: the template is not prefix-preserving (adding a turn changes earlier text).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.system = system
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = FALLBACK_TEMPLATE
+        self.end_id = self._find_end()
+        self.end_text = str(tokenizer.convert_ids_to_tokens(self.end_id))
+
+    def encode(self, messages: Sequence[Message]) -> Encoded:
+        """A dialogue that ends with an assistant turn; its last id is the end-of-turn token."""
+        ids: list[int] = []
+        mask: list[bool] = []
+        done = ""
+        messages = self._with_system(messages)
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prefix = self._render(messages[:index], generation=True)
+            whole = self._render(messages[: index + 1], generation=False)
+            if not prefix.startswith(done) or not whole.startswith(prefix):
+                raise ModelError(
+                    "the chat template is not prefix-preserving: adding a turn changes the text "
+                    "before it, so the assistant's tokens cannot be told apart; set another chat "
+                    "template"
+                )
+            content, _, _ = whole[len(prefix) :].partition(self.end_text)
+            if self.end_text not in whole[len(prefix) :]:
+                content = message["content"]
+            prompt = self._tokenize(prefix[len(done) :])
+            answer = [*self._tokenize(content), self.end_id]
+            ids += prompt + answer
+            mask += [False] * len(prompt) + [True] * len(answer)
+            done = (
+                prefix + content + (self.end_text if self.end_text in whole[len(prefix) :] else "")
+            )
+        return Encoded(ids, mask)
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids up to the point where the assistant is to write."""
+        messages = self._with_system(messages)
+        past = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        whole = self._render(messages, generation=True)
+        if not past:
+            return self._tokenize(whole)
+        history = messages[: past[-1] + 1]
+        ids = self.encode(history).ids
+        before = self._render(history, generation=False)
+        end = before.rfind(self.end_text)
+        done = before[: end + len(self.end_text)] if end >= 0 else before
+        if not whole.startswith(done):
+            raise ModelError(
+                "the chat template is not prefix-preserving; set another chat template"
+            )
+        return ids + self._tokenize(whole[len(done) :])
+
+    def answer(self, text: str) -> list[int]:
+        """Ids of an answer: its content and the end-of-turn token."""
+        return [*self._tokenize(text), self.end_id]
+
+    def fit(self, messages: Messages, max_tokens: int) -> tuple[Messages, list[int]] | None:
+        """The prompt with its oldest turns dropped until it fits.
+
+        None if the last turn alone is too long.
+        """
+        system = tuple(m for m in messages[:1] if m["role"] == "system")
+        turns = messages[len(system) :]
+        while turns:
+            kept = system + turns
+            ids = self.prompt(kept)
+            if len(ids) <= max_tokens:
+                return kept, ids
+            turns = turns[1:]
+            while turns and turns[0]["role"] != "user":
+                turns = turns[1:]
+        return None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of an answer, the end-of-turn token left out."""
+        ids = list(ids)
+        if ids and ids[-1] == self.end_id:
+            ids = ids[:-1]
+        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return text if isinstance(text, str) else "".join(text)
+
+    def _with_system(self, messages: Sequence[Message]) -> list[Message]:
+        if self.system is not None and (not messages or messages[0]["role"] != "system"):
+            return [Message(role="system", content=self.system), *messages]
+        return list(messages)
+
+    def _render(self, messages: Sequence[Message], *, generation: bool) -> str:
+        rendered: Any = self.tokenizer.apply_chat_template(
+            [{"role": message["role"], "content": message["content"]} for message in messages],
+            tokenize=False,
+            add_generation_prompt=generation,
+        )
+        return str(rendered)
+
+    def _tokenize(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _find_end(self) -> int:
+        """The special token that the template writes after an answer, else the tokenizer's eos."""
+        marker = "ppomax-answer"
+        messages = [Message(role="user", content="a"), Message(role="assistant", content=marker)]
+        tail = self._render(messages, generation=False).rpartition(marker)[2]
+        special = set(self.tokenizer.all_special_ids)
+        for token in self._tokenize(tail):
+            if token in special:
+                return int(token)
+        if self.tokenizer.eos_token_id is None:
+            raise ModelError("the tokenizer has no end-of-text token and its template writes none")
+        return int(self.tokenizer.eos_token_id)

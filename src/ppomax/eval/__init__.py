@@ -1,0 +1,4 @@
+"""Evaluation: statistics, preference pairs, policies against each other, capability.
+
+Reads finished models and run directories, never a live trainer.
+"""

@@ -1,0 +1,99 @@
+"""Replies to files and to people."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from ppomax.data.batching import derived_seed
+from ppomax.data.sources import SourceConfig, load_prompts
+from ppomax.data.template import ChatTemplate
+from ppomax.distributed import World, world
+from ppomax.errors import ConfigError
+from ppomax.models.load import load_policy, load_tokenizer
+from ppomax.rollout import Engine, EngineSettings, SamplingParams, build_engine
+from ppomax.types import Message
+
+
+def compute_dtype(name: str) -> torch.dtype:
+    """float32 or bfloat16 by name.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if name not in ("float32", "bfloat16"):
+        raise ConfigError(f"option dtype: {name!r} is not one of float32, bfloat16")
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
+def _engine(
+    model: str, here: World, template: ChatTemplate, dtype: torch.dtype, slots: int
+) -> Engine:
+    lm = load_policy(model, dtype=dtype)  # the engine takes the weights to the device
+    return build_engine(EngineSettings(slots=slots), lm, template, here, dtype)
+
+
+def generate_file(
+    model: str,
+    prompts: str,
+    out: Path,
+    params: SamplingParams,
+    *,
+    seed: int,
+    dtype: str,
+    limit: int | None,
+) -> int:
+    """Answer every prompt of a file; returns how many.
+
+    Writes JSONL rows {id, prompt, response, finished, model, sampling, seed}.
+    """
+    rows = load_prompts([SourceConfig(path=prompts)]).rows[:limit]
+    with world() as here:
+        template = ChatTemplate(load_tokenizer(model))
+        engine = _engine(model, here, template, compute_dtype(dtype), 32)
+        ids = [template.prompt(row.messages) for row in rows]
+        seeds = [derived_seed(seed, "generate", row.id, index) for index, row in enumerate(rows)]
+        rollout = engine.generate(ids, params, seeds)
+    lines = [
+        json.dumps(
+            {
+                "id": row.id,
+                "prompt": list(row.messages),
+                "response": template.decode(reply),
+                "finished": done,
+                "model": model,
+                "sampling": params.model_dump(mode="json"),
+                "seed": seed,
+            },
+            ensure_ascii=False,
+        )
+        for row, reply, done in zip(rows, rollout.responses, rollout.finished, strict=True)
+    ]
+    try:
+        out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"option out: cannot write {out} ({error.strerror})") from None
+    return len(lines)
+
+
+class Chat:
+    """A dialogue with a model: keeps the history."""
+
+    def __init__(
+        self, model: str, params: SamplingParams, *, seed: int, system: str | None
+    ) -> None:
+        self.params, self.seed = params, seed
+        self.history: list[Message] = []
+        self.template = ChatTemplate(load_tokenizer(model), system)
+        with world() as here:
+            self.engine = _engine(model, here, self.template, torch.float32, 1)
+
+    def reply(self, text: str) -> str:
+        """The model's answer, without control characters, so that it cannot drive a terminal."""
+        self.history.append(Message(role="user", content=text))
+        ids = self.template.prompt(self.history)
+        seed = derived_seed(self.seed, "chat", len(self.history))
+        rollout = self.engine.generate([ids], self.params, [seed])
+        answer = self.template.decode(rollout.responses[0])
+        self.history.append(Message(role="assistant", content=answer))
+        return "".join(char for char in answer if char.isprintable() or char == "\n")

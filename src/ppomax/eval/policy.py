@@ -1,0 +1,328 @@
+"""Judge a policy against its SFT model: same held-out prompts, same sampling, same seeds.
+
+Scores come from reward models. The one PPO was trained on is the *proxy* and is said to be; a
+second one that PPO never saw is `held-out`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from ppomax import rundir
+from ppomax.config import Settings, dump
+from ppomax.data.batching import collate, derived_seed, plan_micro_batches
+from ppomax.data.sources import Sources, load_prompts
+from ppomax.data.template import ChatTemplate
+from ppomax.distributed import World, barrier, gather, sum_tensor, world
+from ppomax.errors import DataError
+from ppomax.eval.statistics import paired_difference, wilson_interval, win_tie_lose
+from ppomax.experience import kl_penalty
+from ppomax.masked import masked_mean
+from ppomax.models.language import LanguageModel, place
+from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
+from ppomax.rollout import EngineSettings, Rollout, SamplingParams, build_engine
+from ppomax.train.experience_batch import reply_batch, response_mask, unflatten
+from ppomax.train.loop import autocast, rank_micro_batches
+from ppomax.train.observe import response_metrics
+from ppomax.train.ppo import merge_rollouts
+from ppomax.types import PromptRow
+
+PAPER_SAMPLING = SamplingParams(
+    temperature=0.8, top_p=0.9, repetition_penalty=1.1, max_new_tokens=256
+)
+"""Zheng et al. 2023, §6.1 (there up to 2048 tokens)."""
+
+
+class ScorerConfig(Settings):
+    """A reward model that scores the replies."""
+
+    model: str
+    """Reward-model folder or hub id, with the policies' tokenizer."""
+    name: str = "reward model"
+    role: Literal["proxy", "held-out"] = "held-out"
+    """`proxy`: PPO was trained on it, so a gain says little; `held-out`: PPO never saw it."""
+
+
+class EvalConfig(Settings):
+    """Held-out prompts answered by both models, scored, compared."""
+
+    baseline: str = ""
+    """The SFT model; `ppomax run` fills it in."""
+    policy: str = ""
+    """The PPO model; `ppomax run` fills it in."""
+    out: Path = Path("eval")
+    """Run directory of the evaluation."""
+    data: Sources = Field(default_factory=lambda: ["bundled:prompts"], validate_default=True)
+    """Held-out prompts."""
+    limit: int | None = Field(None, ge=1)
+    """At most this many prompts."""
+    scorers: list[ScorerConfig] = []
+    """`ppomax run` puts the run's own reward model first, as the proxy."""
+    sampling: SamplingParams = PAPER_SAMPLING
+    """Paper §6.1: temperature 0.8, top-p 0.9, repetition penalty 1.1 on generated tokens."""
+    engine: EngineSettings = EngineSettings()
+    max_prompt: int = Field(512, ge=1)
+    """Longest prompt in tokens; older turns are dropped."""
+    samples: int = Field(24, ge=0)
+    """Prompts whose replies the report shows side by side."""
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    threads: int | None = Field(None, ge=1)
+    system: str | None = None
+    micro_tokens: int = Field(8192, ge=1)
+    max_bad_rows: float = Field(0.05, ge=0, le=1)
+    trust_remote_code: bool = False
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """`dtype` as torch names it."""
+        return torch.float32 if self.dtype == "float32" else torch.bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """One model's replies to all prompts, with both models' log-probs of them at temperature 1."""
+
+    rollout: Rollout
+    texts: list[str]
+    perplexity: float
+    logprobs: torch.Tensor
+    mask: torch.Tensor
+
+
+def evaluate_policy(config: EvalConfig) -> Path:
+    """Answer, score, compare; writes `report.json` into the run directory and returns it."""
+    with world(config.device) as here:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        if here.is_main:
+            config.out.mkdir(parents=True, exist_ok=True)
+            rundir.write_text(config.out / rundir.CONFIG, dump(config))
+            rundir.write_environment(
+                config.out, {"device": str(here.device), "world_size": here.size}
+            )
+        barrier(here)
+        report = compare(config, here)
+        if here.is_main:
+            text = json.dumps(report, ensure_ascii=False, indent=1)
+            rundir.write_text(config.out / "report.json", text + "\n")
+            rundir.write_text(config.out / "done.json", "{}\n")
+        barrier(here)
+    return config.out
+
+
+def compare(config: EvalConfig, here: World) -> dict[str, Any]:
+    """The whole comparison as one JSON-ready record."""
+    template = ChatTemplate(
+        load_tokenizer(config.baseline, trust_remote_code=config.trust_remote_code), config.system
+    )
+    rows, prompts = load_eval_prompts(config, template)
+    sft = load_model(config.baseline, config, here)
+    sft_answers = answer(sft, rows, prompts, template, config, here)
+    ppo = load_model(config.policy, config, here)
+    ppo_answers = answer(ppo, rows, prompts, template, config, here)
+    under_sft = logprobs_of(sft, ppo_answers.rollout, template, config, here)
+    pair = (ppo_answers.logprobs, under_sft, ppo_answers.mask)
+    kl = {
+        f"kl_ref_{name}": float(masked_mean(kl_penalty(*pair, estimator=name), ppo_answers.mask))
+        for name in ("k1", "k3")
+    }
+    del sft, ppo
+    scorers, scores = [], {}
+    for scorer in config.scorers:
+        of_sft = score_replies(scorer, sft_answers, template, config, here)
+        of_ppo = score_replies(scorer, ppo_answers, template, config, here)
+        scorers.append(compare_scores(scorer, of_sft, of_ppo, sft_answers, ppo_answers))
+        scores[scorer.name] = {"sft": of_sft, "ppo": of_ppo}
+    first = scores[config.scorers[0].name] if config.scorers else {"sft": [], "ppo": []}
+    return {
+        "kind": "policy",
+        "baseline": "sft",
+        "policy": "ppo",
+        "num_prompts": len(rows),
+        **kl,
+        "scorer": {"name": config.scorers[0].name, "role": config.scorers[0].role}
+        if config.scorers
+        else None,
+        "scorers": scorers,
+        "policies": {"sft": describe(sft_answers), "ppo": describe(ppo_answers)},
+        "by": by_group(rows, first),
+        "samples": samples(rows, sft_answers, ppo_answers, first, config.samples),
+        "scores": first,
+        "sampling": config.sampling.model_dump(mode="json"),
+    }
+
+
+def load_eval_prompts(
+    config: EvalConfig, template: ChatTemplate
+) -> tuple[list[PromptRow], list[list[int]]]:
+    """Rows and prompt ids that fit.
+
+    Raises:
+        DataError: none does.
+    """
+    rows = load_prompts(config.data, max_bad_rows=config.max_bad_rows).rows[: config.limit]
+    fitted = [(row, template.fit(row.messages, config.max_prompt)) for row in rows]
+    kept = [(row, found[1]) for row, found in fitted if found is not None]
+    if not kept:
+        raise DataError(
+            f"setting eval.max_prompt: none of {len(rows)} prompts fits {config.max_prompt} tokens"
+        )
+    return [row for row, _ in kept], [ids for _, ids in kept]
+
+
+def load_model(name: str, config: EvalConfig, here: World) -> LanguageModel:
+    """A frozen policy in the compute dtype."""
+    lm = load_policy(name, dtype=config.compute_dtype, trust_remote_code=config.trust_remote_code)
+    model = LanguageModel(lm).requires_grad_(False)
+    place(model, here)
+    return model
+
+
+def answer(
+    model: LanguageModel,
+    rows: list[PromptRow],
+    prompts: list[list[int]],
+    template: ChatTemplate,
+    config: EvalConfig,
+    here: World,
+) -> Answers:
+    """One reply per prompt; a prompt's seed is the same for both models."""
+    engine = build_engine(config.engine, model.lm, template, here, config.compute_dtype)
+    seeds = [derived_seed(config.seed, "eval", row.id, index) for index, row in enumerate(rows)]
+    mine = here.share(list(range(len(rows))))
+    local = engine.generate([prompts[i] for i in mine], config.sampling, [seeds[i] for i in mine])
+    rollout = merge_rollouts(gather(local, here), len(rows))
+    logprobs = logprobs_of(model, rollout, template, config, here)
+    mask = response_mask(rollout, here.device)
+    perplexity = float(masked_mean(-logprobs, mask).exp())
+    return Answers(
+        rollout, [template.decode(ids) for ids in rollout.responses], perplexity, logprobs, mask
+    )
+
+
+@torch.no_grad()
+def logprobs_of(
+    model: LanguageModel, rollout: Rollout, template: ChatTemplate, config: EvalConfig, here: World
+) -> torch.Tensor:
+    """Log-probs [replies, response] at temperature 1 under the model."""
+    mask = response_mask(rollout, here.device)
+    table = torch.zeros(mask.shape, device=here.device)
+    for indices, weight in rank_micro_batches(_plan(rollout, config, here), here):
+        batch = reply_batch(rollout, indices, int(template.tokenizer.pad_token_id), here.device)
+        with autocast(here, config.compute_dtype):
+            flat = model(batch).logprobs
+        if weight:
+            table[indices] = unflatten(flat, mask[indices])
+    return sum_tensor(table, here)
+
+
+@torch.no_grad()
+def score_replies(
+    scorer: ScorerConfig, answers: Answers, template: ChatTemplate, config: EvalConfig, here: World
+) -> list[float]:
+    """The reward model's score of each reply, read at its last token."""
+    model = load_reward_model(
+        scorer.model,
+        dtype=config.compute_dtype,
+        init_from_lm=False,
+        trust_remote_code=config.trust_remote_code,
+    ).to(here.device)
+    rollout = answers.rollout
+    scores = torch.zeros(len(rollout.responses), device=here.device)
+    pad = int(template.tokenizer.pad_token_id)
+    for indices, weight in rank_micro_batches(_plan(rollout, config, here), here):
+        rows = [rollout.prompts[i] + rollout.responses[i] for i in indices]
+        batch = collate([(ids, [False] * len(ids)) for ids in rows], pad, here.device)
+        with autocast(here, config.compute_dtype):
+            found = model.scores(batch.input_ids, batch.lengths)
+        if weight:
+            scores[indices] = found
+    result: list[float] = sum_tensor(scores, here).tolist()
+    return result
+
+
+def compare_scores(
+    scorer: ScorerConfig,
+    sft: list[float],
+    ppo: list[float],
+    sft_answers: Answers,
+    ppo_answers: Answers,
+) -> dict[str, Any]:
+    """Paired difference and win/tie/lose of one scorer; equal replies tie despite rounding."""
+    same = [
+        a == b
+        for a, b in zip(sft_answers.rollout.responses, ppo_answers.rollout.responses, strict=True)
+    ]
+    ppo = [s if equal else p for s, p, equal in zip(sft, ppo, same, strict=True)]
+    difference = paired_difference(ppo, sft)
+    counts = win_tie_lose(ppo, sft)
+    total = counts.win + counts.tie + counts.lose
+    return {
+        "name": scorer.name,
+        "role": scorer.role,
+        "sft_mean": sum(sft) / total,
+        "ppo_mean": sum(ppo) / total,
+        "difference": difference.mean,
+        "ci95": list(difference.interval) if difference.interval else None,
+        "win": counts.win,
+        "tie": counts.tie,
+        "lose": counts.lose,
+        "win_rate": counts.win_rate,
+        "win_ci95": list(wilson_interval(counts.win + counts.tie / 2, total)),
+    }
+
+
+def describe(answers: Answers) -> dict[str, float]:
+    """Perplexity, length, truncation and repetition of one model's replies."""
+    found = response_metrics(answers.rollout.responses, answers.rollout.finished)
+    return {"perplexity": answers.perplexity} | {
+        key.removeprefix("response/"): v for key, v in found.items()
+    }
+
+
+def by_group(rows: list[PromptRow], scores: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """The first scorer's difference by language and kind, where the prompts say."""
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        name = "/".join(str(row.meta[key]) for key in ("lang", "kind") if key in row.meta)
+        if name and scores["sft"]:
+            groups.setdefault(name, []).append(index)
+    result = []
+    for name, indices in sorted(groups.items()):
+        found = paired_difference(
+            [scores["ppo"][i] for i in indices], [scores["sft"][i] for i in indices]
+        )
+        interval = list(found.interval) if found.interval else None
+        result.append(
+            {"group": name, "n": len(indices), "difference": found.mean, "ci95": interval}
+        )
+    return result
+
+
+def samples(
+    rows: list[PromptRow], sft: Answers, ppo: Answers, scores: dict[str, list[float]], count: int
+) -> list[dict[str, Any]]:
+    """The first prompts with both replies."""
+    result = []
+    for index, row in enumerate(rows[:count]):
+        record: dict[str, Any] = {
+            "id": row.id,
+            "prompt": list(row.messages),
+            "sft": sft.texts[index],
+            "ppo": ppo.texts[index],
+        }
+        if scores["sft"]:
+            record |= {"sft_score": scores["sft"][index], "ppo_score": scores["ppo"][index]}
+        result.append(record)
+    return result
+
+
+def _plan(rollout: Rollout, config: EvalConfig, here: World) -> list[list[int]]:
+    lengths = [len(p) + len(r) for p, r in zip(rollout.prompts, rollout.responses, strict=True)]
+    return plan_micro_batches(lengths, config.micro_tokens, here.size)

@@ -1,0 +1,37 @@
+"""Metrics that add up: sums and weights collected over micro-batches, merged over ranks."""
+
+from collections.abc import Mapping
+
+from ppomax.distributed import World, all_max, all_sum
+
+
+class MetricSums:
+    """Weighted means and maxima, exact under any split into micro-batches and ranks."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._weights: dict[str, float] = {}
+        self._maxima: dict[str, float] = {}
+
+    def add(self, key: str, total: float, weight: float) -> None:
+        """Add a sum over `weight` things; the mean is sum of totals over sum of weights."""
+        self._sums[key] = self._sums.get(key, 0.0) + total
+        self._weights[key] = self._weights.get(key, 0.0) + weight
+
+    def maximum(self, key: str, value: float) -> None:
+        """Keep the largest value."""
+        self._maxima[key] = max(self._maxima.get(key, float("-inf")), value)
+
+    def merged(self, world: World) -> dict[str, float]:
+        """Means and maxima over all ranks; keys with no weight are absent."""
+        sums = all_sum(self._sums, world)
+        weights = all_sum(self._weights, world)
+        means = {key: sums[key] / weights[key] for key in sums if weights[key]}
+        return means | all_max(self._maxima, world)
+
+
+def as_row(
+    stage: str, step: int, attempt: int, seconds: float, values: Mapping[str, float]
+) -> dict[str, object]:
+    """One line of metrics.jsonl."""
+    return {"stage": stage, "step": step, "attempt": attempt, "time": round(seconds, 3), **values}

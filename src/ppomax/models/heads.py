@@ -1,0 +1,246 @@
+"""What stands on a backbone: hidden states, the unembedding, and one scalar per token.
+
+Nothing here reads a file but `ScalarModel.save`, which writes one; loading is `load`.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ppomax.errors import ModelError
+from ppomax.models.folders import quiet
+from ppomax.models.lora import effective_state_dict
+
+LM_HEAD_FILE = "lm_head.safetensors"
+
+
+class ScalarOutput(NamedTuple):
+    """What a ScalarModel computes for a batch."""
+
+    values: Float[Tensor, "batch sequence"]
+    """One number per position, fp32."""
+    hidden: Float[Tensor, "batch sequence hidden"]
+    """The backbone's last hidden states, for the language-model loss."""
+
+
+def hidden_states(
+    model: nn.Module,
+    input_ids: Int[Tensor, "batch sequence"],
+    *,
+    position_ids: Int[Tensor, "batch sequence"] | None = None,
+    attention_mask: Tensor | None = None,
+) -> Float[Tensor, "batch sequence hidden"]:
+    """Last hidden states of a causal model, without logits; adapters and wrappers looked through.
+
+    Right-padded batches need no mask: attention is causal, so a token never sees what follows it.
+    Under autocast the embedding is raised to fp32 first, so that the residual stream is fp32
+    whether the weights are fp32 masters or frozen bf16, and policy and reference round alike.
+    """
+    backbone = _backbone(model)
+    inputs: dict[str, Tensor] = {"input_ids": input_ids}
+    if torch.is_autocast_enabled(input_ids.device.type):
+        inputs = {"inputs_embeds": backbone.get_input_embeddings()(input_ids).float()}
+    output = backbone(
+        **inputs,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=False,
+        return_dict=True,
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def output_weight(model: nn.Module) -> Float[Tensor, "vocab hidden"]:
+    """The unembedding matrix: `hidden @ weight.T` are the logits.
+
+    Raises:
+        ModelError: the model has none (a reward model saved without its language-model head).
+    """
+    if isinstance(model, ScalarModel):
+        return model.output_weight()
+    head = _unwrapped(model).get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no language-model head")
+    weight: Tensor = head.weight
+    return weight
+
+
+class ScalarModel(nn.Module):
+    """A backbone with a linear score head: the critic at every position, the reward at one.
+
+    Input is right-padded and causal, so no mask is needed. `forward` is the one entry that
+    DDP and FSDP wrap; the methods below it are readings of its output.
+    """
+
+    def __init__(
+        self, backbone: PreTrainedModel, score: nn.Linear, lm_head: nn.Linear | None = None
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.score = score
+        self.lm_head = lm_head
+        """Kept only where the model's unembedding is not its embedding."""
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The backbone's configuration."""
+        config: PreTrainedConfig = self.backbone.config
+        return config
+
+    @classmethod
+    def from_causal_lm(cls, model: PreTrainedModel, seed: int) -> Self:
+        """A fresh score head on a language model's backbone, which is taken over, not copied.
+
+        The head is normal with std 1 / sqrt(hidden + 1) (Stiennon et al. 2020, as in
+        summarize-from-feedback), the same for the same seed.
+        """
+        parts: Any = model  # transformers leaves these methods untyped
+        head = parts.get_output_embeddings()
+        tied = head.weight is parts.get_input_embeddings().weight
+        size = head.weight.shape[1]
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(1, size, generator=generator) * (size + 1) ** -0.5
+        score = nn.Linear(size, 1, bias=False, device="meta")  # draws nothing from the global state
+        score.weight = nn.Parameter(weight)
+        return cls(parts.base_model, score.to(parts.device), None if tied else head)
+
+    @classmethod
+    def from_classifier(cls, model: PreTrainedModel, lm_head: nn.Linear | None = None) -> Self:
+        """The parts of a sequence classifier with one output.
+
+        Raises:
+            ModelError: its head is not one linear layer named `score`.
+        """
+        score = getattr(model, "score", None)
+        if not isinstance(score, nn.Linear) or score.out_features != 1 or score.bias is not None:
+            raise ModelError(
+                f"{type(model).__name__}: a reward model needs one linear head `score` with one "
+                "output and no bias; use a decoder-only architecture"
+            )
+        backbone: Any = model.base_model
+        return cls(backbone, score.float(), lm_head)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch sequence"],
+        position_ids: Int[Tensor, "batch sequence"] | None = None,
+    ) -> ScalarOutput:
+        """Hidden states and the head's reading of each, the latter in fp32 even under autocast."""
+        hidden = hidden_states(self.backbone, input_ids, position_ids=position_ids)
+        with torch.autocast(hidden.device.type, enabled=False):
+            values = F.linear(hidden.float(), self.score.weight.float()).squeeze(-1)
+        return ScalarOutput(values=values, hidden=hidden)
+
+    def hidden(
+        self,
+        input_ids: Int[Tensor, "batch sequence"],
+        position_ids: Int[Tensor, "batch sequence"] | None = None,
+    ) -> Float[Tensor, "batch sequence hidden"]:
+        """The backbone's last hidden states."""
+        return hidden_states(self.backbone, input_ids, position_ids=position_ids)
+
+    def values(self, input_ids: Int[Tensor, "batch sequence"]) -> Float[Tensor, "batch sequence"]:
+        """The number at every position, fp32; those at padding mean nothing."""
+        output: ScalarOutput = self(input_ids)
+        return output.values
+
+    def scores(
+        self, input_ids: Int[Tensor, "batch sequence"], lengths: Int[Tensor, " batch"]
+    ) -> Float[Tensor, " batch"]:
+        """The number at each row's last token, position `lengths - 1`."""
+        return read_scores(self.values(input_ids), lengths)
+
+    def output_weight(self) -> Float[Tensor, "vocab hidden"]:
+        """The unembedding for the imitation loss.
+
+        Raises:
+            ModelError: the model was saved without a head of its own and does not tie it.
+        """
+        if self.lm_head is not None:
+            return self.lm_head.weight
+        if not getattr(self.config.get_text_config(), "tie_word_embeddings", False):
+            raise ModelError(
+                "this reward model was saved without its language-model head, so the imitation "
+                "loss has nothing to read; set its coefficient to 0 or start from a language model"
+            )
+        embedding: Any = self.backbone.get_input_embeddings()
+        weight: Tensor = embedding.weight
+        return weight
+
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write a folder that `AutoModelForSequenceClassification` loads with the same scores.
+
+        Adapters are merged into what is written. The pad id goes into the config, for there
+        the score is read at the last id that is not the pad. A language-model head that is not
+        the embedding goes into an extra file.
+        """
+        save_scalar(self, folder, tokenizer)
+
+
+def read_scores(
+    values: Float[Tensor, "batch sequence"], lengths: Int[Tensor, " batch"]
+) -> Float[Tensor, " batch"]:
+    """The value at each row's last token, position `lengths - 1`."""
+    return values.gather(1, (lengths.to(values.device) - 1).unsqueeze(1)).squeeze(1)
+
+
+def save_scalar(
+    model: ScalarModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """`ScalarModel.save`, from a gathered state dict where the model's own is sharded."""
+    weights = effective_state_dict(model, state)
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    set_pad(config, tokenizer.pad_token_id)
+    auto: Any = AutoModelForSequenceClassification
+    with torch.device("meta"):
+        shell = auto.from_config(config)
+    ScalarModel.from_classifier(shell)  # refuses an architecture whose head has another form
+    prefix = shell.base_model_prefix
+    setattr(shell, prefix, model.backbone)
+    head = {name: w for name, w in weights.items() if name.startswith("lm_head.")}
+    renamed = {
+        name.replace("backbone.", f"{prefix}.", 1): tensor
+        for name, tensor in weights.items()
+        if name not in head
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with quiet():
+        shell.save_pretrained(folder, state_dict=renamed)
+        tokenizer.save_pretrained(folder)
+    if head:
+        contiguous = {name: tensor.contiguous() for name, tensor in head.items()}
+        save_file(contiguous, folder / LM_HEAD_FILE, metadata={"format": "pt"})
+
+
+def set_pad(config: PreTrainedConfig, pad_id: int) -> None:
+    """Name the pad id in a config, and in the text part of a composite one."""
+    config.pad_token_id = pad_id
+    config.get_text_config().pad_token_id = pad_id
+
+
+def _unwrapped(model: nn.Module) -> Any:  # noqa: ANN401 - any wrapper's inner model
+    get_base = getattr(model, "get_base_model", None)
+    return model if get_base is None else get_base()
+
+
+def _backbone(model: nn.Module) -> Any:  # noqa: ANN401 - transformers' untyped modules
+    if isinstance(model, ScalarModel):
+        return model.backbone
+    return _unwrapped(model).base_model

@@ -1,0 +1,388 @@
+"""From a model's name to a model ready for training: short names, folders, hub ids.
+
+Every loaded model has no dropout, a pad id that ends no text, and a generation config that holds
+ids only. Weights are read from safetensors; nothing is unpickled.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ppomax.errors import ModelError
+from ppomax.models.export import generation_config
+from ppomax.models.folders import quiet
+from ppomax.models.heads import LM_HEAD_FILE, ScalarModel, hidden_states, output_weight, set_pad
+from ppomax.models.pull import NAME, cache_dir, pull
+
+SHORT_NAMES = (NAME, "tiny")
+PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
+"""Names that published tokenizers give a token reserved for padding."""
+
+
+def resolve(name: str, *, cache: Path | None = None) -> str:
+    """Where a model is: a folder for short names and local paths, else the hub id itself.
+
+    Raises:
+        ModelError: a path that is no model folder (the text says what is missing), or a name
+            that can be neither path nor hub id.
+    """
+    if name in SHORT_NAMES:
+        return str(pull(name, cache=cache_dir(os.environ) if cache is None else cache))
+    path = Path(name).expanduser()
+    if name and path.exists():
+        _check_folder(path)
+        return str(path)
+    near = difflib.get_close_matches(name, SHORT_NAMES, n=1, cutoff=0.75)
+    if near:
+        raise ModelError(f"model {name!r}: no such folder; did you mean {near[0]}?")
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        return name
+    raise ModelError(f"model {name!r}: no such folder, and not a short name or hub id")
+
+
+def load_tokenizer(
+    name: str, *, trust_remote_code: bool = False, cache: Path | None = None
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padding on the right, with a pad id that can never end a text.
+
+    Raises:
+        ModelError: it cannot be found or read, or names no token that ends a text.
+    """
+    source = resolve(name, cache=cache)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise _cannot_load(name, error) from None
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model {name!r}: its tokenizer names no eos token; replies need an end")
+    tokenizer.padding_side = "right"
+    ensure_pad(tokenizer, _generation_ends(source))
+    result: PreTrainedTokenizerBase = tokenizer
+    return result
+
+
+def ensure_pad(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int] = ()) -> int:
+    """Give the tokenizer a pad id that can never end a text; returns it.
+
+    The tokenizer's own pad is kept if no text ends with it. Else a token reserved for padding is
+    taken if the vocabulary has one, else the last special token that neither the tokenizer nor
+    its chat template uses (`<empty_output>` for smollm2-135m), else `<|pad|>` is added, for which
+    the embeddings must grow (`load_policy` does that).
+
+    Args:
+        ends: ids besides eos that end a text.
+    """
+    taken = {tokenizer.eos_token_id, *ends}
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in taken:
+        return int(tokenizer.pad_token_id)
+    token = _unused_token(tokenizer, taken)
+    if token is None:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    else:
+        tokenizer.pad_token = token
+    return int(tokenizer.pad_token_id)
+
+
+def load_policy(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    attn_implementation: str = "sdpa",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    cache: Path | None = None,
+) -> PreTrainedModel:
+    """A causal language model on the CPU, in eval mode, ready for training.
+
+    Args:
+        dtype: of the weights; fp32 for anything that is trained.
+        tokenizer: as `load_tokenizer` gave it, where the caller has it already.
+
+    Raises:
+        ModelError: it cannot be found or read, is no causal language model, or computes its
+            logits in a way ours would not reproduce.
+    """
+    source = resolve(name, cache=cache)
+    config = _load_config(name, source, trust_remote_code)
+    if _is_classifier(config):
+        raise ModelError(f"model {name!r} is a reward model; a policy needs a language model")
+    if tokenizer is None:
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    ends = sorted({int(tokenizer.eos_token_id), *_generation_ends(source)})
+    model = _load_model(
+        AutoModelForCausalLM,
+        name,
+        source,
+        config,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+    )
+    fit_vocabulary(model, len(tokenizer))
+    set_pad(model.config, int(tokenizer.pad_token_id))
+    model.generation_config = generation_config(tokenizer, ends)
+    _check_head(name, model)
+    return model
+
+
+def stop_ids(model: PreTrainedModel) -> list[int]:
+    """The ids that end a reply of a model from `load_policy`."""
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    return [] if ends is None else ([ends] if isinstance(ends, int) else list(ends))
+
+
+def load_reward_model(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    init_from_lm: bool | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    attn_implementation: str = "sdpa",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    cache: Path | None = None,
+) -> ScalarModel:
+    """A reward model from a sequence-classification folder, or a fresh one on a language model.
+
+    Args:
+        init_from_lm: True: the source is a language model and the head starts from `seed`;
+            False: it is a reward model; None: as its config says.
+
+    Raises:
+        ModelError: it cannot be found or read, or is not of the kind asked for.
+    """
+    source = resolve(name, cache=cache)
+    config = _load_config(name, source, trust_remote_code)
+    classifier = _is_classifier(config)
+    if init_from_lm is not None and init_from_lm == classifier:
+        found, wanted = ("a reward model", "a language model")[:: 1 if classifier else -1]
+        raise ModelError(f"model {name!r} is {found}; {wanted} is needed here")
+    if not classifier:
+        policy = load_policy(
+            source,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+            tokenizer=tokenizer,
+        )
+        return ScalarModel.from_causal_lm(policy, seed)
+    if config.num_labels != 1:
+        raise ModelError(f"model {name!r} has {config.num_labels} outputs; a reward model has 1")
+    if tokenizer is None:
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    model = _load_model(
+        AutoModelForSequenceClassification,
+        name,
+        source,
+        config,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+    )
+    fit_vocabulary(model, len(tokenizer))
+    set_pad(model.config, int(tokenizer.pad_token_id))
+    return ScalarModel.from_classifier(model, _lm_head(Path(source), dtype))
+
+
+def load_value_model(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    init_from_lm: bool | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    attn_implementation: str = "sdpa",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    cache: Path | None = None,
+) -> ScalarModel:
+    """A critic: a reward model with its head (the paper's start), or a fresh head on a policy.
+
+    The critic predicts no words, so a language-model head is dropped.
+
+    Raises:
+        ModelError: as `load_reward_model`.
+    """
+    model = load_reward_model(
+        name,
+        dtype=dtype,
+        init_from_lm=init_from_lm,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+        tokenizer=tokenizer,
+        cache=cache,
+    )
+    model.lm_head = None
+    return model
+
+
+@torch.no_grad()
+def fit_vocabulary(model: PreTrainedModel, size: int) -> None:
+    """Grow the embeddings to hold `size` tokens; new rows are the mean of the old, never random."""
+    parts: Any = model  # transformers leaves these methods untyped
+    old = parts.get_input_embeddings().weight.shape[0]
+    if size <= old:
+        return
+    with torch.random.fork_rng():
+        parts.resize_token_embeddings(size, mean_resizing=False)
+    for layer in (parts.get_input_embeddings(), parts.get_output_embeddings()):
+        if layer is not None:
+            layer.weight[old:] = layer.weight[:old].float().mean(0).to(layer.weight.dtype)
+
+
+def _check_folder(path: Path) -> None:
+    if path.is_file():
+        raise ModelError(f"model {path}: a file; a model is a folder in Hugging Face format")
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise ModelError(f"model {path}: a LoRA adapter alone; use a merged export")
+    inner = path / "export"
+    hint = f"; did you mean {inner}?" if (inner / "config.json").exists() else ""
+    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    if not (path / "config.json").exists():
+        raise ModelError(f"model {path}: not a model folder, config.json is missing{hint}")
+    if not any((path / file).exists() for file in tokenizers):
+        raise ModelError(f"model {path}: its tokenizer is missing (tokenizer.json)")
+    if not any(path.glob("*.safetensors")):
+        raise ModelError(
+            f"model {path}: no .safetensors weights; pickled ones are not read, save it again with "
+            "save_pretrained"
+        )
+
+
+def _unused_token(tokenizer: PreTrainedTokenizerBase, taken: set[int]) -> str | None:
+    """A special token of the vocabulary that nothing uses, those meant for padding first."""
+    used = {token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    free = {
+        added.content: index
+        for index, added in tokenizer.added_tokens_decoder.items()
+        if added.special
+        and index not in taken
+        and added.content not in used
+        and added.content not in template
+    }
+    vocabulary = tokenizer.get_vocab()
+    for token in PAD_TOKENS:
+        if token in free or (vocabulary.get(token, -1) >= 0 and vocabulary[token] not in taken):
+            return token
+    reserved = [token for token in free if "reserved" in token or "pad" in token]
+    return max(reserved or free, key=lambda token: free[token], default=None)
+
+
+def _generation_ends(source: str) -> set[int]:
+    """The eos ids of the model's generation config, if it has one."""
+    try:
+        ends = GenerationConfig.from_pretrained(source).eos_token_id
+    except (OSError, ValueError):
+        return set()
+    return set() if ends is None else ({ends} if isinstance(ends, int) else set(ends))
+
+
+def _load_config(name: str, source: str, trust_remote_code: bool) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise _cannot_load(name, error) from None
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for key, value in part.to_dict().items():
+            if re.search(r"drop(out)?|pdrop", key) and isinstance(value, float | int):
+                setattr(part, key, type(value)(0))
+    result: PreTrainedConfig = config
+    return result
+
+
+def _is_classifier(config: PreTrainedConfig) -> bool:
+    return any("ForSequenceClassification" in name for name in config.architectures or [])
+
+
+def _load_model(
+    auto: Any,  # noqa: ANN401 - one of transformers' Auto classes
+    name: str,
+    source: str,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    attn_implementation: str,
+) -> PreTrainedModel:
+    try:
+        with quiet():
+            model, info = auto.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise _cannot_load(name, error) from None
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ModelError(f"model {name!r}: its weights lack {missing}")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    result: PreTrainedModel = model.eval()
+    return result
+
+
+def _lm_head(folder: Path, dtype: torch.dtype) -> nn.Linear | None:
+    path = folder / LM_HEAD_FILE
+    if not path.is_file():
+        return None
+    weight = load_file(path)["lm_head.weight"].to(dtype)
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    head.weight = nn.Parameter(weight)
+    return head
+
+
+@torch.no_grad()
+def _check_head(name: str, model: PreTrainedModel) -> None:
+    """Log-probs are computed as hidden @ weight.T: refuse a model that scales, caps or shifts."""
+    ids = torch.arange(8).unsqueeze(0) % len(output_weight(model))
+    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    hidden, weight = hidden_states(model, ids), output_weight(model)
+    got = (hidden @ weight.T).float()
+    close = (1e-4 if model.dtype == torch.float32 else 2e-2) * float(expected.abs().max())
+    if capped or float((got - expected).abs().max()) > close:
+        raise ModelError(
+            f"model {name!r}: {type(model).__name__} scales, caps or shifts its logits, which is "
+            "not supported; use another architecture (Llama, Qwen, Mistral, SmolLM, GPT-NeoX, ...)"
+        )
+
+
+def _cannot_load(name: str, error: Exception) -> ModelError:
+    text = str(error)
+    if "trust_remote_code" in text:
+        return ModelError(
+            f"model {name!r} runs code of its own; if you trust it set trust_remote_code=true"
+        )
+    if "attention implementation" in text:
+        return ModelError(
+            f"model {name!r} does not support this attention; set attn_implementation=eager"
+        )
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return ModelError(
+        f"model {name!r} cannot be loaded ({type(error).__name__}: {first[:200]}); give a folder, "
+        f"a hub id that is reachable, or one of {', '.join(SHORT_NAMES)}"
+    )

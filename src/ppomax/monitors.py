@@ -1,0 +1,329 @@
+"""Every metric, declared once: unit, when it is there, what it means, what a bad value looks like.
+
+`docs/metrics.md` is made from these declarations; logging an undeclared key is an error.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One declared key."""
+
+    key: str
+    unit: str
+    meaning: str
+    bad: str = ""
+    """What a bad value looks like."""
+    condition: str = ""
+    """Where it is logged; empty: in every row of its stages."""
+    stages: tuple[str, ...] = ("ppo", "critic")
+
+
+_UPDATE = ("ppo",)
+_REFERENCE = "with a reference model (kl not null)"
+_PLAIN = "with plain temperature sampling"
+
+DECLARED: tuple[Metric, ...] = (
+    Metric(
+        "reward/score_mean",
+        "score",
+        "Mean raw score of the replies",
+        "rises while KL and length rise: reward hacking",
+    ),
+    Metric(
+        "reward/score_std",
+        "score",
+        "Unbiased standard deviation of raw scores",
+        "near 0: the reward no longer tells replies apart",
+    ),
+    Metric(
+        "reward/score_skew",
+        "1",
+        "Skewness of raw scores",
+        "a long tail growing: pattern collapse (Fig. 13)",
+    ),
+    *(
+        Metric(f"reward/score_p{q:02d}", "score", f"{q}th percentile of raw scores")
+        for q in (5, 25, 50, 75, 95)
+    ),
+    Metric(
+        "reward/total_mean",
+        "reward",
+        "Mean over replies of the summed token rewards: reparameterized score, KL penalty included",
+    ),
+    Metric(
+        "kl/ref_k1",
+        "nats/token",
+        "Mean of log π − log π_ref over response tokens (k1)",
+        "clearly negative: the sampler is not the policy",
+        _REFERENCE,
+    ),
+    Metric(
+        "kl/ref_k3",
+        "nats/token",
+        "Mean of e^r − 1 − r, r = log π_ref − log π (k3, never negative)",
+        "a steep rise: drift from the SFT model",
+        _REFERENCE,
+    ),
+    Metric(
+        "kl/ref_sequence",
+        "nats/response",
+        "k1 summed over a response, mean over responses",
+        "",
+        _REFERENCE,
+    ),
+    Metric("kl/coef", "1", "Coefficient of the KL penalty in this iteration", "", _REFERENCE),
+    Metric(
+        "kl/old_k3",
+        "nats/token",
+        "KL from the sampling policy during the update (k3)",
+        "above 0.05: steps too large",
+        "",
+        _UPDATE,
+    ),
+    Metric(
+        "kl/first_old_k3",
+        "nats/token",
+        "The same in the first optimizer step; 0 bitwise",
+        "not 0: scoring and training differ",
+        "with loss.ratio_to: policy",
+        _UPDATE,
+    ),
+    Metric(
+        "policy/first_ratio_error",
+        "1",
+        "Largest |ratio − 1| in the first optimizer step; 0 bitwise",
+        "not 0: scoring and training differ",
+        "with loss.ratio_to: policy",
+        _UPDATE,
+    ),
+    Metric(
+        "policy/perplexity",
+        "1",
+        "exp(mean NLL) of the policy's own response tokens, temperature 1",
+        "falls towards 1: pattern collapse",
+    ),
+    Metric(
+        "ref/perplexity",
+        "1",
+        "The same responses under the reference",
+        "rises: replies the SFT model finds odd",
+        _REFERENCE,
+    ),
+    Metric(
+        "policy/entropy",
+        "nats/token",
+        "Mean entropy of the next-token distribution at the sampling temperature",
+        "near 0 or exploding",
+    ),
+    Metric("policy/loss", "1", "Clipped surrogate, negated", "", "", _UPDATE),
+    Metric(
+        "policy/clip_fraction",
+        "share",
+        "Response tokens whose gradient the clip removed",
+        "near 1",
+        "",
+        _UPDATE,
+    ),
+    Metric("policy/ratio_mean", "1", "Mean ratio π/π_old", "far from 1", "", _UPDATE),
+    Metric("policy/ratio_max", "1", "Largest ratio", "above 10", "", _UPDATE),
+    Metric(
+        "policy/grad_norm",
+        "1",
+        "Global gradient norm before the clip",
+        "spikes",
+        "absent when every step was skipped",
+        _UPDATE,
+    ),
+    Metric("policy/lr", "1", "Learning rate", "", "", _UPDATE),
+    Metric(
+        "value/loss",
+        "reward²",
+        "½ squared error to the returns, clipped form",
+        "does not fall in pre-training",
+    ),
+    Metric(
+        "value/clip_fraction",
+        "share",
+        "Response tokens where the value clip was active",
+        "near 1",
+        "with loss.value_clip, outside critic pre-training",
+        _UPDATE,
+    ),
+    Metric("value/mean", "reward", "Mean value of states before response tokens"),
+    Metric(
+        "value/explained_variance",
+        "1",
+        "1 − Var(R − V)/Var(R), before the update",
+        "below 0: the critic is worse than a constant",
+    ),
+    Metric(
+        "value/grad_norm",
+        "1",
+        "The critic's gradient norm before the clip",
+        "spikes",
+        "absent when every step was skipped",
+    ),
+    Metric("value/lr", "1", "The critic's learning rate"),
+    Metric("return/mean", "reward", "Mean return over response tokens"),
+    Metric("advantage/mean", "reward", "Mean advantage over response tokens"),
+    Metric("advantage/std", "reward", "Unbiased standard deviation of advantages"),
+    Metric(
+        "response/length_mean",
+        "tokens",
+        "Mean reply length, end token included",
+        "pinned at the limit, or towards 0",
+    ),
+    Metric("response/length_p95", "tokens", "95th percentile of reply length"),
+    Metric(
+        "response/truncated_share",
+        "share",
+        "Replies cut at the limit without an end token",
+        "rising",
+    ),
+    Metric(
+        "response/distinct_2",
+        "share",
+        "Different bigrams over all bigrams within a reply, mean",
+        "falling",
+    ),
+    Metric("response/repetition_4", "share", "4-grams that repeat within a reply, mean", "rising"),
+    Metric(
+        "ptx/loss",
+        "nats/token",
+        "NLL of the plain text",
+        "rising: the alignment tax",
+        "with ppo.ptx",
+        _UPDATE,
+    ),
+    Metric(
+        "engine/logprob_gap_mean",
+        "nats/token",
+        "Mean |engine's − trainer's| log-prob of response tokens",
+        "above 0.05",
+        _PLAIN,
+    ),
+    Metric("engine/logprob_gap_max", "nats/token", "The largest such gap", "above 1", _PLAIN),
+    Metric("time/rollout", "s", "Seconds to write the replies"),
+    Metric("time/score", "s", "Seconds for the four roles' forwards"),
+    Metric("time/update", "s", "Seconds for the optimizer steps and the engine's sync"),
+    Metric("throughput/rollout_tokens_per_s", "tokens/s", "Response tokens written per second"),
+    Metric(
+        "throughput/train_tokens_per_s",
+        "tokens/s",
+        "Prompt and response tokens trained on per second",
+    ),
+    Metric(
+        "memory/peak_gb",
+        "GB",
+        "Largest memory so far (10⁹ bytes): device memory on CUDA, resident memory elsewhere",
+    ),
+    Metric("reward/loss", "1", "Ranking plus imitation loss (eq. 2)", "", "", ("reward",)),
+    Metric(
+        "reward/pair_loss",
+        "nats/pair",
+        "−log σ(score difference), mean over pairs",
+        "above ln 2 = 0.69",
+        "",
+        ("reward",),
+    ),
+    Metric(
+        "reward/lm_loss",
+        "nats/token",
+        "Imitation NLL of preferred answers",
+        "",
+        "with lm_coef above 0",
+        ("reward",),
+    ),
+    Metric(
+        "reward/accuracy",
+        "share",
+        "Pairs of the step ranked as the annotator did",
+        "0.5: chance",
+        "",
+        ("reward",),
+    ),
+    Metric(
+        "reward/grad_norm", "1", "Global gradient norm before the clip", "spikes", "", ("reward",)
+    ),
+    Metric("reward/lr", "1", "Learning rate", "", "", ("reward",)),
+    Metric("batch/pairs", "pairs", "Pairs in the step", "", "", ("reward",)),
+    Metric(
+        "batch/tokens",
+        "tokens",
+        "Tokens in the step (sft: target tokens)",
+        "",
+        "",
+        ("reward", "sft"),
+    ),
+    Metric(
+        "eval/accuracy",
+        "share",
+        "Held-out pairs ranked as the annotator did",
+        "0.5: chance",
+        "every eval_every steps, with held-out rows",
+        ("reward",),
+    ),
+    Metric(
+        "eval/loss",
+        "nats",
+        "Held-out loss: per pair (reward), per assistant token (sft)",
+        "rising: over-fitting",
+        "every eval_every steps, with held-out rows",
+        ("reward", "sft"),
+    ),
+    Metric("sft/loss", "nats/token", "NLL of assistant tokens", "", "", ("sft",)),
+    Metric("sft/perplexity", "1", "exp of it", "", "", ("sft",)),
+    Metric("sft/grad_norm", "1", "Global gradient norm before the clip", "spikes", "", ("sft",)),
+    Metric("sft/lr", "1", "Learning rate", "", "", ("sft",)),
+)
+
+
+def check_keys(stage: str, values: Mapping[str, float]) -> None:
+    """Refuse a key that is not declared for the stage.
+
+    Raises:
+        KeyError: a programming mistake, not a user's.
+    """
+    known = {metric.key for metric in DECLARED if stage in metric.stages}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise KeyError(f"metric keys not declared for stage {stage}: {', '.join(unknown)}")
+
+
+def required_keys(stage: str) -> set[str]:
+    """Keys that every row of the stage has, whatever the configuration."""
+    return {metric.key for metric in DECLARED if stage in metric.stages and not metric.condition}
+
+
+def non_finite(values: Mapping[str, float]) -> list[str]:
+    """Keys whose value is nan or infinite."""
+    return sorted(key for key, value in values.items() if not math.isfinite(value))
+
+
+def as_markdown() -> str:
+    """The declarations as the text of docs/metrics.md."""
+    lines = [
+        "# Metrics",
+        "",
+        "Made by `make docs` from `src/ppomax/monitors.py`; a key that is not here cannot be "
+        "logged. Where a",
+        "condition does not hold the key is absent, never 0 or NaN.",
+        "",
+        "| key | stages | unit | meaning | bad when | condition |",
+        "|---|---|---|---|---|---|",
+    ]
+    for metric in DECLARED:
+        cells = [
+            f"`{metric.key}`",
+            ", ".join(metric.stages),
+            metric.unit,
+            metric.meaning,
+            metric.bad,
+            metric.condition,
+        ]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"

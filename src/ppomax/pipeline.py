@@ -1,0 +1,260 @@
+"""A recipe: the stages of one run, in order, each fed by the one before."""
+
+import importlib.resources
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ppomax import rundir
+from ppomax.config import Settings, apply_overrides, dump, merge, parse, read_yaml
+from ppomax.distributed import rank_in_environment
+from ppomax.errors import CheckpointError, ConfigError
+from ppomax.eval.policy import EvalConfig, evaluate_policy
+from ppomax.eval.reward import evaluate_reward
+from ppomax.report.page import write_preference_report, write_report
+from ppomax.train.loop import is_done
+from ppomax.train.ppo import train_ppo
+from ppomax.train.ppo_config import PPOConfig
+from ppomax.train.reward import RewardConfig, train_reward
+from ppomax.train.sft import SFTConfig, train_sft
+
+STAGES = ("sft", "reward", "ppo", "eval")
+SHARED = ("seed", "device", "dtype", "threads", "system", "trust_remote_code")
+"""Top-level keys that every stage takes unless it sets its own."""
+TRAINED = (
+    "gradient_checkpointing",
+    "max_length",
+    "micro_tokens",
+    "max_bad_rows",
+    "checkpoint",
+    "log",
+)
+"""Top-level keys that the training stages take too."""
+PLACEHOLDER = "(from the stage before)"
+
+
+class Recipe(Settings):
+    """Everything a run needs; complete once read, so that running it again is the same run."""
+
+    out: Path
+    """Run directory; each stage has its own inside."""
+    sft: SFTConfig | None = None
+    reward: RewardConfig | None = None
+    ppo: PPOConfig | None = None
+    eval: EvalConfig | None = None
+
+    def stages(self) -> list[str]:
+        """Names of the stages it holds, in order."""
+        return [name for name in STAGES if getattr(self, name) is not None]
+
+
+def load_recipe(path: str, overrides: list[str]) -> Recipe:
+    """Read a recipe file (or a shipped one, by name), apply overrides, wire the stages.
+
+    Raises:
+        ConfigError: see `config.parse`; also no stage, or no model.
+    """
+    place = find_recipe(path)
+    return resolve(apply_overrides(read_yaml(place), overrides), str(path))
+
+
+def find_recipe(name: str) -> Path:
+    """A path, or a shipped recipe's name with or without `recipes/` and `.yaml`."""
+    path = Path(name)
+    if path.exists():
+        return path
+    shipped = Path(str(importlib.resources.files("ppomax") / "recipes"))
+    found = shipped / f"{path.stem}.yaml"
+    if path.parent.name in ("", "recipes") and found.exists():
+        return found
+    known = ", ".join(sorted(item.stem for item in shipped.glob("*.yaml")))
+    raise ConfigError(f"{name}: no such recipe file; shipped recipes: {known}")
+
+
+def resolve(data: dict[str, Any], source: str) -> Recipe:
+    """A recipe's raw mapping as settings: preset below, shared keys handed down, stages wired."""
+    data = dict(data)
+    data.setdefault("out", "runs/" + Path(source).stem)
+    shared = {key: data.pop(key) for key in SHARED if key in data}
+    trained = {key: data.pop(key) for key in TRAINED if key in data}
+    model = data.pop("model", None)
+    present = [name for name in STAGES if data.get(name) is not None]
+    if not present:
+        raise ConfigError(f"{source}: no stage; give at least one of {', '.join(STAGES)}")
+    for name in present:
+        if not isinstance(data[name], dict):
+            raise ConfigError(
+                f"{source}: setting {name}: a stage is a section of settings, found {data[name]!r}"
+            )
+        section = merge(shared, data[name])
+        if name != "eval":
+            section = merge(trained, section)
+        if name == "ppo":
+            section = with_preset(section, source)
+        section["out"] = str(Path(str(data["out"])) / name)
+        data[name] = section
+    _wire(data, model, present, source)
+    return parse(Recipe, data, source)
+
+
+def with_preset(section: dict[str, Any], source: str) -> dict[str, Any]:
+    """`ppo` settings laid over the preset they name (`ppo-max` unless said)."""
+    section = dict(section)
+    name = str(section.pop("preset", "ppo-max"))
+    place = Path(str(importlib.resources.files("ppomax") / "recipes")) / "presets" / f"{name}.yaml"
+    if not place.exists():
+        known = ", ".join(sorted(item.stem for item in place.parent.glob("*.yaml")))
+        raise ConfigError(f"{source}: setting ppo.preset: no preset {name!r}; there are {known}")
+    return merge(read_yaml(place), section)
+
+
+def _wire(data: dict[str, Any], model: object, present: list[str], source: str) -> None:
+    """Fill each stage's models from the stages before it, or from the recipe's `model`."""
+    out = Path(str(data["out"]))
+    start = {"sft": model}
+    sft = str(out / "sft" / "export") if "sft" in present else model
+    start |= {"reward": sft, "ppo": sft}
+    for name in ("sft", "reward", "ppo"):
+        if name in present and "model" not in data[name]:
+            if start[name] is None:
+                raise ConfigError(
+                    f"{source}: setting model is missing; give a folder, hub id, smollm2-135m "
+                    "or tiny"
+                )
+            data[name]["model"] = start[name]
+    reward = str(out / "reward" / "export") if "reward" in present else None
+    if "ppo" in present:
+        settings = data["ppo"].setdefault("reward", {})
+        if reward and not settings.get("model") and not settings.get("callable"):
+            settings["model"] = reward
+    if "eval" in present:
+        section = data["eval"]
+        ppo = data.get("ppo") or {}
+        if not section.get("baseline"):
+            section["baseline"] = ppo.get("model") or sft
+        if not section.get("policy"):
+            section["policy"] = str(out / "ppo" / "export")
+        proxy = (ppo.get("reward") or {}).get("model") or reward
+        if proxy and not any(s.get("role") == "proxy" for s in section.get("scorers", [])):
+            own = {"model": proxy, "name": "reward model", "role": "proxy"}
+            section["scorers"] = [own, *section.get("scorers", [])]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What a run left."""
+
+    out: Path
+    report: Path
+
+
+def run_recipe(
+    recipe: Recipe, *, only: str | None = None, resume: bool = False, say: Callable[[str], None]
+) -> Finished:
+    """Run the stages in order, skipping those that are finished; ends with the report.
+
+    Args:
+        only: one stage's name; default all.
+        resume: continue in an existing run directory.
+
+    Raises:
+        ConfigError: the directory holds a run and `resume` is off.
+    """
+    out = recipe.out
+    stages = [only] if only else recipe.stages()
+    main = rank_in_environment() == 0
+    if main:
+        _open(recipe, only, resume=resume)
+    for name in stages:
+        config = getattr(recipe, name)
+        if config is None:
+            raise ConfigError(f"recipe has no stage {name}; it has {', '.join(recipe.stages())}")
+        if is_done(config.out):
+            say(f"{name}: finished before, kept")
+            continue
+        say(f"{name}: starting")
+        _run_stage(config, resume=resume and (config.out / rundir.CONFIG).exists())
+    report = out / "report.html"
+    if main:
+        write_report([out], report)
+    return Finished(out, report)
+
+
+def _run_stage(config: SFTConfig | RewardConfig | PPOConfig | EvalConfig, *, resume: bool) -> None:
+    match config:
+        case SFTConfig():
+            train_sft(config, resume=resume)
+        case RewardConfig():
+            train_reward(config, resume=resume)
+        case PPOConfig():
+            train_ppo(config, resume=resume)
+        case EvalConfig():
+            evaluate_policy(config)
+
+
+def _open(recipe: Recipe, only: str | None, *, resume: bool) -> None:
+    path = recipe.out / rundir.CONFIG
+    text = dump(recipe)
+    if not path.exists():
+        rundir.create(recipe.out, text)
+    elif only is None and not resume:
+        raise ConfigError(
+            f"setting out: {recipe.out} already holds a run; continue it with "
+            f"`ppomax resume {recipe.out}` or give another out=DIR"
+        )
+    elif resume and path.read_text(encoding="utf-8") != text:
+        raise CheckpointError(f"{path}: differs from the settings to resume with")
+    elif only is not None:
+        rundir.write_text(path, text)
+
+
+def load_run(path: Path) -> Recipe:
+    """The recipe of a run directory, as it was resolved.
+
+    Raises:
+        ConfigError: no run there.
+    """
+    place = path / rundir.CONFIG
+    if not place.exists():
+        raise ConfigError(f"{path}: no run here (config.yaml is missing)")
+    data = read_yaml(place)
+    if "iterations" in data or "data" in data:  # one stage's directory: its parent holds the recipe
+        return load_run(path.parent)
+    recipe = parse(Recipe, data, str(place))
+    if recipe.out.resolve() != path.resolve():
+        raise ConfigError(
+            f"{path}: the run was made in {recipe.out}; resume it from the same working directory, "
+            "where that path leads to it"
+        )
+    return recipe
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as text."""
+    return yaml.safe_dump(
+        recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True
+    )
+
+
+def write_reward_evaluation(
+    model: str, files: list[str], out: Path, *, dtype: str, max_length: int, limit: int | None
+) -> list[str]:
+    """Evaluate, write `report.json` and `report.html` into `out`; lines for the terminal."""
+    result = evaluate_reward(model, files, dtype=dtype, max_length=max_length, limit=limit)
+    out.mkdir(parents=True, exist_ok=True)
+    rundir.write_text(out / "report.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+    write_preference_report(result, out / "report.html")
+    rows = [("all", result["accuracy"])]
+    rows += [(f"{row['column']} {row['value']}", row) for row in result["subsets"]]
+    rows += list(result["baselines"].items())
+    lines = [f"{name:<28} {_share(row)}" for name, row in rows]
+    return [*lines, f"report: {out / 'report.html'}"]
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    low, high = row["ci95"]
+    return f"{row['accuracy']:.3f}  [{low:.3f}, {high:.3f}]  n {row['n']}"

@@ -1,0 +1,236 @@
+"""What a recipe will cost: sizes, steps, tokens, memory, disk. Starts nothing.
+
+Memory is an estimate from the parameter count: fp32 masters, gradients and two AdamW moments for
+what is trained, one copy in the compute dtype for what is frozen and for the engine, plus cache and
+activations.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ppomax.data.sources import load_preferences, load_prompts, load_sft
+from ppomax.errors import PpomaxError
+from ppomax.models.load import resolve
+from ppomax.models.lora import LoraSettings
+from ppomax.pipeline import Recipe
+from ppomax.train.ppo_config import PPOConfig
+from ppomax.train.reward import RewardConfig
+from ppomax.train.sft import SFTConfig
+
+GB = 1e9
+PROCESS_GB = 0.9
+"""Python, PyTorch and libraries; measured on CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A causal LM's size."""
+
+    parameters: int
+    embedding: int
+    layers: int
+    hidden: int
+    kv_width: int
+    vocab: int
+
+
+@dataclass(slots=True)
+class StagePlan:
+    """One stage's expected work."""
+
+    stage: str
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    memory_gb: float = 0.0
+    disk_gb: float = 0.0
+
+
+def model_size(name: str, *, trust_remote_code: bool = False) -> Size:
+    """Size from the config alone; no weights are read.
+
+    Raises:
+        ModelError: the model cannot be found.
+    """
+    config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # theirs
+    heads = config.num_attention_heads
+    kv = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Size(
+        parameters=sum(p.numel() for p in model.parameters()),
+        embedding=config.vocab_size * config.hidden_size,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        kv_width=2 * kv * head_dim,
+        vocab=config.vocab_size,
+    )
+
+
+def plan(recipe: Recipe) -> list[StagePlan]:
+    """The plan of every stage.
+
+    Raises:
+        ConfigError, DataError, ModelError: as the run itself would.
+    """
+    sizes: dict[str, Size] = {}
+    stages = []
+    for name in recipe.stages():
+        config = getattr(recipe, name)
+        if name == "eval":
+            continue
+        source = _first_model(recipe, config.model)
+        sizes.setdefault(source, model_size(source, trust_remote_code=config.trust_remote_code))
+        size = sizes[source]
+        stages.append(_plan_stage(config, size))
+    return stages
+
+
+def _plan_stage(config: SFTConfig | RewardConfig | PPOConfig, size: Size) -> StagePlan:
+    match config:
+        case SFTConfig():
+            return _plan_sft(config, size)
+        case RewardConfig():
+            return _plan_reward(config, size)
+        case PPOConfig():
+            return _plan_ppo(config, size)
+
+
+def _first_model(recipe: Recipe, model: str) -> str:
+    """The model a stage's chain starts from, where the stage's own does not exist yet."""
+    for name in ("sft", "reward", "ppo"):
+        config = getattr(recipe, name)
+        if config is not None and str(config.out / "export") == model:
+            return _first_model(recipe, config.model)
+    return model
+
+
+def _trained(size: int, lora: LoraSettings | None, shape: Size, compute: torch.dtype) -> float:
+    """GB of weights, gradient and moments of a trained model."""
+    if lora is None:
+        return 16 * size / GB
+    adapters = _adapter_parameters(lora, shape)
+    return (size * torch.finfo(compute).bits / 8 + 16 * adapters) / GB
+
+
+def _adapter_parameters(lora: LoraSettings, shape: Size) -> int:
+    """About the size of adapters on every linear layer."""
+    matrices = shape.parameters - shape.embedding
+    return int(lora.rank * 2 * matrices / shape.hidden * 0.8)
+
+
+def _activations(micro_tokens: int, shape: Size, *, checkpointing: bool) -> float:
+    """GB held between forward and backward of one micro-batch: about 34 hidden vectors a layer."""
+    per_layer = 2 if checkpointing else 34
+    logits = min(micro_tokens * shape.vocab, 2**24) * 12
+    return (micro_tokens * shape.hidden * shape.layers * per_layer * 2 + logits) / GB
+
+
+def _plan_sft(config: SFTConfig, shape: Size) -> StagePlan:
+    rows = len(load_sft(config.data, max_bad_rows=config.max_bad_rows).rows)
+    memory = PROCESS_GB + _trained(shape.parameters, config.lora, shape, config.compute_dtype)
+    memory += _activations(config.micro_tokens, shape, checkpointing=config.gradient_checkpointing)
+    result = StagePlan(
+        "sft", memory_gb=memory, disk_gb=_disk(1, config.checkpoint.keep_last, shape)
+    )
+    result.lines = [
+        ("model", f"{config.model}, {shape.parameters / 1e6:.1f} M parameters"),
+        (
+            "data",
+            f"{rows} dialogues, {config.epochs} epochs, held out {config.heldout:.0%} of prompts",
+        ),
+        (
+            "step",
+            f"{config.batch_tokens} tokens; micro-batches of {config.micro_tokens} padded tokens",
+        ),
+    ]
+    return result
+
+
+def _plan_reward(config: RewardConfig, shape: Size) -> StagePlan:
+    rows = len(load_preferences(config.data, max_bad_rows=config.max_bad_rows).rows)
+    memory = PROCESS_GB + _trained(shape.parameters, config.lora, shape, config.compute_dtype)
+    memory += _activations(config.micro_tokens, shape, checkpointing=config.gradient_checkpointing)
+    result = StagePlan(
+        "reward", memory_gb=memory, disk_gb=_disk(1, config.checkpoint.keep_last, shape)
+    )
+    result.lines = [
+        ("model", f"{config.model}, {shape.parameters / 1e6:.1f} M parameters"),
+        ("data", f"{rows} pairs, {config.epochs} epochs, held out {config.heldout:.0%} of prompts"),
+        ("step", f"{config.batch_tokens} tokens, {config.min_pairs} to {config.max_pairs} pairs"),
+    ]
+    return result
+
+
+def _plan_ppo(config: PPOConfig, shape: Size) -> StagePlan:
+    rows = len(load_prompts(config.data, max_bad_rows=config.max_bad_rows).rows)
+    compute = torch.finfo(config.compute_dtype).bits / 8
+    backbone = shape.parameters
+    frozen = {"reward model": compute * backbone / GB, "engine": compute * shape.parameters / GB}
+    if config.lora is None and config.kl is not None:
+        frozen["reference"] = compute * shape.parameters / GB
+    policy = _trained(shape.parameters, config.lora, shape, config.compute_dtype)
+    critic = _trained(backbone, config.lora, shape, config.compute_dtype)
+    slots = min(config.engine.slots, config.rollout_size)
+    length = config.max_prompt + config.sampling.max_new_tokens
+    cache = slots * length * shape.layers * shape.kv_width * compute / GB
+    activations = _activations(
+        config.micro_tokens, shape, checkpointing=config.gradient_checkpointing
+    )
+    memory = PROCESS_GB + policy + critic + sum(frozen.values()) + cache + activations
+    critic_rollouts = config.critic_pretraining.max_rollouts if config.critic_pretraining else 0
+    rollouts = config.iterations + critic_rollouts
+    replies = rollouts * config.rollout_size
+    result = StagePlan(
+        "ppo", memory_gb=memory, disk_gb=_disk(2, config.checkpoint.keep_last, shape)
+    )
+    result.lines = [
+        ("models", f"four of {shape.parameters / 1e6:.1f} M parameters, from {config.model}"),
+        ("prompts", f"{rows}; {config.rollout_size} per iteration (rollout_size, over all ranks)"),
+        ("critic pre-training", f"at most {critic_rollouts} rollouts"),
+        (
+            "iterations",
+            f"{config.iterations}, each {config.steps_per_iteration} optimizer steps of "
+            f"{config.minibatch_size} replies (minibatch_size)",
+        ),
+        ("replies", f"{replies}, at most {replies * config.sampling.max_new_tokens} new tokens"),
+        ("policy", f"{policy:.2f} GB"),
+        ("critic", f"{critic:.2f} GB"),
+        *[(name, f"{value:.2f} GB") for name, value in frozen.items()],
+        ("cache", f"{cache:.2f} GB ({slots} slots of {length} tokens)"),
+        ("activations", f"{activations:.2f} GB (micro_tokens {config.micro_tokens})"),
+    ]
+    return result
+
+
+def _disk(models: int, keep: int, shape: Size) -> float:
+    """Checkpoints hold weights and two moments; the one being written counts too."""
+    return ((keep + 1) * models * 12 + 4) * shape.parameters / GB
+
+
+def advice(stages: list[StagePlan], available_gb: float) -> list[str]:
+    """What makes a plan fit that does not."""
+    most = max((stage.memory_gb for stage in stages), default=0.0)
+    if most <= available_gb:
+        return [f"fits: {most:.1f} GB at most, {available_gb:.1f} GB here"]
+    ranks = int(-(-most // available_gb))
+    return [
+        f"does not fit: {most:.1f} GB wanted, {available_gb:.1f} GB here",
+        "lora: {rank: 16} keeps masters and moments for the adapters only",
+        "gradient_checkpointing: true and smaller micro_tokens shrink activations",
+        f"or {ranks} ranks and more (torchrun --nproc-per-node ...): FSDP shards masters, moments "
+        "and gradients",
+    ]
+
+
+def available_memory_gb() -> float:
+    """Memory of the device the run would use."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory) / GB
+    import os
+
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
+    except (ValueError, OSError):
+        raise PpomaxError("this system does not say how much memory it has") from None

@@ -1,0 +1,185 @@
+"""Which figures a report shows: panels of each stage, score histograms, calibration.
+
+Each comes with a text alternative. How they are drawn is in `drawing`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ppomax.report.drawing import Figure, Line, curves, histograms, reliability
+from ppomax.report.read import RunData, as_number, event_name, listed, mapping
+from ppomax.report.text import number, percent, signed
+
+
+class Axis(NamedTuple):
+    """One set of axes of a panel: metric keys that share a scale."""
+
+    name: str
+    keys: tuple[str, ...]
+    band: tuple[str, str] | None = None
+    """Keys of the band around the first key, drawn for a single run."""
+
+
+class Panel(NamedTuple):
+    """A figure of a stage's report."""
+
+    title: str
+    axes: tuple[Axis, ...]
+
+
+PANELS: dict[str, tuple[Panel, ...]] = {
+    "sft": (
+        Panel("Loss", (Axis("nats per token", ("sft/loss", "eval/loss")),)),
+        Panel("Perplexity", (Axis("perplexity", ("sft/perplexity",)),)),
+    ),
+    "reward": (
+        Panel(
+            "Loss",
+            (
+                Axis("pair loss", ("reward/pair_loss", "eval/loss")),
+                Axis("with LM term", ("reward/loss",)),
+            ),
+        ),
+        Panel("Accuracy", (Axis("share of pairs", ("reward/accuracy", "eval/accuracy")),)),
+    ),
+    "ppo": (
+        Panel(
+            "Score",
+            (
+                Axis(
+                    "score",
+                    ("reward/score_mean",),
+                    ("reward/score_p05", "reward/score_p95"),
+                ),
+            ),
+        ),
+        Panel("KL to the reference", (Axis("nats per token", ("kl/ref_k3",)),)),
+        Panel("Perplexity of its own replies", (Axis("perplexity", ("policy/perplexity",)),)),
+        Panel("Response length", (Axis("tokens", ("response/length_mean",)),)),
+        Panel(
+            "Losses",
+            (Axis("policy loss", ("policy/loss",)), Axis("value loss", ("value/loss",))),
+        ),
+        Panel("Explained variance of the critic", (Axis("share", ("value/explained_variance",)),)),
+        Panel(
+            "Critic pre-training",
+            (
+                Axis("value loss", ("critic: value/loss",)),
+                Axis("explained variance", ("critic: value/explained_variance",)),
+            ),
+        ),
+    ),
+}
+"""The curves of each stage; the first six of PPO are figures 4 and 9 of Zheng et al. 2023."""
+
+
+def stage_figures(stage: str, runs: Sequence[tuple[str, RunData]]) -> list[Figure]:
+    """The curves of one stage, of all runs in the same axes; panels without data are left out."""
+    data = [(label, run.series) for label, run in runs]
+    marks = _alarm_steps(runs[0][1]) if len(runs) == 1 else []
+    figures = []
+    for panel in PANELS.get(stage, ()):
+        axes = [(axis.name, _lines(axis, data)) for axis in panel.axes]
+        axes = [(name, lines) for name, lines in axes if lines]
+        if axes:
+            name = f"{stage}-{panel.title}"
+            figures.append(curves(name, panel.title, axes, marks))
+    return figures
+
+
+def _lines(axis: Axis, data: Sequence[tuple[str, dict[str, Any]]]) -> list[Line]:
+    """One line per run and key: colour and marker by run, dash by key, where there are several."""
+    lines: list[Line] = []
+    several_runs, several_keys = len(data) > 1, len(axis.keys) > 1
+    for run, (label, keys) in enumerate(data):
+        for dash, key in enumerate(axis.keys):
+            if key not in keys:
+                continue
+            both = f"{label}: {key}" if several_keys else label
+            steps, values = keys[key]
+            line = Line(both if several_runs else key, steps, values, run, dash)
+            if not several_runs or not several_keys:
+                line = line._replace(color=len(lines), dash=len(lines))
+            if axis.band and not several_runs and all(edge in keys for edge in axis.band):
+                low, high = (_at(line.steps, keys[edge]) for edge in axis.band)
+                line = line._replace(low=low, high=high)
+            lines.append(line)
+    return lines
+
+
+def _at(steps: Sequence[float], curve: tuple[list[float], list[float]]) -> list[float]:
+    known = dict(zip(*curve, strict=True))
+    return [known.get(step, float("nan")) for step in steps]
+
+
+def _alarm_steps(run: RunData) -> list[float]:
+    words = ("alarm", "rollback")
+    rows = [row for row in run.events if any(word in event_name(row) for word in words)]
+    steps = {as_number(row.get("step")) for row in rows}
+    return sorted(step for step in steps if step is not None and np.isfinite(step))[:50]
+
+
+def score_histogram(label: str, report: Mapping[str, Any]) -> Figure | None:
+    """Scores of the baseline's and the policy's replies to the same prompts."""
+    scores = mapping(report.get("scores"))
+    sets = [(str(name), _finite(values)) for name, values in scores.items()]
+    sets = [(name, values) for name, values in sets if len(values)]
+    if not sets:
+        return None
+    low = min(float(values.min()) for _, values in sets)
+    high = max(float(values.max()) for _, values in sets)
+    edges = np.linspace(low, high if high > low else low + 1, 31)
+    counted = [(name, np.histogram(values, edges)[0].tolist(), edges) for name, values in sets]
+    parts = [f"{name} mean {number(float(v.mean()))} over {len(v):,} replies" for name, v in sets]
+    title = "Scores of replies" + (f", {label}" if label else "")
+    return histograms(f"scores-{label}", title, "score", counted, f"{title}: {'; '.join(parts)}.")
+
+
+def difference_figure(label: str, result: Mapping[str, Any]) -> Figure | None:
+    """Chosen minus rejected score over preference pairs: figure 2 of Zheng et al. 2023."""
+    histogram = mapping(result.get("histogram"))
+    counts, edges = _finite(histogram.get("counts")), _finite(histogram.get("edges"))
+    if not len(counts) or len(edges) != len(counts) + 1:
+        return None
+    share = as_number(mapping(result.get("accuracy")).get("accuracy"))
+    title = "Score difference, preferred minus other answer" + (f", {label}" if label else "")
+    alt = (
+        f"{title}: {number(float(counts.sum()))} pairs, mean "
+        f"{signed(as_number(histogram.get('mean')))}, median "
+        f"{signed(as_number(histogram.get('median')))}; {percent(share)} lie right of zero."
+    )
+    sets = [("pairs", counts, edges)]
+    return histograms(f"differences-{label}", title, "score difference", sets, alt)
+
+
+def reliability_figure(label: str, result: Mapping[str, Any]) -> Figure | None:
+    """How often the model is right over how sure it is."""
+    calibration = mapping(result.get("calibration"))
+    rows = [row for row in listed(calibration.get("reliability")) if _is_bin(row)]
+    if not rows:
+        return None
+    title = "Confidence and accuracy" + (f", {label}" if label else "")
+    first, last = rows[0], rows[-1]
+    alt = (
+        f"{title}: the least sure {number(first.get('n'))} pairs have confidence "
+        f"{percent(first['confidence'])} and accuracy {percent(first['accuracy'])}, the surest "
+        f"{percent(last['confidence'])} and {percent(last['accuracy'])}."
+    )
+    return reliability(f"reliability-{label}", title, rows, alt)
+
+
+def _finite(values: object) -> NDArray[np.float64]:
+    parsed = [as_number(value) for value in values] if isinstance(values, list) else []
+    kept = [value for value in parsed if value is not None and np.isfinite(value)]
+    return np.array(kept, dtype=np.float64)
+
+
+def _is_bin(row: Mapping[str, Any]) -> bool:
+    interval = row.get("ci95")
+    numbers = [row.get("confidence"), row.get("accuracy")]
+    numbers += interval if isinstance(interval, list) and len(interval) == 2 else [None]
+    parsed = [as_number(value) for value in numbers]
+    return all(value is not None and np.isfinite(value) for value in parsed)

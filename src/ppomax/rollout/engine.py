@@ -1,0 +1,67 @@
+"""What an engine is: prompts in, replies with their log-probs out."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from pydantic import Field
+from transformers import PreTrainedModel
+
+from ppomax.config import Settings
+from ppomax.data.template import ChatTemplate
+from ppomax.distributed import World
+from ppomax.rollout.sampling import SamplingParams
+
+
+class EngineSettings(Settings):
+    """Which engine answers and how many replies it writes at once."""
+
+    kind: Literal["native", "transformers"] = "native"
+    """`native` falls back to `transformers` for architectures it does not know, and says so."""
+    slots: int = Field(64, ge=1)
+    """Replies written side by side; finished ones leave and waiting prompts take their place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """Replies in the order of their prompts; ids only, nothing is re-tokenised."""
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    """Token ids, the end-of-turn token included where the reply ended."""
+    logprobs: list[list[float]]
+    """Of each response token under the distribution it was drawn from."""
+    finished: list[bool]
+    """Ended by the end-of-turn token or a stop string; False means cut at the limit."""
+
+
+class Engine(Protocol):
+    """Anything that answers prompts."""
+
+    def sync(self, model: PreTrainedModel) -> None:
+        """Take over the model's present weights (collective under sharding)."""
+
+    def generate(
+        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
+    ) -> Rollout:
+        """One reply per prompt; a reply depends on its prompt, its seed and the weights."""
+
+
+def build_engine(
+    settings: EngineSettings,
+    model: PreTrainedModel,
+    template: ChatTemplate,
+    world: World,
+    dtype: torch.dtype,
+) -> Engine:
+    """The engine asked for, with the model's weights.
+
+    Args:
+        model: a causal LM as `transformers` builds it, possibly with adapters, possibly sharded.
+        dtype: of the matrix products, float32 or bfloat16.
+    """
+    from ppomax.rollout import native, transformers_engine
+
+    if settings.kind == "native" and native.supports(model):
+        return native.NativeEngine(settings, model, template, world, dtype)
+    return transformers_engine.TransformersEngine(settings, model, template, world, dtype)

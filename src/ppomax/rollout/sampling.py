@@ -1,0 +1,181 @@
+"""Sampling from logits, with noise that is a pure function of (reply seed, step, token id).
+
+The Gumbel-max trick: argmax of logits/temperature + Gumbel noise is an exact draw. The noise is a
+hash, so a reply depends on its own seed alone, never on batch mates, slot, rank or device generator
+state. Only the most likely candidates are perturbed one by one; the rest of the vocabulary competes
+as one Gumbel variable of its total mass, which keeps the draw exact without sorting or filling the
+vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from ppomax.config import Settings
+
+CANDIDATES = 256
+"""Tokens perturbed one by one; a wider nucleus falls back to the whole vocabulary."""
+
+_TAIL_STREAM, _TAIL_ID = 1, -1
+
+
+class SamplingParams(Settings):
+    """How replies are drawn. PPO's default is plain temperature, so that the ratio is exact."""
+
+    temperature: float = Field(1.0, ge=0)
+    """Divides the logits; 0 takes the most likely token."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Longest reply in tokens, the end-of-turn token included."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    """Smallest set of tokens whose probability reaches this; null keeps all."""
+    top_k: int | None = Field(None, ge=1)
+    """Number of most likely tokens kept; null keeps all."""
+    min_p: float | None = Field(None, ge=0, le=1)
+    """Tokens below this share of the most likely one's probability are left out."""
+    repetition_penalty: float | None = Field(None, gt=0)
+    """Positive logits of tokens the reply already holds are divided by it, negative ones multiplied
+    (Keskar et al. 2019, eq. 2); generated tokens only."""
+    stop: list[str] = []
+    """A reply that comes to contain one of these ends there."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the sampling distribution is softmax(logits / temperature)."""
+        tricks = (self.top_p, self.top_k, self.min_p, self.repetition_penalty)
+        return all(trick is None for trick in tricks) and self.temperature > 0
+
+
+class Draw(NamedTuple):
+    """One token per reply."""
+
+    tokens: Int[Tensor, " batch"]
+    logprobs: Float[Tensor, " batch"]
+    """Under the distribution they were drawn from."""
+
+
+def sample(
+    logits: Float[Tensor, "batch vocab"],
+    seeds: Int[Tensor, " batch"],
+    steps: Int[Tensor, " batch"],
+    params: SamplingParams,
+    generated: Int[Tensor, "batch past"] | None = None,
+) -> Draw:
+    """Draw the next token of each reply.
+
+    Args:
+        logits: fp32.
+        seeds: one 63-bit seed per reply.
+        steps: index of the token to draw within its reply.
+        generated: earlier tokens of each reply for the repetition penalty; -1 where there is none.
+    """
+    if params.repetition_penalty is not None and generated is not None:
+        logits = penalise(logits, generated, params.repetition_penalty)
+    if params.temperature == 0:
+        logprobs, tokens = torch.log_softmax(logits, 1).max(1)
+        return Draw(tokens, logprobs)
+    logits = logits / params.temperature
+    count = min(CANDIDATES, logits.shape[1])
+    if params.top_k is not None:
+        count = max(1, min(params.top_k, logits.shape[1]))
+    values, ids = logits.topk(count, dim=1)
+    normaliser = logits.logsumexp(1)
+    if params.top_p is None and params.min_p is None and params.top_k is None:
+        return _draw_plain(logits, values, ids, normaliser, seeds, steps)
+    keep = _nucleus(values, normaliser, params)
+    if params.top_k is None and count < logits.shape[1] and bool(keep[:, -1].any()):
+        values, ids = logits.sort(1, descending=True)  # the nucleus is wider than the candidates
+        keep = _nucleus(values, normaliser, params)
+    values = values.masked_fill(~keep, float("-inf"))
+    noisy = values.double() + gumbel(seeds, steps, ids)
+    place = noisy.argmax(1, keepdim=True)
+    logprobs = values.gather(1, place).squeeze(1) - values.logsumexp(1)
+    return Draw(ids.gather(1, place).squeeze(1), logprobs)
+
+
+def penalise(
+    logits: Float[Tensor, "batch vocab"], generated: Int[Tensor, "batch past"], penalty: float
+) -> Float[Tensor, "batch vocab"]:
+    """Logits with the repetition penalty on tokens already generated (-1 marks no token)."""
+    if generated.shape[1] == 0:
+        return logits
+    rows, places = torch.nonzero(generated >= 0, as_tuple=True)
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    seen[rows, generated[rows, places]] = True
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _nucleus(
+    values: Float[Tensor, "batch candidates"],
+    normaliser: Float[Tensor, " batch"],
+    params: SamplingParams,
+) -> Bool[Tensor, "batch candidates"]:
+    """Candidates (sorted, most likely first) that top-k, min-p and top-p leave in."""
+    keep = torch.ones_like(values, dtype=torch.bool)
+    if params.top_k is not None:
+        normaliser = values.logsumexp(1)  # top-p acts on what top-k has left
+    if params.min_p is not None and params.min_p > 0:
+        keep &= values >= values[:, :1] + torch.tensor(params.min_p).log().item()
+    if params.top_p is not None:
+        probabilities = (values - normaliser[:, None]).exp()
+        before = probabilities.cumsum(1) - probabilities
+        keep &= before < params.top_p
+    keep[:, 0] = True
+    return keep
+
+
+def _draw_plain(
+    logits: Float[Tensor, "batch vocab"],
+    values: Float[Tensor, "batch candidates"],
+    ids: Int[Tensor, "batch candidates"],
+    normaliser: Float[Tensor, " batch"],
+    seeds: Int[Tensor, " batch"],
+    steps: Int[Tensor, " batch"],
+) -> Draw:
+    """An exact draw from softmax(logits): candidates one by one, the tail as one."""
+    noisy = values.double() + gumbel(seeds, steps, ids)
+    best, place = noisy.max(1)
+    tokens = ids.gather(1, place[:, None]).squeeze(1)
+    if ids.shape[1] < logits.shape[1]:
+        inside = (values.double() - normaliser.double()[:, None]).exp().sum(1)
+        tail_mass = (1 - inside).clamp(min=0)
+        tail_id = torch.full_like(ids[:, :1], _TAIL_ID)
+        tail = normaliser.double() + tail_mass.log() + gumbel(seeds, steps, tail_id).squeeze(1)
+        for row in torch.nonzero(tail > best).flatten().tolist():
+            rest = logits[row].double().scatter(0, ids[row], float("-inf"))
+            every = torch.arange(len(rest), device=ids.device)[None]
+            noise = gumbel(seeds[row : row + 1], steps[row : row + 1], every, stream=_TAIL_STREAM)
+            tokens[row] = (rest + noise.squeeze(0)).argmax()
+    return Draw(tokens, logits.gather(1, tokens[:, None]).squeeze(1) - normaliser)
+
+
+def gumbel(
+    seeds: Int[Tensor, " batch"],
+    steps: Int[Tensor, " batch"],
+    ids: Int[Tensor, "batch count"],
+    stream: int = 0,
+) -> Float[Tensor, "batch count"]:
+    """Standard Gumbel noise in float64, a hash of (seed, step, token id, stream)."""
+    state = _mix(seeds + _constant(0x9E3779B97F4A7C15) * (steps * 2 + stream + 1))[:, None]
+    bits = _mix(state ^ _mix(ids * _constant(0xD1342543DE82EF95) + 1))
+    uniform = ((_shift(bits, 11)).double() + 0.5) * 2.0**-53
+    return -torch.log(-torch.log(uniform))
+
+
+def _mix(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """The finaliser of SplitMix64 (Steele et al. 2014); int64 wraps as uint64 does."""
+    x = (x ^ _shift(x, 30)) * _constant(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _constant(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Int[Tensor, "..."], bits: int) -> Int[Tensor, "..."]:
+    """Logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _constant(value: int) -> int:
+    """A 64-bit constant as the int64 with the same bits."""
+    return value - (1 << 64) if value >= 1 << 63 else value

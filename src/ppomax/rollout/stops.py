@@ -1,0 +1,22 @@
+"""Stop strings: has a reply's text come to contain one?"""
+
+from collections.abc import Sequence
+
+from ppomax.data.template import ChatTemplate
+
+WINDOW = 32
+"""Last tokens decoded at each step; longer than any stop string in tokens."""
+
+
+class StopStrings:
+    """Decodes the end of a reply and looks for stop strings."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.template = template
+
+    def hit(self, ids: Sequence[int], stop: Sequence[str]) -> bool:
+        """Whether the last tokens hold one of the strings."""
+        if not stop:
+            return False
+        text = self.template.decode(ids[-WINDOW:])
+        return any(string in text for string in stop)

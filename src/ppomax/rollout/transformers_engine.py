@@ -1,0 +1,124 @@
+"""The fallback engine: any causal LM that `transformers` runs, left-padded, with its own cache.
+
+Sampling is shared with the native engine, so seeds and log-probs mean the same.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from ppomax.data.template import ChatTemplate
+from ppomax.distributed import World, full_state
+from ppomax.models.lora import effective_state_dict
+from ppomax.rollout.engine import EngineSettings, Rollout
+from ppomax.rollout.sampling import SamplingParams, sample
+from ppomax.rollout.stops import StopStrings
+
+
+class TransformersEngine:
+    """See the module's docstring; `Engine` is the protocol. Holds a full copy of the weights."""
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        model: PreTrainedModel,
+        template: ChatTemplate,
+        world: World,
+        dtype: torch.dtype,
+    ) -> None:
+        self.settings, self.template, self.device = settings, template, world.device
+        self.stops = StopStrings(template)
+        self.config = copy.deepcopy(model.config)
+        with torch.device(world.device):
+            plain: nn.Module = type_of(model)(self.config)
+        self.model = plain.to(dtype).eval()
+        self.sync(model)
+
+    @torch.no_grad()
+    def sync(self, model: PreTrainedModel) -> None:
+        """Copy the model's present weights."""
+        own = self.model.state_dict()
+        for name, value in effective_state_dict(model, full_state(model)).items():
+            own[name].copy_(value)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
+    ) -> Rollout:
+        """One reply per prompt, `slots` at a time, prompts of similar length together."""
+        responses: list[list[int]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
+        finished = [False] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+        for start in range(0, len(order), self.settings.slots):
+            rows = order[start : start + self.settings.slots]
+            self._write(rows, prompts, params, seeds, responses, logprobs, finished)
+        return Rollout(prompts, responses, logprobs, finished)
+
+    def _write(
+        self,
+        rows: list[int],
+        prompts: list[list[int]],
+        params: SamplingParams,
+        seeds: list[int],
+        responses: list[list[int]],
+        logprobs: list[list[float]],
+        finished: list[bool],
+    ) -> None:
+        longest = max(len(prompts[row]) for row in rows)
+        ids = torch.zeros(len(rows), longest, dtype=torch.long, device=self.device)
+        attention = torch.zeros_like(ids)
+        for place, row in enumerate(rows):
+            ids[place, longest - len(prompts[row]) :] = torch.tensor(
+                prompts[row], device=self.device
+            )
+            attention[place, longest - len(prompts[row]) :] = 1
+        cache = DynamicCache(config=self.config)
+        positions = (attention.cumsum(1) - 1).clamp(min=0)
+        done = [False] * len(rows)
+        row_seeds = torch.tensor([seeds[row] for row in rows], device=self.device)
+        past = torch.full((len(rows), 0), -1, dtype=torch.long, device=self.device)
+        for step in range(params.max_new_tokens):
+            logits = self._next(ids, attention, positions, cache)
+            steps = torch.full_like(row_seeds, step)
+            draw = sample(logits, row_seeds, steps, params, past)
+            for place, row in enumerate(rows):
+                if done[place]:
+                    continue
+                responses[row].append(int(draw.tokens[place]))
+                logprobs[row].append(float(draw.logprobs[place]))
+                ended = responses[row][-1] == self.template.end_id
+                ended = ended or self.stops.hit(responses[row], params.stop)
+                finished[row] = ended
+                done[place] = ended
+            if all(done):
+                return
+            ids = draw.tokens[:, None]
+            past = torch.cat([past, ids], 1)
+            attention = torch.cat([attention, torch.ones_like(ids)], 1)
+            positions = positions[:, -1:] + 1
+
+    def _next(
+        self, ids: Tensor, attention: Tensor, positions: Tensor, cache: DynamicCache
+    ) -> Tensor:
+        """Logits [rows, vocab] after the last position, fp32."""
+        output = self.model(
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
+
+
+def type_of(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The model's own class (FSDP gives sharded models a subclass)."""
+    for kind in type(model).__mro__:
+        if issubclass(kind, PreTrainedModel) and not kind.__name__.startswith("FSDP"):
+            return kind
+    return type(model)

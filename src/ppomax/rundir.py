@@ -1,0 +1,114 @@
+"""The run directory: append-only JSONL files, resolved config, environment; rank 0 writes."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ppomax.errors import ConfigError
+
+CONFIG, ENV = "config.yaml", "env.json"
+METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.jsonl"
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a JSONL file; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if not line.endswith("\n"):
+                return
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append rows in one write."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def cut_back(path: Path, keep: "dict[str, int]") -> None:
+    """Drop rows past the resumed step of each stage (and a torn last line), by atomic replace."""
+    if not path.exists():
+        return
+    rows = [
+        row for row in read_jsonl(path) if row.get("step", 0) <= keep.get(row.get("stage", ""), -1)
+    ]
+    temporary = path.with_suffix(".part")
+    temporary.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
+    temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def create(path: Path, config: str) -> None:
+    """Make a run directory and write its config.
+
+    Raises:
+        ConfigError: the directory already holds a run, or cannot be written.
+    """
+    if (path / CONFIG).exists():
+        raise ConfigError(
+            f"setting out: {path} already holds a run; continue it with `ppomax resume {path}` "
+            "or give another out=DIR"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(path / CONFIG, config)
+    except OSError as error:
+        raise ConfigError(f"setting out: cannot write {path} ({error.strerror})") from None
+
+
+def write_environment(path: Path, extra: dict[str, Any]) -> None:
+    """Versions, machine and command of the run."""
+    names = ["torch", "transformers", "peft", "safetensors", "numpy", "ppomax"]
+    record = {
+        "versions": {name: metadata.version(name) for name in names}
+        | {"python": platform.python_version()},
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+        },
+        "commit": _commit(),
+        "command": sys.argv,
+        **extra,
+    }
+    write_text(path / ENV, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def _commit() -> str | None:
+    """Commit of the source tree this package runs from, if it runs from one."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=5,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

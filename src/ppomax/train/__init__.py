@@ -1,0 +1,1 @@
+"""The three stages that train: SFT, reward model, PPO."""

@@ -1,0 +1,167 @@
+"""The four roles of PPO, loaded and placed: policy, reference, critic, reward model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ppomax.data.template import ChatTemplate
+from ppomax.distributed import World
+from ppomax.errors import ConfigError
+from ppomax.models.export import REWARD_CARD_FILE, read_reward_card, tokenizer_hash
+from ppomax.models.heads import ScalarModel
+from ppomax.models.language import LanguageModel, place
+from ppomax.models.load import load_policy, load_reward_model, load_tokenizer, load_value_model
+from ppomax.models.lora import adapters_off, add_lora
+from ppomax.rollout.engine import Engine, build_engine
+from ppomax.train.loop import Trainable
+from ppomax.train.ppo_config import PPOConfig
+from ppomax.train.reward import score_dialogues
+from ppomax.train.rewards import Scorer, load_callable
+from ppomax.types import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Actors:
+    """Everything an iteration calls; reference and reward model frozen, in the compute dtype."""
+
+    policy: Trainable[LanguageModel]
+    critic: Trainable[ScalarModel]
+    reference: LanguageModel | None
+    """None: the policy with its adapters off."""
+    reward: ScalarModel | None
+    """None where scores come from `scorer`."""
+    scorer: Scorer | None
+    engine: Engine
+    template: ChatTemplate
+
+    @property
+    def pad(self) -> int:
+        """The id that fills batches and never ends a text."""
+        return int(self.template.tokenizer.pad_token_id)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[LanguageModel]:
+        """The reference policy, however it is held."""
+        if self.reference is not None:
+            yield self.reference
+            return
+        with adapters_off(self.policy.model):
+            yield self.policy.model
+
+
+def load_actors(config: PPOConfig, here: World) -> Actors:
+    """Load, adapt, place.
+
+    Raises:
+        ModelError: a model cannot be loaded.
+        ConfigError: no reward source, or a reward model with another tokenizer.
+    """
+    if config.reward.model is None and config.reward.callable is None:
+        raise ConfigError(
+            "setting ppo.reward.model: missing; give a reward model or ppo.reward.callable"
+        )
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    template = ChatTemplate(tokenizer, config.system)
+    trust = config.trust_remote_code
+    base = config.compute_dtype if config.lora else torch.float32
+    lm = load_policy(config.model, dtype=base, trust_remote_code=trust)
+    _check_positions(config, lm.config.max_position_embeddings)
+    reference = None
+    if config.lora:
+        add_lora(lm, config.lora, config.seed)
+    elif config.kl is not None:
+        reference = LanguageModel(
+            load_policy(config.model, dtype=config.compute_dtype, trust_remote_code=trust)
+        )
+        reference.requires_grad_(False)
+    reward = _load_reward(config, tokenizer, template, here)
+    critic = _load_critic(config, base)
+    policy = LanguageModel(lm)
+    for model in (policy, critic):
+        place(model, here, checkpointing=config.gradient_checkpointing)
+    for frozen in (reference, reward):
+        if frozen is not None:
+            place(frozen, here)
+    steps = config.iterations * config.steps_per_iteration
+    scorer = (
+        load_callable(config.reward.callable, "ppo.reward.callable")
+        if config.reward.callable
+        else None
+    )
+    return Actors(
+        policy=Trainable("policy", policy, config.optim, steps, here),
+        critic=Trainable("critic", critic, config.critic_optim, steps, here),
+        reference=reference,
+        reward=reward,
+        scorer=scorer,
+        engine=build_engine(config.engine, lm, template, here, config.compute_dtype),
+        template=template,
+    )
+
+
+def _check_positions(config: PPOConfig, positions: int) -> None:
+    if config.max_length > positions:
+        raise ConfigError(
+            f"setting ppo.max_length: {config.max_length} is more than the {positions} positions "
+            f"of {config.model}"
+        )
+
+
+def _load_reward(
+    config: PPOConfig, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, here: World
+) -> ScalarModel | None:
+    if config.reward.model is None:
+        return None
+    model = load_reward_model(
+        config.reward.model,
+        dtype=config.compute_dtype,
+        init_from_lm=False,
+        trust_remote_code=config.trust_remote_code,
+    )
+    other = load_tokenizer(config.reward.model, trust_remote_code=config.trust_remote_code)
+    if tokenizer_hash(other) != tokenizer_hash(tokenizer):
+        raise ConfigError(
+            f"setting ppo.reward.model: {config.reward.model} has another tokenizer or chat "
+            f"template than {config.model}; train the reward model from the same base"
+        )
+    model.requires_grad_(False)
+    model.to(here.device)
+    if (Path(config.reward.model) / REWARD_CARD_FILE).exists():
+        _check_probes(config, model, template, here)
+    return model
+
+
+def _check_probes(
+    config: PPOConfig, model: ScalarModel, template: ChatTemplate, here: World
+) -> None:
+    """Score the card's probe texts again: a changed template or file shows as other scores."""
+    probes = read_reward_card(Path(str(config.reward.model))).probes
+    dialogues = [
+        tuple(Message(role=turn["role"], content=turn["content"]) for turn in probe["messages"])
+        for probe in probes
+    ]
+    found = score_dialogues(model, dialogues, template, here, config.compute_dtype)
+    tolerance = 1e-3 if config.compute_dtype == torch.float32 else 0.25
+    for probe, score in zip(probes, found, strict=True):
+        if abs(score - probe["score"]) > tolerance * max(1.0, abs(probe["score"])):
+            raise ConfigError(
+                f"setting ppo.reward.model: {config.reward.model} scores a probe text {score:.4g}, "
+                f"its card says {probe['score']:.4g}; the files or the system prompt differ from "
+                "its training"
+            )
+
+
+def _load_critic(config: PPOConfig, dtype: torch.dtype) -> ScalarModel:
+    source = {"reward": config.reward.model, "policy": config.model}.get(
+        config.critic, config.critic
+    )
+    critic = load_value_model(
+        str(source), dtype=dtype, seed=config.seed, trust_remote_code=config.trust_remote_code
+    )
+    if config.lora:
+        add_lora(critic, config.lora, config.seed + 1)
+    return critic

@@ -1,0 +1,300 @@
+"""What the three stages share: the run's files, checkpoints, signals, micro-batches over ranks."""
+
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ppomax import checkpoint, distributed, rundir
+from ppomax.config import dump
+from ppomax.distributed import World, agree, barrier, gather
+from ppomax.errors import CheckpointError, Interrupted
+from ppomax.metrics import as_row
+from ppomax.monitors import check_keys
+from ppomax.train.optim import OptimSettings, build_optimizer, learning_rate, set_learning_rate
+from ppomax.train.progress import Progress
+from ppomax.train.settings import StageSettings
+from ppomax.train.trackers import Tracker, open_trackers
+
+DONE = "done.json"
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Trainable(Generic[M]):
+    """A model, its optimizer and its schedule: what a step needs and a checkpoint holds."""
+
+    def __init__(
+        self, name: str, model: M, settings: OptimSettings, total_steps: int, world: World
+    ) -> None:
+        self.name, self.model, self.settings, self.world = name, model, settings, world
+        self.total_steps, self.step_count = total_steps, 0
+        self.optimizer = build_optimizer(model, settings)
+        self.scale = distributed.loss_scale(model, world)
+
+    @property
+    def lr(self) -> float:
+        """Rate of the next step."""
+        return learning_rate(self.settings, self.step_count, max(1, self.total_steps))
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradients; losses are sums over a denominator of the whole batch."""
+        (loss * self.scale).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+    def step(self) -> tuple[float, bool]:
+        """Clip and update; returns the norm before the clip and whether the step was taken.
+
+        A non-finite gradient reaches neither a parameter nor a moment.
+        """
+        distributed.sum_gradients(self.model, self.world)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        norm = distributed.clip_gradients(parameters, self.settings.grad_clip)
+        taken = math.isfinite(norm)
+        if taken:
+            set_learning_rate(self.optimizer, self.lr)
+            self.optimizer.step()
+            self.step_count += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, taken
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Checkpoint groups: weights and optimizer state."""
+        return {
+            self.name: checkpoint.model_tensors(self.model),
+            f"{self.name}_optimizer": checkpoint.optimizer_tensors(self.model, self.optimizer),
+        }
+
+    def restore(self, found: checkpoint.Checkpoint) -> None:
+        """Put a checkpoint's weights and optimizer state in place."""
+        checkpoint.load_model_tensors(self.model, found.tensors(self.name))
+        tensors = found.tensors(f"{self.name}_optimizer")
+        checkpoint.load_optimizer_tensors(self.model, self.optimizer, tensors)
+        self.step_count = found.state[f"{self.name}_steps"]
+
+
+class StageRun:
+    """One stage's run directory, while it trains. Files are rank 0's; every rank calls alike."""
+
+    def __init__(self, name: str, config: StageSettings, world: World, *, resume: bool) -> None:
+        self.name, self.config, self.world = name, config, world
+        self.path = Path(config.out)
+        self.attempt = 0
+        self.started = time.monotonic()
+        self.skipped_in_a_row = 0
+        self._stop_signal: int | None = None
+        self.found: checkpoint.Checkpoint | None = None
+        if world.is_main:
+            self._open(resume)
+        barrier(world)
+        if resume:
+            self.found = checkpoint.latest(self.path / "checkpoints")
+        self.trackers: list[Tracker] = (
+            open_trackers(config.log.to, name, self.path) if world.is_main else []
+        )
+        self.progress = Progress(name, enabled=world.is_main)
+
+    def _open(self, resume: bool) -> None:
+        text = dump(self.config)
+        if not resume or not (self.path / rundir.CONFIG).exists():
+            rundir.create(self.path, text)
+        elif (self.path / rundir.CONFIG).read_text(encoding="utf-8") != text:
+            raise CheckpointError(
+                f"{self.path}: its config.yaml differs from this run's; resume needs the same"
+            )
+        rundir.write_environment(
+            self.path,
+            {
+                "device": str(self.world.device),
+                "world_size": self.world.size,
+                "seed": self.config.seed,
+                "dtype": self.config.dtype,
+                "threads": torch.get_num_threads(),
+            },
+        )
+
+    def restore(self, parts: Sequence[Trainable[Any]]) -> dict[str, Any] | None:
+        """Put the newest verified checkpoint in place; its state, or None where there is none."""
+        if self.found is None:
+            if self.world.is_main:
+                for name in (rundir.METRICS, rundir.SAMPLES, rundir.EVENTS):
+                    rundir.cut_back(self.path / name, {})
+            return None
+        state = self.found.state
+        if state["threads"] != torch.get_num_threads():
+            self.event(
+                "resume",
+                step=0,
+                note=f"{state['threads']} threads before, {torch.get_num_threads()} now: "
+                "results will differ in the last bits",
+            )
+        for part in parts:
+            part.restore(self.found)
+        self.attempt = state["attempt"]
+        if self.world.is_main:
+            for name in (rundir.METRICS, rundir.SAMPLES, rundir.EVENTS):
+                rundir.cut_back(self.path / name, state["progress"])
+        barrier(self.world)
+        return state
+
+    def save(
+        self,
+        step: int,
+        parts: Sequence[Trainable[Any]],
+        state: dict[str, Any],
+        progress: Mapping[str, int],
+    ) -> None:
+        """Write a checkpoint (collective: sharded tensors are gathered).
+
+        Args:
+            step: number in the directory's name.
+            progress: last logged step of each stage name; rows past it are cut on resume.
+        """
+        groups = {name: tensors for part in parts for name, tensors in part.tensors().items()}
+        state = {
+            **state,
+            "attempt": self.attempt,
+            "threads": torch.get_num_threads(),
+            "progress": dict(progress),
+            **{f"{part.name}_steps": part.step_count for part in parts},
+        }
+        if self.world.is_main:
+            root = self.path / "checkpoints"
+            checkpoint.save(root, step, groups, state)
+            checkpoint.prune(root, self.config.checkpoint.keep_last)
+        barrier(self.world)
+
+    def log(
+        self, step: int, values: Mapping[str, float], *, total: int, stage: str | None = None
+    ) -> None:
+        """One row of metrics.jsonl, checked against the declarations; rank 0 writes."""
+        stage = stage or self.name
+        check_keys(stage, values)
+        if not self.world.is_main:
+            return
+        seconds = time.monotonic() - self.started
+        rundir.append_jsonl(
+            self.path / rundir.METRICS, [as_row(stage, step, self.attempt, seconds, values)]
+        )
+        self.progress.show(stage, step, total, values)
+        for tracker in self.trackers:
+            tracker.log(stage, step, values)
+
+    def event(self, kind: str, *, step: int, **fields: object) -> None:
+        """One row of events.jsonl, and a line on the terminal."""
+        if self.world.is_main:
+            row = {
+                "stage": self.name,
+                "step": step,
+                "attempt": self.attempt,
+                "kind": kind,
+                **fields,
+            }
+            rundir.append_jsonl(self.path / rundir.EVENTS, [row])
+            self.progress.say(
+                f"{kind}: " + ", ".join(f"{key} {value}" for key, value in fields.items())
+            )
+
+    def samples(self, rows: list[dict[str, Any]]) -> None:
+        """Rows of samples.jsonl."""
+        if self.world.is_main and rows:
+            rundir.append_jsonl(self.path / rundir.SAMPLES, rows)
+
+    def step_taken(self, taken: bool, step: int, batch: object) -> None:
+        """Count skipped steps; three in a row stop the run.
+
+        Raises:
+            TrainingError: three optimizer steps in a row were non-finite.
+        """
+        if taken:
+            self.skipped_in_a_row = 0
+            return
+        from ppomax.errors import TrainingError
+
+        self.skipped_in_a_row += 1
+        self.event("skipped_step", step=step, reason="non-finite gradient", batch=batch)
+        if self.skipped_in_a_row >= 3:
+            raise TrainingError(
+                f"{self.path}: three optimizer steps in a row were not finite; the last checkpoint "
+                "is good. Lower the learning rate or look at the batch in events.jsonl"
+            )
+
+    def stop_asked(self) -> bool:
+        """Whether a signal asked any rank to stop."""
+        return agree(self._stop_signal is not None, self.world)
+
+    def interrupt(self) -> Interrupted:
+        """The exception to raise once the state is saved."""
+        return Interrupted(
+            f"stopped at a signal, state saved; go on with `ppomax resume {self.path}`"
+        )
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Note SIGTERM, SIGINT and SIGUSR1 instead of dying; a second one ends at once."""
+        watched = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+
+        def note(number: int, _frame: FrameType | None) -> None:
+            if self._stop_signal is not None:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self._stop_signal = number
+
+        try:
+            before = {number: signal.signal(number, note) for number in watched}
+        except ValueError:  # not the main thread: signals are the caller's
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def finish(self) -> Path:
+        """Mark the stage done."""
+        if self.world.is_main:
+            rundir.write_text(self.path / DONE, "{}\n")
+            for tracker in self.trackers:
+                tracker.close()
+        self.progress.close()
+        barrier(self.world)
+        return self.path
+
+
+def is_done(path: Path) -> bool:
+    """Whether a stage's directory holds a finished run."""
+    return (path / DONE).exists()
+
+
+def rank_micro_batches(plan: Sequence[list[int]], world: World) -> list[tuple[list[int], float]]:
+    """This rank's micro-batches with their weight in the loss.
+
+    Every rank runs the same number of forwards (collectives would hang otherwise): where the plan
+    does not divide, the shortest micro-batch is run again with weight 0.
+    """
+    filler = [(plan[-1], 0.0)] * (-len(plan) % world.size)
+    return world.share([(batch, 1.0) for batch in plan] + filler)
+
+
+def autocast(world: World, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """bf16 matrix products on fp32 weights; nothing in fp32."""
+    return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def peak_memory_gb(world: World) -> float:
+    """Largest memory so far, of all ranks: device memory on CUDA, resident memory elsewhere."""
+    if world.device.type == "cuda":
+        used = torch.cuda.max_memory_allocated(world.device)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return max(gather(used, world)) / 1e9

@@ -1,0 +1,309 @@
+"""PPO-max (Zheng et al. 2023, §5.4): sample, score, estimate, update, observe."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppomax.distributed import World, full_state, gather, world
+from ppomax.experience import AdaptiveKL, FixedKL
+from ppomax.metrics import MetricSums
+from ppomax.models.export import Card, export_policy
+from ppomax.models.language import LanguageModel
+from ppomax.normalise import RunningMoments
+from ppomax.rollout.engine import Rollout
+from ppomax.train.actors import Actors, load_actors
+from ppomax.train.experience_batch import Experience, Plan, estimate, plan_updates, score
+from ppomax.train.loop import StageRun
+from ppomax.train.observe import observe, sample_rows, timing
+from ppomax.train.ppo_config import PPOConfig
+from ppomax.train.prompts import Prompt, PromptStream, TextStream, load_stream, reply_seeds
+from ppomax.train.update import update_critic, update_policy
+
+
+def train_ppo(config: PPOConfig, *, resume: bool = False) -> Path:
+    """Run the stage; returns its run directory, with the policy in `export/`."""
+    with world(config.device) as here:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        run = StageRun("ppo", config, here, resume=resume)
+        with run.signals():
+            trainer = PPO(config, here, run)
+            trainer.pretrain_critic()
+            trainer.train()
+            trainer.export()
+        return run.finish()
+
+
+class PPO:
+    """The stage's state: actors, running moments, KL coefficient, counters."""
+
+    def __init__(self, config: PPOConfig, here: World, run: StageRun) -> None:
+        self.config, self.here, self.run = config, here, run
+        self.actors: Actors = load_actors(config, here)
+        self.prompts: PromptStream = load_stream(config, self.actors.template)
+        self.texts = (
+            TextStream(config.ptx, self.actors.template, config.seed, config.max_bad_rows)
+            if config.ptx
+            else None
+        )
+        self.moments = RunningMoments()
+        self.kl = kl_controller(config)
+        self.iteration, self.critic_rollouts = 0, 0
+        self.critic_ready = config.critic_pretraining is None
+        self.taken = 0
+        """Prompts taken from the stream so far."""
+        self.seconds: dict[str, float] = {}
+        self._restore()
+        if not config.sampling.is_plain and self.iteration == 0 and self.critic_rollouts == 0:
+            run.event(
+                "sampler",
+                step=0,
+                note="top-p, top-k, min-p or a penalty is on: the ratio is to the "
+                "trainer's plain distribution, not to the one replies were drawn from",
+            )
+
+    # --- the iteration ------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """All PPO iterations from where the run stands."""
+        while self.iteration < self.config.iterations:
+            step = self.iteration + 1
+            prompts, experience, plan = self.collect("ppo", step)
+            sums = MetricSums()
+            with self.clock("update"):
+                self.update(experience, plan, step, sums)
+                self.actors.engine.sync(self.policy.lm)
+            values = observe(experience, self.config) | sums.merged(self.here)
+            values |= timing(self.seconds, experience, self.config, self.here)
+            self.kl.update(self._kl_in_unit(values), self.config.rollout_size)
+            self.iteration = step
+            self.run.log(step, values, total=self.config.iterations)
+            if step % self.config.log.samples_every == 0 or step in (1, self.config.iterations):
+                rows = sample_rows(
+                    experience,
+                    prompts,
+                    self.actors,
+                    self.config.log.samples,
+                    step=step,
+                    attempt=self.run.attempt,
+                )
+                self.run.samples(rows)
+            self._save_if_due(step == self.config.iterations)
+
+    def collect(self, stage: str, step: int) -> tuple[list[Prompt], Experience, Plan]:
+        """Sample, score, estimate: one rollout's experience and the plan of its update."""
+        config = self.config
+        prompts = self.prompts.batch(self.taken, config.rollout_size)
+        with self.clock("rollout"):
+            rollout = self.sample(prompts, stage, step)
+        plan = plan_updates(rollout, config, self.here, stage, step, 0)
+        with self.clock("score"):
+            scored = score(rollout, prompts, plan, self.actors, config, self.here)
+        if self.run.stop_asked():  # nothing of this iteration has touched the state yet
+            self._save()
+            raise self.run.interrupt()
+        experience = estimate(rollout, scored, self.moments, self.kl, config)
+        self.taken += config.rollout_size
+        for index in (~scored.mask.any(1)).nonzero().flatten().tolist():
+            self.run.event("quarantined", step=step, id=prompts[index].row.id, reason="no score")
+        return prompts, experience, plan
+
+    def sample(self, prompts: list[Prompt], stage: str, step: int) -> Rollout:
+        """Replies to all prompts, each rank writing its share."""
+        seeds = reply_seeds(
+            prompts, seed=self.config.seed, stage=stage, attempt=self.run.attempt, iteration=step
+        )
+        mine = self.here.share(list(range(len(prompts))))
+        local = self.actors.engine.generate(
+            [prompts[i].ids for i in mine], self.config.sampling, [seeds[i] for i in mine]
+        )
+        return merge_rollouts(gather(local, self.here), len(prompts))
+
+    def update(self, experience: Experience, plan: Plan, step: int, sums: MetricSums) -> None:
+        """Every epoch's optimizer steps; the first epoch follows the plan that was scored."""
+        config = self.config
+        for epoch in range(config.epochs):
+            if epoch:
+                plan = plan_updates(experience.rollout, config, self.here, "ppo", step, epoch)
+            for number, minibatch in enumerate(plan):
+                kl = update_policy(
+                    experience,
+                    minibatch,
+                    self._texts(experience, minibatch, step, epoch, number),
+                    self.actors,
+                    config,
+                    self.here,
+                    self.run,
+                    sums,
+                    step=step,
+                    first=epoch == 0 and number == 0,
+                )
+                update_critic(
+                    experience,
+                    minibatch,
+                    self.actors,
+                    config,
+                    self.here,
+                    self.run,
+                    sums,
+                    step=step,
+                    clip=config.loss.value_clip,
+                )
+                if config.loss.target_kl is not None and kl > config.loss.target_kl:
+                    self.run.event("target_kl", step=step, kl=kl, epoch=epoch, minibatch=number)
+                    return
+
+    def pretrain_critic(self) -> None:
+        """Fit the critic, policy frozen and value clip off, until it explains fresh returns."""
+        settings = self.config.critic_pretraining
+        while settings is not None and not self.critic_ready:
+            step = self.critic_rollouts + 1
+            _, experience, plan = self.collect("critic", step)
+            values = observe(experience, self.config)
+            enough = values["value/explained_variance"] >= settings.explained_variance
+            sums = MetricSums()
+            with self.clock("update"):
+                for epoch in range(settings.epochs):
+                    if epoch:
+                        plan = plan_updates(
+                            experience.rollout, self.config, self.here, "critic", step, epoch
+                        )
+                    for minibatch in plan:
+                        update_critic(
+                            experience,
+                            minibatch,
+                            self.actors,
+                            self.config,
+                            self.here,
+                            self.run,
+                            sums,
+                            step=step,
+                            clip=None,
+                        )
+            values |= sums.merged(self.here) | timing(
+                self.seconds, experience, self.config, self.here
+            )
+            self.critic_rollouts = step
+            self.critic_ready = enough or step >= settings.max_rollouts
+            self.run.log(step, values, total=settings.max_rollouts, stage="critic")
+            if self.critic_ready:
+                self.actors.critic.step_count = 0
+                found = values["value/explained_variance"]
+                self.run.event("critic_ready", step=step, explained_variance=found, reached=enough)
+            self._save_if_due(self.critic_ready)
+
+    # --- state --------------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> LanguageModel:
+        """The trained policy."""
+        return self.actors.policy.model
+
+    @contextmanager
+    def clock(self, phase: str) -> Iterator[None]:
+        """Time a phase of the iteration."""
+        began = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - began
+
+    def _kl_in_unit(self, values: dict[str, float]) -> float:
+        per_sequence = self.config.kl is not None and self.config.kl.target_per_sequence is not None
+        return values.get("kl/ref_sequence" if per_sequence else "kl/ref_k1", 0.0)
+
+    def _texts(
+        self, experience: Experience, minibatch: list[list[int]], step: int, epoch: int, number: int
+    ) -> list[list[int]]:
+        if self.texts is None or self.config.ptx is None:
+            return []
+        rows = [index for micro in minibatch for index in micro]
+        tokens = self.config.ptx.tokens or int(experience.scored.mask[rows].sum())
+        return self.texts.take(tokens, step, epoch, number)
+
+    def _save_if_due(self, last: bool) -> None:
+        stop = self.run.stop_asked()
+        if (
+            last
+            or stop
+            or (self.iteration + self.critic_rollouts) % self.config.checkpoint.every == 0
+        ):
+            self._save()
+        if stop and not (last and self.iteration):
+            raise self.run.interrupt()
+
+    def _save(self) -> None:
+        state: dict[str, Any] = {
+            "iteration": self.iteration,
+            "critic_rollouts": self.critic_rollouts,
+            "taken": self.taken,
+            "critic_ready": self.critic_ready,
+            "moments": self.moments.state_dict(),
+            "kl": self.kl.state_dict(),
+        }
+        self.run.save(
+            self.iteration + self.critic_rollouts,
+            [self.actors.policy, self.actors.critic],
+            state,
+            {"ppo": self.iteration, "critic": self.critic_rollouts},
+        )
+
+    def _restore(self) -> None:
+        state = self.run.restore([self.actors.policy, self.actors.critic])
+        if state is None:
+            return
+        self.iteration, self.critic_rollouts = state["iteration"], state["critic_rollouts"]
+        self.taken, self.critic_ready = state["taken"], state["critic_ready"]
+        self.moments.load_state_dict(state["moments"])
+        self.kl.load_state_dict(state["kl"])
+        self.actors.engine.sync(self.policy.lm)
+
+    def export(self) -> None:
+        """Write the policy as a Hugging Face folder."""
+        state = full_state(self.policy.lm)  # collective
+        if self.here.is_main:
+            card = Card(
+                title="PPO-aligned policy",
+                summary="Trained with ppomax by PPO from a reward model "
+                "(Zheng et al. 2023, PPO-max).",
+                source_model=self.config.model,
+                datasets=[source.path for source in self.config.data],
+            )
+            sampling = {"temperature": self.config.sampling.temperature}
+            export_policy(
+                self.policy.lm,
+                self.actors.template.tokenizer,
+                self.run.path / "export",
+                card=card,
+                generation=sampling,
+                state=state,
+            )
+
+
+def kl_controller(config: PPOConfig) -> FixedKL | AdaptiveKL:
+    """Fixed or adaptive coefficient of the KL penalty."""
+    kl = config.kl
+    if kl is None:
+        return FixedKL(0.0)
+    if kl.target_per_token is None and kl.target_per_sequence is None:
+        return FixedKL(kl.coef)
+    return AdaptiveKL(
+        kl.coef,
+        target_per_token=kl.target_per_token,
+        target_per_sequence=kl.target_per_sequence,
+        horizon=kl.horizon,
+    )
+
+
+def merge_rollouts(parts: list[Rollout], count: int) -> Rollout:
+    """The ranks' shares (every size-th prompt) back in the order of the prompts."""
+    size = len(parts)
+    places = [divmod(index, size) for index in range(count)]
+    return Rollout(
+        prompts=[parts[rank].prompts[row] for row, rank in places],
+        responses=[parts[rank].responses[row] for row, rank in places],
+        logprobs=[parts[rank].logprobs[row] for row, rank in places],
+        finished=[parts[rank].finished[row] for row, rank in places],
+    )

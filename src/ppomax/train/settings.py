@@ -1,0 +1,65 @@
+"""Settings that every stage shares: where, on what, how much at once, how often saved."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from ppomax.config import Settings
+
+
+class CheckpointSettings(Settings):
+    """When the run's state is saved."""
+
+    every: int = Field(10, ge=1)
+    """Steps (`ppo`: iterations) between checkpoints; the last step always saves one."""
+    keep_last: int = Field(2, ge=1)
+    """Newest checkpoints kept; the last good one is never removed."""
+
+
+class LogSettings(Settings):
+    """What is written down while the run goes on; metrics.jsonl always is."""
+
+    samples_every: int = Field(5, ge=1)
+    """Steps between rows in samples.jsonl."""
+    samples: int = Field(4, ge=0)
+    """Replies written each time."""
+    to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Trackers beside the files; each needs the extra of its name."""
+
+
+class StageSettings(Settings):
+    """Common part of `sft`, `reward` and `ppo`."""
+
+    model: str
+    """Causal LM to start from: folder, hub id, or short name (`smollm2-135m`, `tiny`)."""
+    out: Path
+    """Run directory; must not hold a run yet."""
+    seed: int = 0
+    """Every order and every reply is a function of it."""
+    device: str = "auto"
+    """`auto` takes CUDA when it is there."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products; weights and all the mathematics stay fp32."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; null leaves PyTorch's choice. Part of exact resume."""
+    system: str | None = None
+    """System prompt for dialogues that have none."""
+    max_length: int = Field(1024, ge=8)
+    """Longest sequence in tokens; older turns are dropped until a dialogue fits."""
+    micro_tokens: int = Field(8192, ge=1)
+    """Padded tokens per forward and backward: a memory knob that cannot change results."""
+    max_bad_rows: float = Field(0.05, ge=0, le=1)
+    """Largest share of rows that may be quarantined."""
+    trust_remote_code: bool = False
+    """Run code that a model folder brings along. Off unless typed."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: less memory, about a third more time."""
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    log: LogSettings = LogSettings()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """`dtype` as torch names it."""
+        return torch.float32 if self.dtype == "float32" else torch.bfloat16

@@ -1,0 +1,189 @@
+"""Supervised fine-tuning: the assistant's tokens, token-budget batches, cosine to 10%.
+
+Zheng et al. 2023, §5.1: two epochs, cosine to 10% of the peak.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppomax.data.batching import collate, plan_micro_batches, token_batches
+from ppomax.data.sources import Sources, load_sft, split_by_prompt
+from ppomax.data.template import ChatTemplate, Encoded
+from ppomax.distributed import World, full_state, world
+from ppomax.errors import DataError
+from ppomax.losses import lm_loss
+from ppomax.metrics import MetricSums
+from ppomax.models.export import Card, export_policy
+from ppomax.models.language import LanguageModel, place
+from ppomax.models.load import load_policy, load_tokenizer
+from ppomax.models.lora import LoraSettings, add_lora
+from ppomax.train.loop import StageRun, Trainable, autocast, rank_micro_batches
+from ppomax.train.optim import OptimSettings
+from ppomax.train.settings import StageSettings
+from ppomax.types import SFTRow
+
+
+class SFTConfig(StageSettings):
+    """Teach the model to answer as the dialogues do."""
+
+    data: Sources
+    """Dialogues; preference files give their preferred answers."""
+    heldout: float = Field(0.05, ge=0, lt=1)
+    """Share of prompts held out for `eval/loss`."""
+    epochs: int = Field(2, ge=1)
+    """Passes over the data (paper: 2)."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps."""
+    batch_tokens: int = Field(16384, ge=1)
+    """Tokens per optimizer step, over all ranks."""
+    eval_every: int = Field(20, ge=1)
+    """Steps between held-out evaluations."""
+    optim: OptimSettings = OptimSettings(lr=9.5e-6, schedule="cosine", warmup=0.03, floor=0.1)
+    """Learning rate: the paper's 9.5e-6 is for 7B; small models need more."""
+    lora: LoraSettings | None = None
+    """Train adapters on a frozen model; null trains all weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class SFTData:
+    """Encoded dialogues and the batches of every step."""
+
+    train: list[Encoded]
+    heldout: list[Encoded]
+    steps: list[list[int]]
+    """Indices into `train`, one list per optimizer step, epoch after epoch."""
+
+
+def encode_dialogue(row: SFTRow, template: ChatTemplate, max_length: int) -> Encoded | None:
+    """Ids and mask, older turns dropped until the dialogue fits; None if it cannot."""
+    answer = row.messages[-1]
+    fitted = template.fit(row.messages[:-1], max_length - len(template.answer(answer["content"])))
+    return None if fitted is None else template.encode([*fitted[0], answer])
+
+
+def load_data(config: SFTConfig, template: ChatTemplate) -> SFTData:
+    """Read, split and encode; plan every step.
+
+    Raises:
+        DataError: no dialogue fits `max_length`.
+    """
+    loaded = load_sft(config.data, max_bad_rows=config.max_bad_rows)
+    split = split_by_prompt(loaded.rows, config.heldout)
+    pairs = [(row, encode_dialogue(row, template, config.max_length)) for row in split.train]
+    train = [(row, encoded) for row, encoded in pairs if encoded is not None]
+    if not train:
+        raise DataError(f"setting max_length: no dialogue fits {config.max_length} tokens")
+    lengths = [len(encoded.ids) for _, encoded in train]
+    steps: list[list[int]] = []
+    for epoch in range(config.epochs):
+        order = loaded.order_of([row for row, _ in train], config.seed, epoch)
+        steps += token_batches(order, lengths, config.batch_tokens)
+    heldout = [encode_dialogue(row, template, config.max_length) for row in split.heldout]
+    return SFTData(
+        [encoded for _, encoded in train],
+        [encoded for encoded in heldout if encoded is not None],
+        steps[: config.max_steps],
+    )
+
+
+def train_sft(config: SFTConfig, *, resume: bool = False) -> Path:
+    """Run the stage; returns its run directory, with the model in `export/`."""
+    with world(config.device) as here:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        run = StageRun("sft", config, here, resume=resume)
+        with run.signals():
+            return _train(config, here, run)
+
+
+def _train(config: SFTConfig, here: World, run: StageRun) -> Path:
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    template = ChatTemplate(tokenizer, config.system)
+    base = config.compute_dtype if config.lora else torch.float32
+    lm = load_policy(config.model, dtype=base, trust_remote_code=config.trust_remote_code)
+    data = load_data(config, template)
+    if config.lora:
+        add_lora(lm, config.lora, config.seed)
+    model = LanguageModel(lm)
+    place(model, here, checkpointing=config.gradient_checkpointing)
+    policy = Trainable("policy", model, config.optim, len(data.steps), here)
+    state = run.restore([policy])
+    pad = int(tokenizer.pad_token_id)
+    for step in range(state["step"] if state else 0, len(data.steps)):
+        rows = [data.train[index] for index in data.steps[step]]
+        values = train_step(policy, rows, pad, config, here, run, step + 1)
+        if (step + 1) % config.eval_every == 0 or step + 1 == len(data.steps):
+            values |= evaluate(model, data.heldout, pad, config, here)
+        run.log(step + 1, values, total=len(data.steps))
+        last = step + 1 == len(data.steps)
+        stop = run.stop_asked()
+        if last or stop or (step + 1) % config.checkpoint.every == 0:
+            run.save(step + 1, [policy], {"step": step + 1}, {"sft": step + 1})
+        if stop and not last:
+            raise run.interrupt()
+    _export(config, lm, tokenizer, run)
+    return run.finish()
+
+
+def train_step(
+    policy: Trainable[LanguageModel],
+    rows: list[Encoded],
+    pad: int,
+    config: SFTConfig,
+    here: World,
+    run: StageRun,
+    step: int,
+) -> dict[str, float]:
+    """One optimizer step on the rows; its metrics."""
+    num_tokens = sum(row.num_targets for row in rows)
+    plan = plan_micro_batches([len(row.ids) for row in rows], config.micro_tokens, here.size)
+    sums = MetricSums()
+    for indices, weight in rank_micro_batches(plan, here):
+        batch = collate([(rows[i].ids, rows[i].mask) for i in indices], pad, here.device)
+        with autocast(here, config.compute_dtype):
+            logprobs = policy.model(batch).logprobs[None]
+        loss = lm_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), num_tokens=num_tokens)
+        policy.backward(loss * weight)
+        sums.add("sft/loss", float(loss.detach()) * num_tokens * weight, batch.num_targets * weight)
+    lr = policy.lr
+    norm, taken = policy.step()
+    run.step_taken(taken, step, [len(row.ids) for row in rows])
+    values = sums.merged(here)
+    values["sft/perplexity"] = math.exp(min(values["sft/loss"], 80.0))
+    return values | {"sft/grad_norm": norm, "sft/lr": lr, "batch/tokens": float(num_tokens)}
+
+
+@torch.no_grad()
+def evaluate(
+    model: LanguageModel, rows: list[Encoded], pad: int, config: SFTConfig, here: World
+) -> dict[str, float]:
+    """Held-out NLL per assistant token; nothing without held-out rows."""
+    if not rows:
+        return {}
+    plan = plan_micro_batches([len(row.ids) for row in rows], config.micro_tokens, here.size)
+    sums = MetricSums()
+    for indices, weight in rank_micro_batches(plan, here):
+        batch = collate([(rows[i].ids, rows[i].mask) for i in indices], pad, here.device)
+        with autocast(here, config.compute_dtype):
+            logprobs = model(batch).logprobs
+        sums.add("eval/loss", -float(logprobs.double().sum()) * weight, batch.num_targets * weight)
+    return sums.merged(here)
+
+
+def _export(
+    config: SFTConfig, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: StageRun
+) -> None:
+    state = full_state(lm)  # collective
+    if run.world.is_main:
+        card = Card(
+            title="SFT model",
+            summary="Supervised fine-tuning with ppomax.",
+            source_model=config.model,
+            datasets=[source.path for source in config.data],
+        )
+        export_policy(lm, tokenizer, run.path / "export", card=card, state=state)
