@@ -286,7 +286,7 @@ def fail_at(monkeypatch, number, error):
 
 
 def crash_everywhere(tmp_path, monkeypatch, error, before, step, check):
-    """Save `step` beside the steps `before`, the first, second, ... call failing, until none does."""
+    """Save `step` beside those `before`, the first, second, ... call failing, until none does."""
     for number in range(1, 200):
         root = tmp_path / str(number)
         for earlier in before:

@@ -352,7 +352,7 @@ def test_a_dumped_recipe_parses_to_the_same_settings():
     assert list(yaml.safe_load(dump(full))) == list(Recipe.model_fields)
 
 
-WORDS = st.text(st.characters(codec="utf-8", exclude_characters="eE"), max_size=6)
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="eE\x85"), max_size=6)
 
 
 @settings(deadline=None, max_examples=150)
@@ -363,6 +363,12 @@ WORDS = st.text(st.characters(codec="utf-8", exclude_characters="eE"), max_size=
 )
 def test_any_settings_survive_dump_and_parse(rate, tags, clip):
     whole = Recipe(out="x", optim=Optim(learning_rate=rate, tags=tags), reward_clip=clip)
+    assert parse(Recipe, yaml.safe_load(dump(whole))) == whole
+
+
+@pytest.mark.xfail(strict=True, reason="PyYAML writes it bare and reads it as a line break")
+def test_a_next_line_character_survives_dump_and_parse():
+    whole = Recipe(out="x", optim=Optim(tags=["a\x85b"]))
     assert parse(Recipe, yaml.safe_load(dump(whole))) == whole
 
 

@@ -76,6 +76,11 @@ def test_estimates_agree_with_plain_python_and_two_are_never_negative(seed: int,
         assert estimator == "k1" or torch.all(result >= 0)
 
 
+def test_the_estimate_is_k1_unless_said():
+    logprobs, ref, mask = tensor([[-3.0]]), tensor([[-1.0]]), tensor([[True]])
+    assert kl_penalty(logprobs, ref, mask).tolist() == [[-2.0]]
+
+
 def test_the_gradient_of_each_estimate():
     # d/dlogp: k1 1, k2 -r, k3 1 - e^r, at r = 2; nothing at padding
     for estimator, slope in {"k1": 1.0, "k2": -2.0, "k3": 1 - math.e**2}.items():
@@ -221,7 +226,7 @@ def test_the_target_is_a_number_in_the_unit_its_name_says():
 def test_the_horizon_is_ten_thousand_replies_unless_said():
     controller = AdaptiveKL(1.0, target_per_token=1.0)
     controller.update(2.0, 100)
-    assert controller.coef == pytest.approx(1 + 0.2 / 100)
+    assert controller.coef == pytest.approx(1 + 0.2 / 100, rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,10 @@ def test_moments_of_one_two_four():
 
 
 def test_moments_of_nothing_are_zeros():
-    assert masked_moments(X, NONE) == Moments(0, 0.0, 0.0)
-    assert merge_moments(Moments(0, 0.0, 0.0), Moments(0, 0.0, 0.0)) == Moments(0, 0.0, 0.0)
+    nothing = masked_moments(X, NONE)
+    for moments in (nothing, merge_moments(nothing, nothing)):
+        assert moments == Moments(0, 0.0, 0.0)
+        assert [type(number) for number in moments] == [int, float, float]
 
 
 def test_moments_are_plain_numbers_in_double_precision():

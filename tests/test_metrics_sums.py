@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -57,7 +58,7 @@ def test_merging_leaves_the_sums_as_they_were():
 def test_any_split_into_parts_gives_the_same_mean_and_maximum(values, cuts):
     sums = MetricSums()
     edges = [0, *sorted(min(cut, len(values)) for cut in cuts), len(values)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         part = values[start:stop]
         sums.add("mean", float(sum(part)), len(part))
         if part:

@@ -2,7 +2,6 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from ppomax import rundir
 from ppomax.errors import ConfigError
@@ -196,7 +195,7 @@ def test_a_small_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_a_run_directory_is_made_with_its_config(tmp_path):
     create(tmp_path / "runs" / "a", "out: runs/a\n")
-    assert yaml.safe_load((tmp_path / "runs" / "a" / "config.yaml").read_text()) == {"out": "runs/a"}
+    assert (tmp_path / "runs" / "a" / "config.yaml").read_text() == "out: runs/a\n"
 
 
 def test_a_directory_with_other_files_can_become_a_run(tmp_path):

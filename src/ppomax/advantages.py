@@ -66,7 +66,7 @@ def _discounted_errors(
     lam: float | int,
 ) -> Float[Tensor, "batch response"]:
     """GAE by its recurrence A_t = delta_t + gamma lam A_{t+1}; skipped tokens pass it through."""
-    result = torch.zeros_like(values)
+    result = torch.empty_like(values)
     advantage = torch.zeros_like(last_values)
     next_value = last_values
     for t in reversed(range(mask.shape[1])):
@@ -100,7 +100,7 @@ def rloo_advantages(
         groups: a number per prompt; replies with the same number answer the same prompt.
     """
     size, mean, _ = _group_moments(scores, groups)
-    centred = scores.detach().double() - mean
+    centred = scores.detach() - mean
     # s_i - (n mean - s_i) / (n - 1)  =  (s_i - mean) n / (n - 1)
     return (centred * size / (size - 1).clamp(min=1)).to(scores.dtype)
 
@@ -117,7 +117,7 @@ def grpo_advantages(
         scale_std: False leaves the division out (Liu et al. 2025, 2503.20783, "Dr. GRPO").
     """
     _, mean, std = _group_moments(scores, groups)
-    centred = scores.detach().double() - mean
+    centred = scores.detach() - mean
     return (centred / std if scale_std else centred).to(scores.dtype)
 
 

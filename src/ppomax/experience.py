@@ -19,7 +19,7 @@ def kl_penalty(
     ref_logprobs: Float[Tensor, "batch response"],
     mask: Bool[Tensor, "batch response"],
     *,
-    estimator: Literal["k1", "k2", "k3"],
+    estimator: Literal["k1", "k2", "k3"] = "k1",
 ) -> Float[Tensor, "batch response"]:
     """Per-token estimates of KL(policy || reference); 0 outside the mask.
 

@@ -179,8 +179,8 @@ def entropy_loss(
     entropy: Float[Tensor, "batch response"],
     mask: Bool[Tensor, "batch response"],
     *,
-    threshold: float | int | None,
     num_tokens: float | int,
+    threshold: float | int | None = None,
     batch_mean: float | int | None = None,
 ) -> Float[Tensor, ""]:
     """What an entropy bonus adds to the loss, before its weight.
@@ -193,8 +193,8 @@ def entropy_loss(
         |mean H - threshold| = sign(mean H - threshold) * sum(H - threshold) / num_tokens
 
     Args:
-        threshold: in nats per token; None is the plain bonus.
         num_tokens: as in `clipped_policy_loss`.
+        threshold: in nats per token; None is the plain bonus.
         batch_mean: mean entropy of the whole optimizer batch, where this is a part of it. Loss and
             gradient of the parts then add up. None: this *is* the whole batch.
     """

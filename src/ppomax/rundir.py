@@ -20,13 +20,13 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Objects of a JSONL file; a last line cut short by a crash is left out."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for line in lines:
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:
                 continue
             if isinstance(row, dict):
                 yield row
@@ -34,7 +34,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows in one write."""
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -55,7 +55,7 @@ def cut_back(path: Path, keep: "dict[str, int]") -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

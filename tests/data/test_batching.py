@@ -83,8 +83,8 @@ def test_a_plan_holds_every_sequence_once_within_the_budget(lengths, budget, at_
 @given(LENGTHS, st.integers(1, 300))
 def test_a_plan_is_greedy_so_that_no_two_neighbours_would_fit_together(lengths, budget):
     plan = plan_micro_batches(lengths, budget)
-    for batch, after in zip(plan, plan[1:], strict=False):
-        assert (len(batch) + 1) * lengths[batch[0]] > budget, after
+    for batch in plan[:-1]:
+        assert (len(batch) + 1) * lengths[batch[0]] > budget
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(8, 2), (8, 4), (8, 8), (3, 8), (6, 3), (1, 1)])

@@ -51,6 +51,8 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             tokenizer.chat_template = FALLBACK_TEMPLATE
         self.end_id = self._find_end()
+        self.end_ids = frozenset({self.end_id, *_ids(tokenizer.eos_token_id)})
+        """Every id that ends a reply: the template's end-of-turn token and the tokenizer's eos."""
         self.end_text = str(tokenizer.convert_ids_to_tokens(self.end_id))
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
@@ -124,7 +126,7 @@ class ChatTemplate:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer, the end-of-turn token left out."""
         ids = list(ids)
-        if ids and ids[-1] == self.end_id:
+        if ids and ids[-1] in self.end_ids:
             ids = ids[:-1]
         text = self.tokenizer.decode(ids, skip_special_tokens=False)
         return text if isinstance(text, str) else "".join(text)
@@ -157,3 +159,7 @@ class ChatTemplate:
         if self.tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no end-of-text token and its template writes none")
         return int(self.tokenizer.eos_token_id)
+
+
+def _ids(found: int | None) -> list[int]:
+    return [] if found is None else [int(found)]

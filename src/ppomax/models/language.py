@@ -20,7 +20,9 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, batch: TokenBatch, temperature: float = 1.0) -> TokenLogprobs:
+    def forward(
+        self, batch: TokenBatch, temperature: float = 1.0, *, entropy: bool = False
+    ) -> TokenLogprobs:
         """Log-probs of the batch's target tokens, flat, row by row.
 
         The first token of a sequence has nothing before it and can be no target.
@@ -32,6 +34,7 @@ class LanguageModel(nn.Module):
             output_weight(self.lm),
             batch.input_ids[:, 1:][at_targets],
             temperature=temperature,
+            entropy=entropy,
         )
 
 

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**24
-"""Logits held at once; 64 MB in fp32."""
+CHUNK_ELEMENTS = 2**22
+"""Logits held at once: 16 MB in fp32, so that a chunk's passes stay in cache on a CPU."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -20,7 +20,7 @@ class TokenLogprobs(NamedTuple):
     logprobs: Float[Tensor, " tokens"]
     """At the sampling temperature."""
     entropy: Float[Tensor, " tokens"]
-    """Of the next-token distribution at the sampling temperature, in nats."""
+    """Of the next-token distribution at the sampling temperature, in nats; zeros if not wanted."""
     plain: Float[Tensor, " tokens"]
     """Log-probs at temperature 1, without gradient."""
 
@@ -31,19 +31,23 @@ def token_logprobs(
     targets: Int[Tensor, " tokens"],
     *,
     temperature: float = 1.0,
+    entropy: bool = True,
 ) -> TokenLogprobs:
     """Log softmax(hidden @ weight.T / temperature) at the targets, and its entropy.
 
-    Both outputs carry gradient to `hidden` and `weight`.
+    Log-probs and entropy carry gradient to `hidden` and `weight`.
+
+    Args:
+        entropy: False saves its pass over the vocabulary, for losses that do not need it.
     """
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
     with torch.autocast(device, enabled=False):
-        logprobs, entropy, plain = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]  # in torch
-            hidden, weight, targets, temperature, dtype
+        outputs = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            hidden, weight, targets, temperature, dtype, entropy
         )
-    return TokenLogprobs(logprobs, entropy, plain)
+    return TokenLogprobs(*outputs)
 
 
 def _chunk(vocab: int) -> int:
@@ -61,11 +65,13 @@ class _TokenLogprobs(torch.autograd.Function):
         targets: Tensor,
         temperature: float,
         dtype: torch.dtype,
+        want_entropy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Fill the three outputs chunk by chunk."""
+        """Fill the outputs chunk by chunk; only hidden states and normalisers are kept."""
         count, size = len(targets), _chunk(len(weight))
         logprobs = torch.empty(count, dtype=torch.float32, device=hidden.device)
-        entropy, plain = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        normalisers, plain = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        entropy = torch.zeros_like(logprobs)
         matrix = weight.to(dtype).T
         for start in range(0, count, size):
             part = slice(start, min(start + size, count))
@@ -76,13 +82,15 @@ class _TokenLogprobs(torch.autograd.Function):
                 logits /= temperature
                 at_target = at_target / temperature
             normaliser = logits.logsumexp(1)
+            normalisers[part] = normaliser
             logprobs[part] = at_target - normaliser
-            probabilities = torch.softmax(logits, 1)
-            entropy[part] = normaliser - torch.linalg.vecdot(probabilities, logits)
+            if want_entropy:
+                probabilities = (logits - normaliser[:, None]).exp_()
+                entropy[part] = normaliser - torch.linalg.vecdot(probabilities, logits)
         if temperature == 1.0:
             plain.copy_(logprobs)
-        ctx.save_for_backward(hidden, weight, targets, entropy)
-        ctx.temperature, ctx.dtype = temperature, dtype
+        ctx.save_for_backward(hidden, weight, targets, normalisers, entropy)
+        ctx.temperature, ctx.dtype, ctx.want_entropy = temperature, dtype, want_entropy
         ctx.mark_non_differentiable(plain)
         return logprobs, entropy, plain
 
@@ -90,10 +98,9 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any,  # noqa: ANN401 - torch gives it no public type
         *grads: Tensor,
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        """Softmax gradients, logits made anew."""
-        hidden, weight, targets, entropy = ctx.saved_tensors
-        grad_logprobs, grad_entropy = grads[0], grads[1]
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        """Softmax gradients, logits made anew; passes over the vocabulary are in place."""
+        hidden, weight, targets, normalisers, entropy = ctx.saved_tensors
         count, size = len(targets), _chunk(len(weight))
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
@@ -102,19 +109,24 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, count, size):
             part = slice(start, min(start + size, count))
             states = hidden[part].to(ctx.dtype)
-            logits = torch.mm(states, matrix.T).float()
-            logprobs = torch.log_softmax(logits / ctx.temperature, 1)
-            probabilities = logprobs.exp()
+            grad_logprobs = grads[0][part, None] / ctx.temperature
+            x = torch.mm(states, matrix.T).float()
+            if ctx.temperature != 1.0:
+                x /= ctx.temperature
+            x -= normalisers[part, None]
             # d logprob / d logits = onehot - p;  d entropy / d logits = -p (log p + H)
-            grad = -probabilities * grad_logprobs[part, None]
-            grad.scatter_add_(1, targets[part, None], grad_logprobs[part, None])
-            if bool(grad_entropy[part].any()):
-                grad -= probabilities * (logprobs + entropy[part, None]) * grad_entropy[part, None]
-            grad = (grad / ctx.temperature).to(ctx.dtype)
+            if ctx.want_entropy and bool(grads[1][part].any()):
+                grad_entropy = grads[1][part, None] / ctx.temperature
+                slope = grad_logprobs + (x + entropy[part, None]) * grad_entropy
+                x.exp_().mul_(slope).neg_()
+            else:
+                x.exp_().mul_(-grad_logprobs)
+            x.scatter_add_(1, targets[part, None], grad_logprobs)
+            grad = x.to(ctx.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = torch.mm(grad, matrix).to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight += torch.mm(grad.T, states)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None

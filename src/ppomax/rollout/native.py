@@ -294,7 +294,7 @@ class NativeEngine:
             self._extend(stepping, logits, params)
             for slot in reversed(range(len(active))):
                 reply = active[slot]
-                ended = reply.ids[-1] == self.template.end_id or self.stops.hit(
+                ended = reply.ids[-1] in self.template.end_ids or self.stops.hit(
                     reply.ids, params.stop
                 )
                 full = len(reply.prompt) + len(reply.ids) >= self.max_positions

@@ -89,7 +89,7 @@ class TransformersEngine:
                     continue
                 responses[row].append(int(draw.tokens[place]))
                 logprobs[row].append(float(draw.logprobs[place]))
-                ended = responses[row][-1] == self.template.end_id
+                ended = responses[row][-1] in self.template.end_ids
                 ended = ended or self.stops.hit(responses[row], params.stop)
                 finished[row] = ended
                 done[place] = ended

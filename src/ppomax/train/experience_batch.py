@@ -120,7 +120,7 @@ def score(
         for indices, weight in rank_micro_batches(minibatch, here):
             batch = reply_batch(rollout, indices, actors.pad, here.device)
             with autocast(here, config.compute_dtype):
-                own = actors.policy.model(batch, config.sampling.temperature)
+                own = actors.policy.model(batch, config.sampling.temperature, entropy=True)
                 flat = {"logprobs": own.logprobs, "plain": own.plain, "entropy": own.entropy}
                 flat["values"] = values_before_targets(actors.critic.model, batch)
                 if with_reference:

@@ -195,6 +195,7 @@ class StageRun:
                 "stage": self.name,
                 "step": step,
                 "attempt": self.attempt,
+                "time": round(time.monotonic() - self.started, 3),
                 "kind": kind,
                 **fields,
             }

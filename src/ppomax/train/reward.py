@@ -264,7 +264,7 @@ def _imitation_logprobs(
 ) -> torch.Tensor:
     at = batch.targets[:, 1:]
     logprobs = token_logprobs(
-        hidden[:, :-1][at], model.output_weight(), batch.input_ids[:, 1:][at]
+        hidden[:, :-1][at], model.output_weight(), batch.input_ids[:, 1:][at], entropy=False
     ).logprobs
     return logprobs[None]
 

@@ -39,13 +39,14 @@ def update_policy(
     entropy_mean = float(masked_mean(scored.entropy[rows], scored.mask[rows]))
     old = scored.ref_logprobs if loss_settings.ratio_to == "reference" else scored.logprobs
     assert old is not None
+    with_entropy = loss_settings.entropy_coef is not None
     kl_old = 0.0
     for indices, weight in rank_micro_batches(minibatch, here):
         batch = reply_batch(experience.rollout, indices, actors.pad, here.device)
         mask = scored.mask[indices][:, : int(batch.targets.sum(1).max())]
         width = mask.shape[1]
         with autocast(here, config.compute_dtype):
-            out = actors.policy.model(batch, config.sampling.temperature)
+            out = actors.policy.model(batch, config.sampling.temperature, entropy=with_entropy)
         full = batch_mask(experience, indices, width)
         logprobs = unflatten(out.logprobs, full)
         surrogate = clipped_policy_loss(

@@ -1,0 +1,582 @@
+import copy
+from itertools import chain
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from ppomax.data.batching import collate, derived_seed
+from ppomax.data.template import ChatTemplate
+from ppomax.distributed import World
+from ppomax.models.language import LanguageModel
+from ppomax.models.lora import LoraSettings, add_lora, merged_copy
+from ppomax.models.tiny import tiny_tokenizer
+from ppomax.rollout import EngineSettings, SamplingParams, build_engine, native
+from ppomax.rollout.native import NativeEngine, supports
+from ppomax.rollout.transformers_engine import TransformersEngine
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+TEXTS = ["the sea is wide and the ship is small", "rice, water, salt"] * 20
+TEMPLATE = ChatTemplate(tiny_tokenizer(TEXTS, 300))
+END = TEMPLATE.end_id
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "eos_token_id": END,
+    "pad_token_id": 3,
+    "bos_token_id": None,
+    "tie_word_embeddings": False,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 24,
+}
+
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "llama tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
+    "llama biases": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True}),
+    "llama all heads": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 4}),
+    "llama wide heads": (LlamaForCausalLM, LlamaConfig, {"head_dim": 12}),
+    "llama rope": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
+    "llama yarn": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": YARN_ROPE}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen2 tied": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 8}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None, "head_dim": 8}),
+}
+
+
+def make(name, seed=0, **changes):
+    """A model whose every weight matters: no norm is 1, no bias 0, replies end now and then."""
+    kind, config, extra = MODELS[name]
+    model = kind(config(**(SIZES | extra | changes))).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in key:
+                parameter.copy_(1 + 0.3 * noise)
+            elif key.endswith("bias"):
+                parameter.copy_(0.5 * noise)
+            else:
+                parameter.copy_(noise * 0.3)
+        model.get_output_embeddings().weight[END] *= 1.8
+    return model
+
+
+def prompts_of(count, seed=0, low=1, high=20):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
+    return [torch.randint(4, 300, (n,), generator=generator).tolist() for n in lengths]
+
+
+def seeds_of(count, name="reply"):
+    return [derived_seed(name, index) for index in range(count)]
+
+
+def engine_of(model, kind="native", slots=64, dtype=torch.float32, template=TEMPLATE):
+    return build_engine(EngineSettings(kind=kind, slots=slots), model, template, ALONE, dtype)
+
+
+def teacher_forced(model, rollout, temperature=1.0):
+    """The trainer's log-probs of the replies, row by row."""
+    rows = [
+        (prompt + reply, [False] * len(prompt) + [True] * len(reply))
+        for prompt, reply in zip(rollout.prompts, rollout.responses, strict=True)
+    ]
+    with torch.no_grad():
+        flat = LanguageModel(model)(collate(rows, 3, CPU), temperature).logprobs
+    return flat.split([len(reply) for reply in rollout.responses])
+
+
+def is_well_formed(rollout, params):
+    for prompt, reply, logprobs, finished in zip(
+        rollout.prompts, rollout.responses, rollout.logprobs, rollout.finished, strict=True
+    ):
+        assert prompt
+        assert 1 <= len(reply) <= params.max_new_tokens
+        assert len(logprobs) == len(reply)
+        assert END not in reply[:-1], "nothing follows the end"
+        if not params.stop:
+            assert finished == (reply[-1] == END)
+        assert max(logprobs) <= 1e-6
+
+
+def agree(first, second, share=0.99):
+    """Nearly all replies the same; log-probs the same up to where two replies part.
+
+    Where a nucleus ends within rounding of top-p, one token more or less is in it: nearly all.
+    """
+    same, gaps = 0, []
+    for a, b, p, q in zip(
+        first.responses, second.responses, first.logprobs, second.logprobs, strict=True
+    ):
+        same += a == b
+        common = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
+        common = min(common, len(a), len(b))
+        gaps += [abs(x - y) for x, y in zip(p[:common], q[:common], strict=True)]
+    assert same >= share * len(first.responses)
+    assert sum(gap <= 1e-4 for gap in gaps) >= 0.99 * len(gaps)
+    assert max(gaps, default=0.0) < 0.05
+
+
+PARAMS = SamplingParams(max_new_tokens=24)
+PAPER = SamplingParams(temperature=0.8, top_p=0.9, repetition_penalty=1.1, max_new_tokens=24)
+
+
+def each_kind(**bugs):
+    """Both engines, those with a known bug marked."""
+    kinds = []
+    for kind in ("native", "transformers"):
+        marks = [pytest.mark.xfail(strict=True, reason=bugs[kind])] if kind in bugs else []
+        kinds.append(pytest.param(kind, marks=marks))
+    return pytest.mark.parametrize("kind", kinds)
+
+
+# --- which engine
+
+
+def test_the_engine_asked_for_is_built_and_unknown_architectures_fall_back():
+    assert isinstance(engine_of(make("llama")), NativeEngine)
+    assert isinstance(engine_of(make("llama"), "transformers"), TransformersEngine)
+    assert isinstance(engine_of(gpt2()), TransformersEngine)
+
+
+def gpt2(positions=64):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    config = GPT2Config(**sizes, n_positions=positions, bos_token_id=0, eos_token_id=END)
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def test_models_that_compute_otherwise_are_not_taken():
+    assert all(supports(make(name)) for name in MODELS)
+    assert not supports(gpt2())
+    assert not supports(make("mistral", sliding_window=8))
+    assert not supports(make("qwen2", use_sliding_window=True, sliding_window=8))
+    assert not supports(make("llama", hidden_act="gelu"))
+
+
+@pytest.mark.xfail(strict=True, reason="mlp_bias is ignored")
+def test_a_model_with_biases_in_its_mlp_is_computed_with_them_or_not_taken():
+    model = make("llama", mlp_bias=True)
+    rollout = engine_of(model).generate(prompts_of(6), PARAMS, seeds_of(6))
+    for got, wanted in zip(rollout.logprobs, teacher_forced(model, rollout), strict=True):
+        torch.testing.assert_close(torch.tensor(got), wanted, rtol=0, atol=1e-4)
+
+
+@each_kind(native="taken, with the factors of short texts")
+def test_a_rotary_embedding_that_changes_with_the_length_is_followed(kind):
+    half = SIZES["hidden_size"] // SIZES["num_attention_heads"] // 2
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * half,
+        "long_factor": [4.0] * half,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+    model = make("llama", rope_parameters=rope)
+    engine = engine_of(model, kind)
+    rollout = engine.generate(prompts_of(6, low=20, high=30), PARAMS, seeds_of(6))
+    for index, got in enumerate(rollout.logprobs):
+        one = [[x[index]] for x in (rollout.prompts, rollout.responses)]
+        wanted = teacher_forced(model, type(rollout)(one[0], one[1], [got], [True]))[0]
+        torch.testing.assert_close(torch.tensor(got), wanted, rtol=0, atol=1e-4)
+
+
+# --- the two engines and the trainer
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("params", [PARAMS, PAPER], ids=["plain", "paper"])
+def test_both_engines_give_the_same_replies_for_the_same_seeds(name, params):
+    model, prompts, seeds = make(name), prompts_of(20), seeds_of(20)
+    ours = engine_of(model, "native").generate(prompts, params, seeds)
+    theirs = engine_of(model, "transformers").generate(prompts, params, seeds)
+    is_well_formed(ours, params)
+    is_well_formed(theirs, params)
+    agree(ours, theirs)
+    assert ours.finished == theirs.finished
+    assert any(ours.finished), "some replies end"
+    assert not all(ours.finished), "some are cut"
+    assert len({tuple(reply) for reply in ours.responses}) > 15
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+@pytest.mark.parametrize("name", [*MODELS, "gpt2"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_engines_log_probs_are_the_trainers(kind, name, temperature):
+    model = gpt2() if name == "gpt2" else make(name)
+    params = SamplingParams(max_new_tokens=24, temperature=temperature)
+    rollout = engine_of(model, kind).generate(prompts_of(12), params, seeds_of(12))
+    wanted = teacher_forced(model, rollout, temperature)
+    for got, each in zip(rollout.logprobs, wanted, strict=True):
+        torch.testing.assert_close(torch.tensor(got), each, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+@pytest.mark.parametrize("name", ["llama", "llama tied", "qwen2", "qwen3", "mistral"])
+def test_greedy_replies_are_those_of_transformers_own_generate(kind, name):
+    model, prompts = make(name), prompts_of(8)
+    params = SamplingParams(temperature=0, max_new_tokens=20)
+    rollout = engine_of(model, kind).generate(prompts, params, seeds_of(8))
+    for prompt, reply in zip(prompts, rollout.responses, strict=True):
+        ids = torch.tensor([prompt])
+        wanted = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=20,
+            eos_token_id=END,
+            pad_token_id=3,
+        )
+        assert reply == wanted[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+def test_nothing_is_taken_from_the_models_generation_config(kind):
+    model = make("llama")
+    before = engine_of(model, kind).generate(prompts_of(6), PARAMS, seeds_of(6))
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.temperature = 0.1
+    model.generation_config.max_new_tokens = 2
+    model.generation_config.top_k = 1
+    after = engine_of(model, kind).generate(prompts_of(6), PARAMS, seeds_of(6))
+    assert after.responses == before.responses
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+def test_bf16_log_probs_stay_close_to_the_trainers_under_autocast(kind):
+    model = make("llama")
+    rollout = engine_of(model, kind, dtype=torch.bfloat16).generate(
+        prompts_of(16), PARAMS, seeds_of(16)
+    )
+    is_well_formed(rollout, PARAMS)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = torch.cat(teacher_forced(model, rollout))
+    gap = (torch.tensor(list(chain.from_iterable(rollout.logprobs))) - wanted).abs()
+    assert float(gap.mean()) < 0.05
+    assert float(gap.mean()) > 1e-5, "it computed in fp32"
+
+
+# --- seeds
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+def test_two_rollouts_with_different_seeds_differ_and_with_the_same_seeds_do_not(kind):
+    engine, prompts = engine_of(make("llama"), kind), prompts_of(8)
+    first = engine.generate(prompts, PARAMS, seeds_of(8))
+    torch.rand(3)
+    again = engine.generate(prompts, PARAMS, seeds_of(8))
+    other = engine.generate(prompts, PARAMS, seeds_of(8, "other"))
+    assert first == again
+    assert all(a != b for a, b in zip(first.responses, other.responses, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+def test_several_replies_to_one_prompt_differ_by_their_seeds_alone(kind):
+    engine = engine_of(make("llama"), kind)
+    prompt = prompts_of(1)[0]
+    rollout = engine.generate([prompt] * 8, PARAMS, seeds_of(4) * 2)
+    assert rollout.responses[:4] == rollout.responses[4:]
+    assert len({tuple(reply) for reply in rollout.responses}) == 4
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+def test_a_longer_limit_only_adds_to_a_reply(kind):
+    engine, prompts, seeds = engine_of(make("llama"), kind), prompts_of(8), seeds_of(8)
+    short = engine.generate(prompts, SamplingParams(max_new_tokens=5), seeds)
+    long = engine.generate(prompts, SamplingParams(max_new_tokens=15), seeds)
+    assert [reply[:5] for reply in long.responses] == short.responses
+
+
+# --- slots and order
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+@pytest.mark.parametrize("slots", [1, 3, 8, 17])
+@pytest.mark.parametrize("params", [PARAMS, PAPER], ids=["plain", "paper"])
+def test_fewer_slots_than_prompts_give_the_same_replies(kind, slots, params):
+    model, prompts, seeds = make("qwen2"), prompts_of(40), seeds_of(40)
+    together = engine_of(model, kind, slots=64).generate(prompts, params, seeds)
+    refilled = engine_of(model, kind, slots=slots).generate(prompts, params, seeds)
+    is_well_formed(refilled, params)
+    agree(together, refilled)
+
+
+@pytest.mark.parametrize("tokens", [1, 30, 100])
+def test_prefilling_in_small_parts_gives_the_same_replies(monkeypatch, tokens):
+    model, prompts, seeds = make("llama"), prompts_of(20), seeds_of(20)
+    before = engine_of(model).generate(prompts, PARAMS, seeds)
+    monkeypatch.setattr(native, "PREFILL_TOKENS", tokens)
+    agree(before, engine_of(model, slots=7).generate(prompts, PARAMS, seeds))
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+def test_a_permutation_of_the_prompts_permutes_the_replies(kind):
+    engine, prompts, seeds = engine_of(make("llama"), kind, slots=5), prompts_of(24), seeds_of(24)
+    first = engine.generate(prompts, PARAMS, seeds)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0)).tolist()
+    turned = engine.generate([prompts[i] for i in order], PARAMS, [seeds[i] for i in order])
+    assert turned.prompts == [prompts[i] for i in order]
+    picked = type(first)(*([part[i] for i in order] for part in parts_of(first)))
+    agree(picked, turned)
+
+
+def parts_of(rollout):
+    return rollout.prompts, rollout.responses, rollout.logprobs, rollout.finished
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+def test_a_reply_does_not_depend_on_its_batch_mates(kind):
+    engine, prompts, seeds = engine_of(make("llama"), kind), prompts_of(12), seeds_of(12)
+    together = engine.generate(prompts, PARAMS, seeds)
+    alone = [engine.generate([p], PARAMS, [s]) for p, s in zip(prompts, seeds, strict=True)]
+    parts = zip(*map(parts_of, alone), strict=True)
+    joined = type(together)(*(list(chain.from_iterable(part)) for part in parts))
+    agree(together, joined)
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+def test_the_prompts_are_given_back_untouched(kind):
+    prompts = prompts_of(6)
+    before = copy.deepcopy(prompts)
+    rollout = engine_of(make("llama"), kind, slots=2).generate(prompts, PARAMS, seeds_of(6))
+    assert prompts == before == rollout.prompts
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+def test_no_prompts_give_no_replies(kind):
+    rollout = engine_of(make("llama"), kind).generate([], PARAMS, [])
+    assert parts_of(rollout) == ([], [], [], [])
+
+
+# --- ends
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+def test_a_reply_that_ends_holds_the_end_once_and_last(kind):
+    rollout = engine_of(make("llama"), kind, slots=9).generate(
+        prompts_of(40), SamplingParams(max_new_tokens=40), seeds_of(40)
+    )
+    ended = [reply for reply, done in zip(rollout.responses, rollout.finished, strict=True) if done]
+    assert len(ended) > 5
+    assert all(reply.count(END) == 1 and reply[-1] == END for reply in ended)
+    cut = [r for r, done in zip(rollout.responses, rollout.finished, strict=True) if not done]
+    assert all(END not in reply and len(reply) == 40 for reply in cut)
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+def test_an_end_on_the_very_last_token_still_counts_as_finished(kind):
+    engine, prompts, seeds = engine_of(make("llama"), kind), prompts_of(40), seeds_of(40)
+    rollout = engine.generate(prompts, PARAMS, seeds)
+    index = next(i for i, done in enumerate(rollout.finished) if done)
+    limit = len(rollout.responses[index])
+    exact = engine.generate(prompts, SamplingParams(max_new_tokens=limit), seeds)
+    assert exact.finished[index]
+    assert exact.responses[index] == rollout.responses[index]
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+def test_one_token_is_a_reply(kind):
+    params = SamplingParams(max_new_tokens=1)
+    rollout = engine_of(make("llama"), kind, slots=3).generate(prompts_of(10), params, seeds_of(10))
+    assert [len(reply) for reply in rollout.responses] == [1] * 10
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+def test_a_stop_string_ends_a_reply_where_it_is_complete(kind):
+    engine, prompts, seeds = engine_of(make("llama"), kind, slots=5), prompts_of(16), seeds_of(16)
+    free = engine.generate(prompts, PARAMS, seeds)
+    texts = [TEMPLATE.decode(reply) for reply in free.responses]
+    stop = next(text[4:6] for text in texts if text[4:6].isascii() and len(text) > 8)
+    params = SamplingParams(max_new_tokens=24, stop=["never said", stop])
+    found = engine.generate(prompts, params, seeds)
+    stopped = 0
+    for before, after, done in zip(free.responses, found.responses, found.finished, strict=True):
+        assert before[: len(after)] == after
+        if stop in TEMPLATE.decode(before):
+            stopped += 1
+            assert done
+            assert stop in TEMPLATE.decode(after)
+            assert stop not in TEMPLATE.decode(after[:-1])
+        else:
+            assert after == before
+    assert stopped
+
+
+# --- positions
+
+
+@each_kind(transformers="runs past them")
+def test_a_reply_stops_where_the_models_positions_end(kind):
+    model = make("llama", max_position_embeddings=32)
+    prompts = [*prompts_of(6, high=10), list(range(4, 4 + 28)), list(range(4, 4 + 31))]
+    params = SamplingParams(max_new_tokens=64)
+    rollout = engine_of(model, kind, slots=3).generate(prompts, params, seeds_of(8))
+    is_well_formed(rollout, params)
+    for prompt, reply, done in zip(prompts, rollout.responses, rollout.finished, strict=True):
+        assert len(prompt) + len(reply) <= 32
+        assert done or len(prompt) + len(reply) == 32
+
+
+@pytest.mark.xfail(strict=True, reason="IndexError at the first position past them")
+def test_a_model_with_learned_positions_is_not_run_past_them():
+    model = gpt2(positions=24)
+    rollout = engine_of(model).generate(
+        prompts_of(4, low=10, high=20), SamplingParams(max_new_tokens=40), seeds_of(4)
+    )
+    for prompt, reply in zip(rollout.prompts, rollout.responses, strict=True):
+        assert len(prompt) + len(reply) <= 24
+
+
+@each_kind(native="RuntimeError of a copy", transformers="accepted")
+def test_a_prompt_that_leaves_no_position_is_refused_in_one_line(kind):
+    from ppomax.errors import PpomaxError
+
+    model = make("llama", max_position_embeddings=16)
+    with pytest.raises(PpomaxError, match="16"):
+        engine_of(model, kind).generate([[5] * 20], PARAMS, seeds_of(1))
+
+
+# --- weights
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+@pytest.mark.parametrize("name", ["llama", "llama tied", "qwen2", "qwen3"])
+def test_sync_takes_over_every_changed_weight(kind, name):
+    model = make(name)
+    engine = engine_of(model, kind)
+    other = make(name, seed=1)
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), other.parameters(), strict=True):
+            parameter.copy_(value)
+    engine.sync(model)
+    found = engine.generate(prompts_of(6), PARAMS, seeds_of(6))
+    fresh = engine_of(other, kind).generate(prompts_of(6), PARAMS, seeds_of(6))
+    assert found.responses == fresh.responses
+    assert found.logprobs == fresh.logprobs
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+def test_each_single_weight_counts(kind):
+    model = make("qwen3")
+    engine = engine_of(model, kind)
+    before = engine.generate(prompts_of(4), PARAMS, seeds_of(4))
+    for name, parameter in model.named_parameters():
+        kept = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.mul_(1.7)
+        engine.sync(model)
+        after = engine.generate(prompts_of(4), PARAMS, seeds_of(4))
+        assert after.logprobs != before.logprobs, name
+        with torch.no_grad():
+            parameter.copy_(kept)
+    engine.sync(model)
+    assert engine.generate(prompts_of(4), PARAMS, seeds_of(4)) == before
+
+
+@each_kind(native="norms, embedding and head alias the model's in fp32 on its own device")
+@pytest.mark.parametrize("name", ["llama", "llama tied", "qwen3"])
+def test_an_engines_weights_do_not_change_until_it_is_synced(kind, name):
+    model = make(name)
+    engine = engine_of(model, kind)
+    before = engine.generate(prompts_of(4), PARAMS, seeds_of(4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    assert engine.generate(prompts_of(4), PARAMS, seeds_of(4)) == before
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+def test_generating_changes_neither_the_model_nor_its_mode_nor_its_gradients(kind):
+    model = make("llama").train()
+    model(input_ids=torch.tensor([[5, 6, 7]])).logits.sum().backward()
+    values = [p.detach().clone() for p in model.parameters()]
+    gradients = [p.grad.clone() for p in model.parameters()]
+    engine_of(model, kind, dtype=torch.bfloat16).generate(prompts_of(3), PARAMS, seeds_of(3))
+    assert model.training
+    assert all(torch.equal(p, v) for p, v in zip(model.parameters(), values, strict=True))
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+
+
+@each_kind(transformers="weights are drawn at random first")
+def test_building_an_engine_leaves_the_global_random_state_alone(kind):
+    model = make("llama")
+    before = torch.random.get_rng_state()
+    engine_of(model, kind)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+@pytest.mark.parametrize("name", ["llama", "qwen2 tied"])
+def test_adapters_are_merged_into_the_engines_weights(kind, name):
+    model = add_lora(make(name), LoraSettings(rank=3, alpha=6.0), seed=0)
+    engine = engine_of(model, kind)
+    plain = engine_of(make(name), kind).generate(prompts_of(6), PARAMS, seeds_of(6))
+    agree(engine.generate(prompts_of(6), PARAMS, seeds_of(6)), plain)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    engine.sync(model)
+    adapted = engine.generate(prompts_of(6), PARAMS, seeds_of(6))
+    assert adapted.responses != plain.responses
+    for got, wanted in zip(adapted.logprobs, teacher_forced(model, adapted), strict=True):
+        torch.testing.assert_close(torch.tensor(got), wanted, rtol=0, atol=1e-4)
+    merged = engine_of(merged_copy(model), kind).generate(prompts_of(6), PARAMS, seeds_of(6))
+    agree(adapted, merged)
+
+
+# --- settings
+
+
+def test_engine_settings_refuse_what_means_nothing():
+    from pydantic import ValidationError
+
+    for wrong in ({"slots": 0}, {"kind": "other"}, {"slot": 3}):
+        with pytest.raises(ValidationError):
+            EngineSettings(**wrong)
+
+
+@each_kind(transformers="IndexError or nothing")
+def test_a_seed_too_few_or_too_many_is_an_error(kind):
+    engine = engine_of(make("llama"), kind)
+    for count in (2, 4):
+        with pytest.raises(ValueError, match=r"zip|seeds"):
+            engine.generate(prompts_of(3), PARAMS, seeds_of(count))
