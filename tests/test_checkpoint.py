@@ -43,7 +43,7 @@ def write(root, step):
 def whole(found):
     """Whether what was found is one checkpoint through and through."""
     step = found.state["step"]
-    assert found.path.name == f"step-{step:06d}"
+    assert found.path.name.removesuffix(".old") == f"step-{step:06d}"
     for name, tensors in groups(step).items():
         loaded = found.tensors(name)
         assert loaded.keys() == tensors.keys()
@@ -109,6 +109,14 @@ def test_nothing_in_a_checkpoint_can_be_unpickled(tmp_path):
     assert {item.suffix for item in path.iterdir()} == {".safetensors", ".json"}
 
 
+def test_loaded_tensors_are_aligned_like_any_newly_made_tensor(tmp_path):
+    # kernels take other paths, and round otherwise, on memory that is not aligned
+    odd = {f"{n}": torch.arange(n, dtype=torch.uint8) for n in (3, 5, 7)}
+    save(tmp_path, 1, {"policy": odd | {"w": torch.randn(33), "v": torch.randn(3)}}, {})
+    loaded = latest(tmp_path).tensors("policy")
+    assert all(value.data_ptr() % 64 == 0 for value in loaded.values())
+
+
 def test_loaded_tensors_have_memory_of_their_own(tmp_path):
     found = verify(write(tmp_path, 1))
     first, second = found.tensors("policy"), found.tensors("policy")
@@ -130,7 +138,6 @@ def test_the_newest_step_is_found_by_number(tmp_path):
     assert whole(latest(tmp_path)) == 100
 
 
-@pytest.mark.xfail(strict=True, reason="directories are sorted by name, not by number")
 def test_steps_past_a_million_are_newer_than_those_before(tmp_path):
     write(tmp_path, 999_999)
     write(tmp_path, 1_000_000)
@@ -222,10 +229,7 @@ def test_any_flipped_bit_of_the_manifest_gives_nothing_or_the_same_checkpoint(tm
         '{"files": null}',
         '{"files": 3}',
         '{"files": {}}',
-        pytest.param(
-            json.dumps({"files": FILES[:3]}),
-            marks=pytest.mark.xfail(strict=True, reason="AttributeError: a list has no items"),
-        ),
+        json.dumps({"files": FILES[:3]}),
         json.dumps({"files": dict.fromkeys(FILES[:3])}),
         json.dumps({"files": {name: [1] for name in FILES[:3]}}),
     ],
@@ -334,7 +338,6 @@ def test_a_crash_while_the_first_checkpoint_is_written_leaves_none_or_a_whole_on
     crash_everywhere(tmp_path, monkeypatch, error, [], 20, check)
 
 
-@pytest.mark.xfail(strict=True, reason="the old directory is removed before the new one is renamed")
 @pytest.mark.parametrize("error", [Killed(), OSError(5, "Input/output error")])
 def test_a_crash_while_a_step_is_written_again_leaves_a_checkpoint_of_that_step(
     tmp_path, monkeypatch, error
@@ -342,6 +345,8 @@ def test_a_crash_while_a_step_is_written_again_leaves_a_checkpoint_of_that_step(
     def check(root):
         assert latest(root) is not None, "the only checkpoint is lost"
         assert whole(latest(root)) == 20
+        write(root, 20)  # what a crash left is no obstacle, and is swept
+        assert [path.name for path in root.iterdir()] == ["step-000020"]
 
     crash_everywhere(tmp_path, monkeypatch, error, [20], 20, check)
 
@@ -365,7 +370,6 @@ def test_too_little_space_is_noticed_before_anything_is_written(tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="space is checked before the leftover is removed")
 def test_what_a_crash_left_of_the_same_step_counts_as_free_space(tmp_path, monkeypatch):
     left = tmp_path / ".step-000020.part"
     left.mkdir()
@@ -464,7 +468,6 @@ def test_loading_fills_the_models_own_memory():
         assert torch.equal(target.get_parameter(name), value)
 
 
-@pytest.mark.xfail(strict=True, reason="shapes are checked while copying")
 def test_tensors_that_do_not_fit_the_model_are_named_and_nothing_is_loaded():
     target = net(1)
     before = {name: value.clone() for name, value in model_tensors(target).items()}
@@ -529,7 +532,6 @@ def test_optimizer_state_is_named_by_slot_and_parameter():
     assert len(optimizer.state) == len(model_tensors(model)), "asking made no entries"
 
 
-@pytest.mark.xfail(strict=True, reason="KeyError instead of CheckpointError")
 def test_optimizer_state_of_another_model_is_refused_by_name():
     model = net()
     optimizer = optimizer_of(model)
@@ -539,7 +541,6 @@ def test_optimizer_state_of_another_model_is_refused_by_name():
         load_optimizer_tensors(model, optimizer, tensors)
 
 
-@pytest.mark.xfail(strict=True, reason="broadcast silently, or RuntimeError")
 @pytest.mark.parametrize("shape", [(1, 6), (6,), (6, 1), (3, 12), (36,)])
 def test_optimizer_state_of_another_shape_is_refused_by_name(shape):
     model = net()

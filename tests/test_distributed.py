@@ -138,6 +138,7 @@ def collectives(here):
     result = {
         "sum": all_sum({"b": 1.0 + here.rank, "a": 0.1, "tiny": 2.0**-40 if one else 1.0}, here),
         "max": all_max({"x": -1.0 - here.rank, "y": math.inf * one if one else 0.0}, here),
+        "nan": all_max({"first": 1.0 if one else math.nan, "last": math.nan if one else 1.0}, here),
         "empty": all_sum({}, here),
         "agree": (agree(here.rank == 1, here), agree(True, here), agree(False, here)),
         "gather": gather({"rank": here.rank, "text": "é" * here.rank}, here),
@@ -303,6 +304,7 @@ def test_sums_are_over_all_ranks_in_float64_and_the_same_on_each(ranks):
     for r in ranks.found:
         assert r["sum"] == {"b": 3.0, "a": 0.2, "tiny": 1.0 + 2.0**-40}
         assert r["max"] == {"x": -1.0, "y": math.inf}
+        assert all(math.isnan(value) for value in r["nan"].values())
         assert r["empty"] == {}
 
 
@@ -547,7 +549,9 @@ def test_copying_keeps_memory_dtype_and_gradient_of_the_target():
 
 
 def set_environment(monkeypatch, **values):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in values.items():
         monkeypatch.setenv(name, value)
@@ -570,11 +574,33 @@ def test_the_rank_is_the_launchers(monkeypatch):
     assert rank_in_environment() == 1
 
 
-NUMBERED = pytest.mark.xfail(strict=True, reason="taken as it is; torch's own AttributeError")
+def test_tasks_of_srun_that_have_no_place_to_meet_are_told_what_would_do(monkeypatch):
+    set_environment(monkeypatch, SLURM_PROCID="1", SLURM_STEP_NUM_TASKS="2", MASTER_ADDR="a")
+    with pytest.raises(ConfigError, match=r"MASTER_PORT.*torchrun"), world("cpu"):
+        pass
+
+
+def test_tasks_of_srun_meet_where_they_are_told_to(monkeypatch):
+    joined = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **k: joined.update(k))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    slurm = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"}
+    set_environment(monkeypatch, MASTER_ADDR="a", MASTER_PORT="1", **slurm)
+    with world("cpu") as here:
+        assert (here.rank, here.size) == (1, 2)
+    assert (joined["rank"], joined["world_size"]) == (1, 2)
+
+
+@pytest.mark.parametrize("tasks", [{}, {"SLURM_STEP_NUM_TASKS": "1"}])
+def test_a_batch_script_or_a_single_task_is_alone(monkeypatch, tasks):
+    set_environment(monkeypatch, SLURM_PROCID="0", SLURM_NTASKS="4", **tasks)
+    with world("cpu") as here:
+        assert here == ALONE
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a CUDA device")
-@pytest.mark.parametrize("name", ["cuda", pytest.param("cuda:0", marks=NUMBERED)])
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
 def test_a_cuda_device_that_is_not_there_is_refused(monkeypatch, name):
     set_environment(monkeypatch)
     with pytest.raises(ConfigError, match="setting device: cuda"), world(name):

@@ -8,6 +8,7 @@ The latest checkpoint is the newest directory whose manifest verifies.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,8 +60,8 @@ def save(
     temporary = root / f".{final.name}.part"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _check_space(root, groups)
         shutil.rmtree(temporary, ignore_errors=True)
+        _check_space(root, groups)
         temporary.mkdir()
         for name, tensors in groups.items():
             ready = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
@@ -71,10 +72,7 @@ def save(
             _sync(path)
         _write(temporary / MANIFEST, json.dumps({"step": step, "files": manifest}, indent=1))
         _sync(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _sync(root)
+        _put(temporary, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         last = latest(root)
@@ -87,6 +85,7 @@ def verify(path: Path) -> Checkpoint | None:
     """The checkpoint at `path` if every file is there and has its recorded digest."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        manifest = dict(manifest)  # a list of names is none
         names = {item.name for item in path.iterdir()} - {MANIFEST}
         if names != set(manifest):
             return None
@@ -100,7 +99,7 @@ def verify(path: Path) -> Checkpoint | None:
 
 def latest(root: Path) -> Checkpoint | None:
     """The newest checkpoint under `root` that verifies."""
-    for path in sorted(root.glob("step-*"), reverse=True):
+    for path in _newest_first(root):
         found = verify(path)
         if found is not None:
             return found
@@ -109,9 +108,8 @@ def latest(root: Path) -> Checkpoint | None:
 
 def prune(root: Path, keep_last: int) -> None:
     """Remove all but the newest `keep_last` checkpoints; the last that verifies always stays."""
-    paths = sorted(root.glob("step-*"), reverse=True)
     good = latest(root)
-    for path in paths[max(1, keep_last) :]:
+    for path in _newest_first(root)[max(1, keep_last) :]:
         if good is None or path != good.path:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -136,11 +134,8 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         odd = sorted(set(own) ^ set(tensors))[0]
         raise CheckpointError(f"checkpoint does not fit the model: {odd} stands on one side only")
     for name, parameter in own.items():
-        if parameter.shape != tensors[name].shape:
-            raise CheckpointError(
-                f"checkpoint does not fit the model: {name} has shape "
-                f"{tuple(tensors[name].shape)}, the model's is {tuple(parameter.shape)}"
-            )
+        _check_shape(name, tensors[name], parameter.shape)
+    for name, parameter in own.items():
         copy_full(parameter, tensors[name])
 
 
@@ -156,17 +151,56 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def load_optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put tensors saved by `optimizer_tensors` back, sharded like their parameters."""
+    """Put tensors saved by `optimizer_tensors` back, sharded like their parameters.
+
+    Raises:
+        CheckpointError: a name or shape is none of the model's parameters.
+    """
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         slot, _, name = key.partition(".")
+        if name not in parameters:
+            raise CheckpointError(f"checkpoint does not fit the model: it has no parameter {name}")
+        _check_shape(key, value, torch.Size() if slot == "step" else parameters[name].shape)
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    for key, value in tensors.items():
+        slot, _, name = key.partition(".")
         parameter = parameters[name]
-        if value.dim() == 0:
-            optimizer.state[parameter][slot] = value.clone()
+        if slot == "step":  # a fused optimizer counts on the parameter's device, others on the CPU
+            place = value.to(parameter.device if fused else value.device, copy=True)
         else:
             place = torch.zeros_like(parameter)
             copy_full(place, value)
-            optimizer.state[parameter][slot] = place
+        optimizer.state[parameter][slot] = place
+
+
+def _check_shape(name: str, found: Tensor, wanted: torch.Size) -> None:
+    if found.shape != wanted:
+        raise CheckpointError(
+            f"checkpoint does not fit the model: {name} has shape {tuple(found.shape)}, "
+            f"the model's is {tuple(wanted)}"
+        )
+
+
+def _newest_first(root: Path) -> list[Path]:
+    """Checkpoints by step; one set aside stands behind the one that is to replace it."""
+    found = [
+        (int(match[1]), not match[2], path)
+        for path in root.glob("step-*")
+        if (match := re.fullmatch(r"step-([0-9]+)(\.old)?", path.name))
+    ]
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def _put(temporary: Path, final: Path) -> None:
+    """Give a finished directory its name; one of that name is set aside until then."""
+    aside = final.with_name(final.name + ".old")
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+    temporary.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _digest(path: Path) -> str:

@@ -32,6 +32,9 @@ Overrides = Annotated[
 ]
 
 
+COMPUTING = {"demo", "run", "sft", "reward", "ppo", "resume", "generate", "eval"}
+
+
 def say(text: str) -> None:
     """A line for the user, on stderr; rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
@@ -43,6 +46,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _take_huge_pages()
+    sys.path.append(str(Path.cwd()))  # where `ppo.reward.callable` is looked for last
     try:
         app()
     except PpomaxError as error:
@@ -51,6 +56,18 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("ppomax: interrupted", err=True)
         sys.exit(130)
+
+
+def _take_huge_pages() -> None:
+    """Start this process again with the allocator's setting, where a verb computes."""
+    if not set(sys.argv[1:2]) & COMPUTING or "--help" in sys.argv:
+        return
+    from ppomax.process import allocator_environment
+
+    extra = allocator_environment(os.environ)
+    if extra:
+        os.environ.update(extra)
+        os.execv(sys.executable, [sys.executable, "-m", "ppomax.cli", *sys.argv[1:]])
 
 
 @app.command()

@@ -4,10 +4,8 @@ Everything else asks three questions of it: who am I (`World`), what is the sum 
 and what is the full tensor behind a sharded one. With one process every answer is the identity.
 """
 
-import ctypes
 import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ppomax.errors import ConfigError
@@ -48,18 +46,28 @@ def rank_in_environment() -> int:
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
+def _size_in_environment() -> tuple[int, int]:
+    """Number of processes and this one's place on its machine, as the launcher set them."""
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        return int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    size = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))  # set in srun's tasks alone
+    if size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        raise ConfigError(
+            f"srun started {size} tasks without MASTER_ADDR and MASTER_PORT, where they meet; "
+            "set both, or start one torchrun per node"
+        )
+    return size, int(os.environ.get("SLURM_LOCALID", "0")) if size > 1 else 0
+
+
 @contextmanager
 def world(device: str = "auto") -> Iterator[World]:
-    """Join the process group that `RANK` and `WORLD_SIZE` describe; leave it at the end.
+    """Join the process group that the launcher describes; leave it at the end.
 
     Raises:
-        ConfigError: the device asked for is not there.
+        ConfigError: the device asked for is not there, or srun's tasks have no place to meet.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    size, local_rank = _size_in_environment()
     place = _device(device, local_rank)
-    if place.type == "cpu":
-        keep_freed_memory()
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if size == 1:
@@ -78,35 +86,19 @@ def world(device: str = "auto") -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def keep_freed_memory() -> None:
-    """Let the C allocator keep freed blocks instead of handing them back to the system.
-
-    A training step frees and takes hundreds of large tensors; getting each as new pages costs more
-    than the arithmetic on some machines (docs/LOG.md). glibc only; elsewhere nothing happens.
-    """
-    if sys.platform != "linux":
-        return
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:  # another C library
-        return
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 2**28)
-
-
 def _device(name: str, local_rank: int) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError("setting device: cuda asked for, no CUDA device found; use cpu")
-        return torch.device("cuda", local_rank)
     try:
-        return torch.device(name)
+        place = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
     except RuntimeError:
         raise ConfigError(f"setting device: {name!r} is no device; use auto, cpu or cuda") from None
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"setting device: {place} asked for, {torch.cuda.device_count()} CUDA devices found; "
+            "use cpu, or start as many processes as there are devices"
+        )
+    return place
 
 
 def shard(model: nn.Module, world: World, blocks: Iterable[nn.Module]) -> None:
@@ -172,29 +164,46 @@ def copy_full(target: Tensor, source: Tensor) -> None:
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer, whole, by name (collective)."""
-    return {name: full(value.detach()) for name, value in model.state_dict().items()}
+    """Every parameter and persistent buffer, whole, by name (collective).
+
+    A tensor with two names (tied embeddings) is gathered once and stays one tensor.
+    """
+    state = model.state_dict(keep_vars=True)
+    whole = {id(value): full(value.detach()) for value in state.values()}
+    return {name: whole[id(value)] for name, value in state.items()}
+
+
+def reshard(model: nn.Module) -> None:
+    """Free whole parameters that a forward without a backward left behind.
+
+    Until then a module holds them in the place of the shards that the optimizer knows.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def all_sum(values: Mapping[str, float], world: World) -> dict[str, float]:
     """Sum of each value over all ranks, in float64; all ranks pass the same keys."""
-    return _reduce(values, world, dist.ReduceOp.SUM)
+    return _over_ranks(values, world, torch.sum)
 
 
 def all_max(values: Mapping[str, float], world: World) -> dict[str, float]:
-    """Largest of each value over all ranks."""
-    return _reduce(values, world, dist.ReduceOp.MAX)
+    """Largest of each value over all ranks; nan is larger than any."""
+    return _over_ranks(values, world, torch.amax)
 
 
-def _reduce(
-    values: Mapping[str, float], world: World, op: dist.ReduceOp.RedOpType
+def _over_ranks(
+    values: Mapping[str, float], world: World, reduce: Callable[[Tensor, int], Tensor]
 ) -> dict[str, float]:
+    """Each rank reduces all ranks' values itself: a collective maximum may drop nan."""
     if world.size == 1 or not values:
         return dict(values)
     keys = sorted(values)
     packed = torch.tensor([values[key] for key in keys], dtype=torch.float64, device=world.device)
-    dist.all_reduce(packed, op)
-    return dict(zip(keys, packed.tolist(), strict=True))
+    ranks = [torch.empty_like(packed) for _ in range(world.size)]
+    dist.all_gather(ranks, packed)
+    return dict(zip(keys, reduce(torch.stack(ranks), 0).tolist(), strict=True))
 
 
 def gather(item: T, world: World) -> list[T]:

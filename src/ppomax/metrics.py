@@ -1,5 +1,6 @@
 """Metrics that add up: sums and weights collected over micro-batches, merged over ranks."""
 
+import math
 from collections.abc import Mapping
 
 from ppomax.distributed import World, all_max, all_sum
@@ -19,8 +20,9 @@ class MetricSums:
         self._weights[key] = self._weights.get(key, 0.0) + weight
 
     def maximum(self, key: str, value: float) -> None:
-        """Keep the largest value."""
-        self._maxima[key] = max(self._maxima.get(key, float("-inf")), value)
+        """Keep the largest value; nan is larger than any."""
+        known = self._maxima.get(key, -math.inf)
+        self._maxima[key] = value if math.isnan(value) else max(known, value)
 
     def merged(self, world: World) -> dict[str, float]:
         """Means and maxima over all ranks; keys with no weight are absent."""

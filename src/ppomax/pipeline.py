@@ -2,28 +2,31 @@
 
 import importlib.resources
 import json
-from collections.abc import Callable, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
 
 from ppomax import rundir
 from ppomax.config import Settings, apply_overrides, dump, merge, parse, read_yaml
-from ppomax.distributed import rank_in_environment
-from ppomax.errors import CheckpointError, ConfigError
+from ppomax.distributed import barrier, world
+from ppomax.errors import CheckpointError, ConfigError, Interrupted
 from ppomax.eval.policy import EvalConfig, evaluate_policy
 from ppomax.eval.reward import evaluate_reward
 from ppomax.report.page import write_preference_report, write_report
-from ppomax.train.loop import is_done
+from ppomax.train.loop import SIGNALS, is_done
 from ppomax.train.ppo import train_ppo
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.reward import RewardConfig, train_reward
 from ppomax.train.sft import SFTConfig, train_sft
 
 STAGES = ("sft", "reward", "ppo", "eval")
-SHARED = ("seed", "device", "dtype", "threads", "system", "trust_remote_code")
+SHARED = ("seed", "device", "dtype", "threads", "system", "trust_remote_code", "heldout")
 """Top-level keys that every stage takes unless it sets its own."""
 TRAINED = (
     "gradient_checkpointing",
@@ -32,6 +35,7 @@ TRAINED = (
     "max_bad_rows",
     "checkpoint",
     "log",
+    "data",
 )
 """Top-level keys that the training stages take too."""
 PLACEHOLDER = "(from the stage before)"
@@ -166,22 +170,44 @@ def run_recipe(
     """
     out = recipe.out
     stages = [only] if only else recipe.stages()
-    main = rank_in_environment() == 0
-    if main:
-        _open(recipe, only, resume=resume)
     for name in stages:
-        config = getattr(recipe, name)
-        if config is None:
+        if getattr(recipe, name) is None:
             raise ConfigError(f"recipe has no stage {name}; it has {', '.join(recipe.stages())}")
-        if is_done(config.out):
-            say(f"{name}: finished before, kept")
-            continue
-        say(f"{name}: starting")
-        _run_stage(config, resume=resume and (config.out / rundir.CONFIG).exists())
-    report = out / "report.html"
-    if main:
-        write_report([out], report)
+    # One process group for all stages: leaving and joining again may meet the one just left.
+    with _stoppable(out), world(getattr(recipe, stages[0]).device) as here:
+        if here.is_main:
+            _open(recipe, only, resume=resume)
+        barrier(here)
+        for name in stages:
+            config = getattr(recipe, name)
+            if is_done(config.out):
+                say(f"{name}: finished before, kept")
+                continue
+            say(f"{name}: starting")
+            _run_stage(config, resume=resume and (config.out / rundir.CONFIG).exists())
+        report = out / "report.html"
+        if here.is_main:
+            write_report([out], report)
     return Finished(out, report)
+
+
+@contextmanager
+def _stoppable(out: Path) -> Iterator[None]:
+    """Where no stage watches for signals (between them, in evaluation) one ends the run at once."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise Interrupted(f"stopped at a signal; go on with `ppomax resume {out}`")
+
+    try:
+        before = {number: signal.signal(number, stop) for number in SIGNALS}
+    except ValueError:  # not the main thread: signals are the caller's
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run_stage(config: SFTConfig | RewardConfig | PPOConfig | EvalConfig, *, resume: bool) -> None:
@@ -201,15 +227,22 @@ def _open(recipe: Recipe, only: str | None, *, resume: bool) -> None:
     text = dump(recipe)
     if not path.exists():
         rundir.create(recipe.out, text)
-    elif only is None and not resume:
+        return
+    if only is None and not resume:
         raise ConfigError(
             f"setting out: {recipe.out} already holds a run; continue it with "
             f"`ppomax resume {recipe.out}` or give another out=DIR"
         )
-    elif resume and path.read_text(encoding="utf-8") != text:
+    if resume and path.read_text(encoding="utf-8") != text:
         raise CheckpointError(f"{path}: differs from the settings to resume with")
-    elif only is not None:
-        rundir.write_text(path, text)
+    for name in [only] if only else recipe.stages():
+        config = getattr(recipe, name)
+        place = config.out / rundir.CONFIG
+        if is_done(config.out) and place.read_text(encoding="utf-8") != dump(config):
+            raise CheckpointError(
+                f"{config.out}: finished with other settings than these; give another out=DIR"
+            )
+    rundir.write_text(path, text)
 
 
 def load_run(path: Path) -> Recipe:

@@ -35,7 +35,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows in one write."""
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        file.write(_lines(rows))
 
 
 def cut_back(path: Path, keep: "dict[str, int]") -> None:
@@ -46,10 +46,12 @@ def cut_back(path: Path, keep: "dict[str, int]") -> None:
         row for row in read_jsonl(path) if row.get("step", 0) <= keep.get(row.get("stage", ""), -1)
     ]
     temporary = path.with_suffix(".part")
-    temporary.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    temporary.write_text(_lines(rows), encoding="utf-8", errors="backslashreplace")
     temporary.replace(path)
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_text(path: Path, text: str) -> None:

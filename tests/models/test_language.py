@@ -49,7 +49,7 @@ def oracle(model, rows, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_log_probs_of_the_targets_are_plain_transformers_row_by_row(tied, temperature):
     model = small(tied)
-    found = LanguageModel(model)(collate(ROWS, 0, CPU), temperature)
+    found = LanguageModel(model)(collate(ROWS, 0, CPU), temperature, entropy=True)
     assert found.logprobs.shape == (5,)
     for got, wanted in zip(found, oracle(model, ROWS, temperature), strict=True):
         torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5)
@@ -57,9 +57,10 @@ def test_log_probs_of_the_targets_are_plain_transformers_row_by_row(tied, temper
 
 def test_an_architecture_with_positions_and_biases_of_its_own_reads_the_same():
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config).eval()
-    found = LanguageModel(model)(collate(ROWS, 0, CPU))
+    found = LanguageModel(model)(collate(ROWS, 0, CPU), entropy=True)
     for got, wanted in zip(found, oracle(model, ROWS, 1.0), strict=True):
         torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5)
 
@@ -96,7 +97,7 @@ def test_a_batch_without_targets_runs_and_gives_zero_gradients():
 def test_gradients_are_those_of_plain_transformers(tied):
     model = small(tied)
     other = copy.deepcopy(model)
-    found = LanguageModel(model)(collate(ROWS, 0, CPU), 0.8)
+    found = LanguageModel(model)(collate(ROWS, 0, CPU), 0.8, entropy=True)
     (found.logprobs.sum() - 0.2 * found.entropy.sum()).backward()
     logprobs, entropies, _ = oracle(other, ROWS, 0.8)
     (logprobs.sum() - 0.2 * entropies.sum()).backward()

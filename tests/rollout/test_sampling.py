@@ -131,7 +131,7 @@ def test_draws_follow_the_distribution_where_most_of_it_is_tail(
     monkeypatch.setattr(sampling, "CANDIDATES", candidates)
     flat = PEAKED / 10
     params = SamplingParams(temperature=temperature)
-    tokens, logprobs = draws_of(flat, params, count=12_000, batch=6_000)
+    tokens, logprobs = draws_of(flat, params, count=10_000, batch=5_000)
     chance = reference(flat, params)
     assert fits(tokens, chance) > 1e-3
     inside = set(flat.topk(candidates).indices.tolist())
@@ -209,7 +209,7 @@ def test_equally_likely_tokens_at_the_edge_leave_exactly_top_k():
     torch.testing.assert_close(logprobs, torch.full_like(logprobs, -math.log(4)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(
     st.integers(0, 10**6),
     st.sampled_from([0.5, 1.0, 2.0]),

@@ -38,9 +38,11 @@ def plan_micro_batches(
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     most = -(-len(order) // max(1, at_least))
     batches: list[list[int]] = []
-    for index in order:
+    for place, index in enumerate(order):
         last = batches[-1] if batches else None
-        if last and len(last) < most and (len(last) + 1) * lengths[last[0]] <= max_tokens:
+        spare = len(order) - place > at_least - len(batches)
+        fits = last and len(last) < most and (len(last) + 1) * lengths[last[0]] <= max_tokens
+        if last and fits and spare:
             last.append(index)
         else:
             batches.append([index])

@@ -5,10 +5,12 @@ it: prompt ids first, then the answer's own ids. An answer is its content and th
 and nothing after it; what the template writes behind that token belongs to the next prompt piece.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ppomax.errors import ModelError
@@ -42,7 +44,8 @@ class ChatTemplate:
     """A tokenizer's chat template with the assistant's spans known exactly.
 
     Raises:
-        ModelError: the template is not prefix-preserving (adding a turn changes earlier text).
+        ModelError: the template is not prefix-preserving (adding a turn changes earlier text), or
+            refuses a dialogue.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
@@ -50,57 +53,31 @@ class ChatTemplate:
         self.system = system
         if not tokenizer.chat_template:
             tokenizer.chat_template = FALLBACK_TEMPLATE
-        self.end_id = self._find_end()
+        self.end_id, self.writes_end = self._find_end()
         self.end_ids = frozenset({self.end_id, *_ids(tokenizer.eos_token_id)})
         """Every id that ends a reply: the template's end-of-turn token and the tokenizer's eos."""
         self.end_text = str(tokenizer.convert_ids_to_tokens(self.end_id))
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
-        """A dialogue that ends with an assistant turn; its last id is the end-of-turn token."""
+        """A dialogue up to its last assistant turn; its last id is the end-of-turn token."""
+        messages = self._with_system(messages)
         ids: list[int] = []
         mask: list[bool] = []
-        done = ""
-        messages = self._with_system(messages)
-        for index, message in enumerate(messages):
+        before = said = ""
+        for place, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prefix = self._render(messages[:index], generation=True)
-            whole = self._render(messages[: index + 1], generation=False)
-            if not prefix.startswith(done) or not whole.startswith(prefix):
-                raise ModelError(
-                    "the chat template is not prefix-preserving: adding a turn changes the text "
-                    "before it, so the assistant's tokens cannot be told apart; set another chat "
-                    "template"
-                )
-            content, _, _ = whole[len(prefix) :].partition(self.end_text)
-            if self.end_text not in whole[len(prefix) :]:
-                content = message["content"]
-            prompt = self._tokenize(prefix[len(done) :])
-            answer = [*self._tokenize(content), self.end_id]
+            text = self._render(messages[:place], generation=True)
+            prompt = self._tokenize(text[self._answer_end(text, before, said) if ids else 0 :])
+            before, said = text, message["content"]
+            answer = self.answer(said)
             ids += prompt + answer
             mask += [False] * len(prompt) + [True] * len(answer)
-            done = (
-                prefix + content + (self.end_text if self.end_text in whole[len(prefix) :] else "")
-            )
         return Encoded(ids, mask)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids up to the point where the assistant is to write."""
-        messages = self._with_system(messages)
-        past = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        whole = self._render(messages, generation=True)
-        if not past:
-            return self._tokenize(whole)
-        history = messages[: past[-1] + 1]
-        ids = self.encode(history).ids
-        before = self._render(history, generation=False)
-        end = before.rfind(self.end_text)
-        done = before[: end + len(self.end_text)] if end >= 0 else before
-        if not whole.startswith(done):
-            raise ModelError(
-                "the chat template is not prefix-preserving; set another chat template"
-            )
-        return ids + self._tokenize(whole[len(done) :])
+        return self.encode([*messages, Message(role="assistant", content="")]).ids[:-1]
 
     def answer(self, text: str) -> list[int]:
         """Ids of an answer: its content and the end-of-turn token."""
@@ -136,29 +113,53 @@ class ChatTemplate:
             return [Message(role="system", content=self.system), *messages]
         return list(messages)
 
+    def _answer_end(self, text: str, before: str, answer: str) -> int:
+        """Where in `text` an answer to the prompt `before` ends, white space around it aside."""
+        bare = answer.strip()
+        trailing = answer[len(answer.rstrip()) :]
+        end = rf"\s*{re.escape(self.end_text)}" if self.writes_end else f"(?:{trailing})?"
+        found = re.compile(rf"\s*{re.escape(bare)}{end}").match(text, len(before))
+        if not text.startswith(before) or found is None:
+            raise ModelError(
+                "the chat template is not prefix-preserving: adding a turn changes the text before "
+                "it, so the assistant's tokens cannot be told apart; set another chat template"
+            )
+        return found.end()
+
     def _render(self, messages: Sequence[Message], *, generation: bool) -> str:
-        rendered: Any = self.tokenizer.apply_chat_template(
-            [{"role": message["role"], "content": message["content"]} for message in messages],
-            tokenize=False,
-            add_generation_prompt=generation,
-        )
+        try:
+            rendered: Any = self.tokenizer.apply_chat_template(
+                [{"role": message["role"], "content": message["content"]} for message in messages],
+                tokenize=False,
+                add_generation_prompt=generation,
+            )
+        except TemplateError as error:
+            raise ModelError(
+                f"the chat template refuses a dialogue ({error}); set another chat template, or "
+                "leave such dialogues out"
+            ) from None
         return str(rendered)
 
     def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _find_end(self) -> int:
-        """The special token that the template writes after an answer, else the tokenizer's eos."""
+    def _find_end(self) -> tuple[int, bool]:
+        """The special token that the template writes after an answer, else the tokenizer's eos.
+
+        And whether the template writes one.
+        """
         marker = "ppomax-answer"
         messages = [Message(role="user", content="a"), Message(role="assistant", content=marker)]
         tail = self._render(messages, generation=False).rpartition(marker)[2]
-        special = set(self.tokenizer.all_special_ids)
+        added = self.tokenizer.added_tokens_decoder
+        special = {token for token in added if added[token].special}
+        special |= set(self.tokenizer.all_special_ids)
         for token in self._tokenize(tail):
             if token in special:
-                return int(token)
+                return int(token), True
         if self.tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no end-of-text token and its template writes none")
-        return int(self.tokenizer.eos_token_id)
+        return int(self.tokenizer.eos_token_id), False
 
 
 def _ids(found: int | None) -> list[int]:

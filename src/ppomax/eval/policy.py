@@ -15,7 +15,7 @@ from pydantic import Field
 from ppomax import rundir
 from ppomax.config import Settings, dump
 from ppomax.data.batching import collate, derived_seed, plan_micro_batches
-from ppomax.data.sources import Sources, load_prompts
+from ppomax.data.sources import Sources, load_prompts, split_by_prompt
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World, barrier, gather, sum_tensor, world
 from ppomax.errors import DataError
@@ -58,6 +58,8 @@ class EvalConfig(Settings):
     """Run directory of the evaluation."""
     data: Sources = Field(default_factory=lambda: ["bundled:prompts"], validate_default=True)
     """Held-out prompts."""
+    heldout: float | None = Field(None, gt=0, lt=1)
+    """Take only the prompts of `data` that the training stages hold out with this share."""
     limit: int | None = Field(None, ge=1)
     """At most this many prompts."""
     scorers: list[ScorerConfig] = []
@@ -166,7 +168,10 @@ def load_eval_prompts(
     Raises:
         DataError: none does.
     """
-    rows = load_prompts(config.data, max_bad_rows=config.max_bad_rows).rows[: config.limit]
+    rows = load_prompts(config.data, max_bad_rows=config.max_bad_rows).rows
+    if config.heldout is not None:
+        rows = split_by_prompt(rows, config.heldout).heldout
+    rows = rows[: config.limit]
     fitted = [(row, template.fit(row.messages, config.max_prompt)) for row in rows]
     kept = [(row, found[1]) for row, found in fitted if found is not None]
     if not kept:

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ppomax.errors import ModelError
 from ppomax.models.folders import atomic_folder, quiet
-from ppomax.models.heads import ScalarModel, save_scalar, set_pad
+from ppomax.models.heads import ScalarModel, save_scalar, set_pad, set_saved_dtype
 from ppomax.models.lora import adapter_state_dict, effective_state_dict, has_lora
 
 REWARD_CARD_FILE = "reward_card.json"
@@ -238,16 +238,16 @@ def _write_merged(
     dtype: torch.dtype | None,
     state: dict[str, Tensor] | None,
 ) -> None:
-    weights = effective_state_dict(model, state)
+    if dtype is None and has_lora(model):
+        dtype = torch.float32  # in bf16 the sum of base and update would lose most of the update
+    weights = effective_state_dict(model, state, dtype)
     if dtype is not None:
         cast = {id(tensor): tensor.to(dtype) for tensor in weights.values()}
         weights = {name: cast[id(tensor)] for name, tensor in weights.items()}
     set_pad(model.config, tokenizer.pad_token_id)
     model.save_pretrained(place, state_dict=weights)
     if dtype is not None:
-        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        (place / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        set_saved_dtype(place, dtype)
 
 
 def _write_adapter(

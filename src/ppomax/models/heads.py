@@ -4,6 +4,7 @@ Nothing here reads a file but `ScalarModel.save`, which writes one; loading is `
 """
 
 import copy
+import json
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -21,7 +22,7 @@ from transformers import (
 
 from ppomax.errors import ModelError
 from ppomax.models.folders import quiet
-from ppomax.models.lora import effective_state_dict
+from ppomax.models.lora import effective_state_dict, has_lora
 
 LM_HEAD_FILE = "lm_head.safetensors"
 
@@ -204,7 +205,10 @@ def save_scalar(
     state: dict[str, Tensor] | None = None,
 ) -> None:
     """`ScalarModel.save`, from a gathered state dict where the model's own is sharded."""
-    weights = effective_state_dict(model, state)
+    dtype = torch.float32 if has_lora(model) else None  # bf16 sums would lose most of the update
+    weights = effective_state_dict(model, state, dtype)
+    if dtype is not None:
+        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     config = copy.deepcopy(model.config)
     config.num_labels = 1
     set_pad(config, tokenizer.pad_token_id)
@@ -224,9 +228,18 @@ def save_scalar(
     with quiet():
         shell.save_pretrained(folder, state_dict=renamed)
         tokenizer.save_pretrained(folder)
+    if dtype is not None:
+        set_saved_dtype(folder, dtype)
     if head:
         contiguous = {name: tensor.contiguous() for name, tensor in head.items()}
         save_file(contiguous, folder / LM_HEAD_FILE, metadata={"format": "pt"})
+
+
+def set_saved_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Name in a saved folder's config the dtype its weights have."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def set_pad(config: PreTrainedConfig, pad_id: int) -> None:

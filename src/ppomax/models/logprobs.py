@@ -85,8 +85,8 @@ class _TokenLogprobs(torch.autograd.Function):
             normalisers[part] = normaliser
             logprobs[part] = at_target - normaliser
             if want_entropy:
-                probabilities = (logits - normaliser[:, None]).exp_()
-                entropy[part] = normaliser - torch.linalg.vecdot(probabilities, logits)
+                logits -= normaliser[:, None]  # log-probs; p times the logits would cancel
+                entropy[part] = -torch.linalg.vecdot(logits.exp(), logits)
         if temperature == 1.0:
             plain.copy_(logprobs)
         ctx.save_for_backward(hidden, weight, targets, normalisers, entropy)

@@ -119,7 +119,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def effective_state_dict(
-    model: nn.Module, state: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    state: Mapping[str, Tensor] | None = None,
+    merged_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """The weights the model acts with, under the names it has without adapters.
 
@@ -127,6 +129,7 @@ def effective_state_dict(
     Weights without an adapter are returned as they are, not copied; the model is not changed.
 
     Args:
+        merged_dtype: dtype of merged weights instead of W's; a bf16 sum would lose small updates.
         state: the model's full state dict where its own tensors are sharded; default its own.
     """
     state = model.state_dict() if state is None else state
@@ -142,7 +145,7 @@ def effective_state_dict(
         down = state[f"{name}.lora_A.{ADAPTER}.weight"].float()
         delta = (up @ down) * layer.scaling[ADAPTER]
         delta = delta.T if layer.fan_in_fan_out else delta
-        result[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
+        result[f"{name}.weight"] = (weight.float() + delta).to(merged_dtype or weight.dtype)
     return result
 
 

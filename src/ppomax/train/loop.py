@@ -26,6 +26,8 @@ from ppomax.train.settings import StageSettings
 from ppomax.train.trackers import Tracker, open_trackers
 
 DONE = "done.json"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""What asks a run to stop with its state saved."""
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -68,6 +70,7 @@ class Trainable(Generic[M]):
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Checkpoint groups: weights and optimizer state."""
+        distributed.reshard(self.model)
         return {
             self.name: checkpoint.model_tensors(self.model),
             f"{self.name}_optimizer": checkpoint.optimizer_tensors(self.model, self.optimizer),
@@ -240,8 +243,7 @@ class StageRun:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Note SIGTERM, SIGINT and SIGUSR1 instead of dying; a second one ends at once."""
-        watched = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+        """Note `SIGNALS` instead of dying; a second one ends at once."""
 
         def note(number: int, _frame: FrameType | None) -> None:
             if self._stop_signal is not None:
@@ -250,7 +252,7 @@ class StageRun:
             self._stop_signal = number
 
         try:
-            before = {number: signal.signal(number, note) for number in watched}
+            before = {number: signal.signal(number, note) for number in SIGNALS}
         except ValueError:  # not the main thread: signals are the caller's
             yield
             return
@@ -261,13 +263,19 @@ class StageRun:
                 signal.signal(number, handler)
 
     def finish(self) -> Path:
-        """Mark the stage done."""
+        """Mark the stage done.
+
+        Raises:
+            Interrupted: a signal came after the last step; what follows the stage is left.
+        """
         if self.world.is_main:
             rundir.write_text(self.path / DONE, "{}\n")
             for tracker in self.trackers:
                 tracker.close()
         self.progress.close()
         barrier(self.world)
+        if self.stop_asked():
+            raise self.interrupt()
         return self.path
 
 

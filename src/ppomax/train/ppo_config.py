@@ -137,6 +137,8 @@ class PPOConfig(StageSettings):
 
     data: Sources
     """Prompts; preference and SFT files give theirs."""
+    heldout: float = Field(0.0, ge=0, lt=1)
+    """Share of prompts kept out: those that the other stages hold out with the same share."""
     iterations: int = Field(ge=1)
     """Rollout-and-update rounds."""
     rollout_size: int = Field(128, ge=1)

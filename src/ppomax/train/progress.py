@@ -47,16 +47,17 @@ class Progress:
         self.bar: Bar | None = None
         self.tasks: dict[str, TaskID] = {}
         self.first: dict[str, tuple[float, int]] = {}
-        self.last: dict[str, float] = {}
+        self.last: dict[str, dict[str, float]] = {}
 
     def show(self, stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
         """Report one step."""
         if not self.enabled:
             return
+        last = self.last.setdefault(stage, {})
         for label, key in SHOWN[stage].items():
             if key in values:
-                self.last[label] = values[key]
-        text = "  ".join(f"{label} {number(value)}" for label, value in self.last.items())
+                last[label] = values[key]
+        text = "  ".join(f"{label} {number(value)}" for label, value in last.items())
         if self.console.is_terminal:
             self._bar(stage, step, total, text)
         else:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ppomax.data.batching import derived_seed, permutation
-from ppomax.data.sources import Loaded, load_prompts, load_text
+from ppomax.data.sources import Loaded, load_prompts, load_text, split_by_prompt
 from ppomax.data.template import ChatTemplate
 from ppomax.errors import DataError
 from ppomax.train.ppo_config import PPOConfig, PtxSettings
@@ -50,7 +50,7 @@ def load_stream(config: PPOConfig, template: ChatTemplate) -> PromptStream:
     loaded = load_prompts(config.data, max_bad_rows=config.max_bad_rows)
     prompts = []
     seen: set[tuple[int, ...]] = set()
-    for index, row in enumerate(loaded.rows):
+    for index, row in enumerate(split_by_prompt(loaded.rows, config.heldout).train):
         fitted = template.fit(row.messages, config.max_prompt)
         if fitted is not None and tuple(fitted[1]) not in seen:
             seen.add(tuple(fitted[1]))

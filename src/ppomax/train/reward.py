@@ -23,7 +23,7 @@ from ppomax.models.heads import ScalarModel, read_scores
 from ppomax.models.language import place
 from ppomax.models.load import load_reward_model, load_tokenizer
 from ppomax.models.logprobs import token_logprobs
-from ppomax.models.lora import LoraSettings, add_lora
+from ppomax.models.lora import LoraSettings, add_lora, merged_copy
 from ppomax.train.loop import StageRun, Trainable, autocast, rank_micro_batches
 from ppomax.train.optim import OptimSettings
 from ppomax.train.settings import StageSettings
@@ -331,13 +331,15 @@ def _export(
     run: StageRun,
 ) -> None:
     pad = int(tokenizer.pad_token_id)
+    # adapters are merged into what is written, and the merged weights round differently
+    scorer = merged_copy(model).to(config.compute_dtype) if config.lora else model
     sample = data.train[:512]
-    chosen, rejected = score_pairs(model, sample, pad, config, here)
+    chosen, rejected = score_pairs(scorer, sample, pad, config, here)
     everything = torch.cat([chosen, rejected])
     accuracy = {}
     if data.heldout:
-        accuracy["all"] = evaluate(model, data.heldout, pad, config, here)["eval/accuracy"]
-    probes = score_dialogues(model, list(probe_messages()), template, here, config.compute_dtype)
+        accuracy["all"] = evaluate(scorer, data.heldout, pad, config, here)["eval/accuracy"]
+    probes = score_dialogues(scorer, list(probe_messages()), template, here, config.compute_dtype)
     state = full_state(model)  # collective
     if not here.is_main:
         return
