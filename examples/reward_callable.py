@@ -1,12 +1,13 @@
-"""A reward written as a Python function, in place of a reward model.
+r"""A reward written as a Python function, in place of a reward model.
 
-    export PYTHONPATH=examples
-    ppomax run smoke reward=null ppo.reward.callable=reward_callable:reward ppo.critic=policy
+    ppomax run smoke reward=null ppo.critic=policy \
+        ppo.reward.callable=examples.reward_callable:reward
 
-There is no reward stage then, and no reward model for the critic to start from. The
-function runs in the training process with your rights. It gets every reply of the rollout (of this
-rank's share) at once and returns one number each; None sets a reply aside, an exception is tried
-again `ppo.reward.retries` times, and one call may take `ppo.reward.timeout` seconds.
+There is no reward stage then, and no reward model for the critic to start from. The module is
+looked for as Python does, last in the current directory. The function runs in the training process
+with your rights. It gets every reply of the rollout (of this rank's share) at once and returns one
+number each; None sets a reply aside, an exception is tried again `ppo.reward.retries` times, and
+one call may take `ppo.reward.timeout` seconds.
 """
 
 import asyncio

@@ -70,7 +70,9 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             {"prompt": f"Say {w}.", "chosen": f"Gladly: {w}, {w}!", "rejected": f"No {w} today."}
             for w in words
         ],
-        "prompts": [{"prompt": f"What of {w}?", "lang": "en"} for w in words],
+        "prompts": [
+            {"prompt": f"What of {w}?", "lang": ("en", "zh")[i % 2]} for i, w in enumerate(words)
+        ],
         "text": [{"text": f"{w} and nothing but {w}. " * 6} for w in words],
     }
     for name, found in rows.items():

@@ -164,18 +164,20 @@ def generate(
     max_new_tokens: int = 512,
     seed: int = 0,
     dtype: str = "float32",
-    limit: Annotated[int | None, typer.Option(help="First so many prompts.")] = None,
+    limit: Annotated[int | None, typer.Option(help="First so many prompts.", min=1)] = None,
 ) -> None:
     """One reply per prompt; the paper's sampling (section 6.1) by default."""
+    from ppomax.config import parse
     from ppomax.eval.generate import generate_file
     from ppomax.rollout import SamplingParams
 
-    params = SamplingParams(
-        temperature=temperature,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        max_new_tokens=max_new_tokens,
-    )
+    settings = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "max_new_tokens": max_new_tokens,
+    }
+    params = parse(SamplingParams, settings, "options")
     count = generate_file(model, prompts, out, params, seed=seed, dtype=dtype, limit=limit)
     typer.echo(f"{count} replies in {out}")
 
@@ -190,10 +192,12 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends."""
+    from ppomax.config import parse
     from ppomax.eval.generate import Chat
     from ppomax.rollout import SamplingParams
 
-    params = SamplingParams(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+    settings = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+    params = parse(SamplingParams, settings, "options")
     partner = Chat(model, params, seed=seed, system=system)
     while True:
         try:
@@ -224,13 +228,16 @@ def eval_reward(
     out: Annotated[Path | None, typer.Option(help="Folder; default the current one.")] = None,
     dtype: str = "float32",
     max_length: int = 1024,
-    limit: Annotated[int | None, typer.Option(help="First so many pairs.")] = None,
+    limit: Annotated[int | None, typer.Option(help="First so many pairs.", min=1)] = None,
+    heldout: Annotated[
+        float | None, typer.Option(help="Only the pairs that training holds out with this share.")
+    ] = None,
 ) -> None:
     """Accuracy with intervals, calibration, length bias, worst pairs: a report as JSON and HTML."""
     from ppomax.pipeline import write_reward_evaluation
 
     for line in write_reward_evaluation(
-        model, data, out or Path(), dtype=dtype, max_length=max_length, limit=limit
+        model, data, out or Path(), dtype=dtype, max_length=max_length, limit=limit, heldout=heldout
     ):
         typer.echo(line)
 

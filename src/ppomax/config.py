@@ -4,6 +4,7 @@ Settings models stand beside the code that reads them; this module holds only wh
 """
 
 import difflib
+import re
 import types
 import typing
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from yaml.constructor import ConstructorError
 
 from ppomax.errors import ConfigError
 
@@ -30,6 +32,58 @@ class Settings(BaseModel):
 
 S = TypeVar("S", bound=Settings)
 
+_FLOAT, _DATE = "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"
+_POWER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+"""YAML 1.2's floats with an exponent; YAML 1.1 reads 1e-5 as text, people mean the number."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML: powers of ten are numbers, dates are text, a key stands once."""
+
+    yaml_implicit_resolvers: Any = {
+        first: [pair for pair in pairs if pair[0] != _DATE] + [(_FLOAT, _POWER)]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.deep_construct = True  # an alias to its own parent is then an error
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # noqa: ANN401 - yaml's own
+        """A mapping; a key given twice is an error."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for place, key in enumerate(keys):
+            if any(key.value == earlier.value for earlier in keys[:place]):
+                raise ConstructorError(
+                    problem=f"{key.value} stands twice", problem_mark=key.start_mark
+                )
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ANN401
+        """A value; one that its tag does not fit is a YAML error, not Python's."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError):
+            kind = node.tag.rpartition(":")[2]
+            raise ConstructorError(
+                problem=f"{node.value!r} is no {kind}", problem_mark=node.start_mark
+            ) from None
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back: text that looks like a number is quoted."""
+
+    yaml_implicit_resolvers: Any = {
+        first: [*pairs, (_FLOAT, _POWER)]
+        for first, pairs in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    }
+
+    def represent_scalar(self, tag: str, value: Any, style: Any = None) -> yaml.ScalarNode:  # noqa: ANN401
+        """A scalar; PyYAML reads U+0085 back only from double quotes."""
+        quoted = isinstance(value, str) and "\x85" in value
+        return super().represent_scalar(tag, value, '"' if quoted else style)
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
@@ -38,7 +92,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is not YAML, or does not hold a mapping.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -65,11 +119,9 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
         if not sign or not key:
             raise ConfigError(f"override {item!r}: write key.sub=value")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Loader)
         except yaml.YAMLError:
             value = text
-        if isinstance(value, str):
-            value = _number(value)
         *parents, last = key.split(".")
         place: Any = result
         for part in parents:
@@ -101,14 +153,15 @@ def parse(model: type[S], data: dict[str, Any], source: str = "recipe") -> S:
         ConfigError: one line that names the setting, what was found and what would do.
     """
     try:
-        return model.model_validate(_numbers(data))
+        return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_describe(error, model, source)) from None
+        raise ConfigError(_describe(error, model, data, source)) from None
 
 
 def dump(settings: Settings) -> str:
     """The complete settings as YAML; parsing it again gives equal settings."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    data = settings.model_dump(mode="json")
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _copy(value: Any) -> Any:  # noqa: ANN401 - YAML values
@@ -119,30 +172,15 @@ def _copy(value: Any) -> Any:  # noqa: ANN401 - YAML values
     return value
 
 
-def _number(text: str) -> str | float:
-    """YAML 1.1 reads 1e-5 as text; people mean the number."""
-    if "e" in text.lower() and text[:1] in "+-.0123456789":
-        try:
-            return float(text)
-        except ValueError:
-            return text
-    return text
-
-
-def _numbers(value: Any) -> Any:  # noqa: ANN401 - YAML values
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return _number(value) if isinstance(value, str) else value
-
-
-def _describe(error: ValidationError, model: type[BaseModel], source: str) -> str:
+def _describe(
+    error: ValidationError, model: type[BaseModel], data: dict[str, Any], source: str
+) -> str:
     first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"])
+    parts = _setting(first["loc"], model, data)
+    path = ".".join(parts)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        keys = _keys_at(model, [str(part) for part in first["loc"][:-1]])
+        keys = _keys_at(model, parts[:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), keys, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(sorted(keys))}"
         return f"{source}: unknown setting {path}{hint}{more}"
@@ -152,6 +190,25 @@ def _describe(error: ValidationError, model: type[BaseModel], source: str) -> st
     place = f"setting {path}: " if path else ""
     found = "" if isinstance(first["input"], dict) else f", found {first['input']!r}"
     return f"{source}: {place}{message}{found}{more}"
+
+
+def _setting(
+    place: tuple[int | str, ...], model: type[BaseModel], data: dict[str, Any]
+) -> list[str]:
+    """A setting's path in the recipe: pydantic's place without the names of a union's branches."""
+    path: list[str] = []
+    value: Any = data
+    for part in place:
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(part, int):
+            value = value[part] if isinstance(value, list) and part < len(value) else None
+        elif part in _keys_at(model, path):
+            value = None
+        else:
+            continue
+        path.append(str(part))
+    return path
 
 
 def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:

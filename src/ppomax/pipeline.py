@@ -69,7 +69,7 @@ def load_recipe(path: str, overrides: list[str]) -> Recipe:
 def find_recipe(name: str) -> Path:
     """A path, or a shipped recipe's name with or without `recipes/` and `.yaml`."""
     path = Path(name)
-    if path.exists():
+    if path.is_file():
         return path
     shipped = Path(str(importlib.resources.files("ppomax") / "recipes"))
     found = shipped / f"{path.stem}.yaml"
@@ -131,10 +131,13 @@ def _wire(data: dict[str, Any], model: object, present: list[str], source: str) 
                 )
             data[name]["model"] = start[name]
     reward = str(out / "reward" / "export") if "reward" in present else None
-    if "ppo" in present:
-        settings = data["ppo"].setdefault("reward", {})
-        if reward and not settings.get("model") and not settings.get("callable"):
-            settings["model"] = reward
+    settings = data["ppo"].setdefault("reward", {}) if "ppo" in present else {}
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"{source}: setting ppo.reward: a section of settings is wanted, found {settings!r}"
+        )
+    if "ppo" in present and reward and not settings.get("model") and not settings.get("callable"):
+        settings["model"] = reward
     if "eval" in present:
         section = data["eval"]
         ppo = data.get("ppo") or {}
@@ -142,10 +145,12 @@ def _wire(data: dict[str, Any], model: object, present: list[str], source: str) 
             section["baseline"] = ppo.get("model") or sft
         if not section.get("policy"):
             section["policy"] = str(out / "ppo" / "export")
-        proxy = (ppo.get("reward") or {}).get("model") or reward
-        if proxy and not any(s.get("role") == "proxy" for s in section.get("scorers", [])):
+        proxy = settings.get("model") or reward
+        scorers = section.get("scorers") or []
+        listed = isinstance(scorers, list) and all(isinstance(item, dict) for item in scorers)
+        if proxy and listed and not any(item.get("role") == "proxy" for item in scorers):
             own = {"model": proxy, "name": "reward model", "role": "proxy"}
-            section["scorers"] = [own, *section.get("scorers", [])]
+            section["scorers"] = [own, *scorers]
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,12 +238,12 @@ def _open(recipe: Recipe, only: str | None, *, resume: bool) -> None:
             f"setting out: {recipe.out} already holds a run; continue it with "
             f"`ppomax resume {recipe.out}` or give another out=DIR"
         )
-    if resume and path.read_text(encoding="utf-8") != text:
+    if resume and parse(Recipe, read_yaml(path)) != recipe:
         raise CheckpointError(f"{path}: differs from the settings to resume with")
     for name in [only] if only else recipe.stages():
         config = getattr(recipe, name)
         place = config.out / rundir.CONFIG
-        if is_done(config.out) and place.read_text(encoding="utf-8") != dump(config):
+        if is_done(config.out) and parse(type(config), read_yaml(place)) != config:
             raise CheckpointError(
                 f"{config.out}: finished with other settings than these; give another out=DIR"
             )
@@ -274,10 +279,19 @@ def as_yaml(recipe: Recipe) -> str:
 
 
 def write_reward_evaluation(
-    model: str, files: list[str], out: Path, *, dtype: str, max_length: int, limit: int | None
+    model: str,
+    files: list[str],
+    out: Path,
+    *,
+    dtype: str,
+    max_length: int,
+    limit: int | None,
+    heldout: float | None,
 ) -> list[str]:
     """Evaluate, write `report.json` and `report.html` into `out`; lines for the terminal."""
-    result = evaluate_reward(model, files, dtype=dtype, max_length=max_length, limit=limit)
+    result = evaluate_reward(
+        model, files, dtype=dtype, max_length=max_length, limit=limit, heldout=heldout
+    )
     out.mkdir(parents=True, exist_ok=True)
     rundir.write_text(out / "report.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     write_preference_report(result, out / "report.html")

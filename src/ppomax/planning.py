@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ppomax.data.sources import load_preferences, load_prompts, load_sft
+from ppomax.data.sources import load_prompts
+from ppomax.data.template import ChatTemplate
 from ppomax.errors import PpomaxError
-from ppomax.models.load import resolve
+from ppomax.models.load import load_tokenizer, resolve
 from ppomax.models.lora import LoraSettings
 from ppomax.pipeline import Recipe
+from ppomax.train import reward, sft
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.reward import RewardConfig
 from ppomax.train.sft import SFTConfig
@@ -83,16 +85,19 @@ def plan(recipe: Recipe) -> list[StagePlan]:
         source = _first_model(recipe, config.model)
         sizes.setdefault(source, model_size(source, trust_remote_code=config.trust_remote_code))
         size = sizes[source]
-        stages.append(_plan_stage(config, size))
+        tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+        stages.append(_plan_stage(config, size, ChatTemplate(tokenizer, config.system)))
     return stages
 
 
-def _plan_stage(config: SFTConfig | RewardConfig | PPOConfig, size: Size) -> StagePlan:
+def _plan_stage(
+    config: SFTConfig | RewardConfig | PPOConfig, size: Size, template: ChatTemplate
+) -> StagePlan:
     match config:
         case SFTConfig():
-            return _plan_sft(config, size)
+            return _plan_sft(config, size, template)
         case RewardConfig():
-            return _plan_reward(config, size)
+            return _plan_reward(config, size, template)
         case PPOConfig():
             return _plan_ppo(config, size)
 
@@ -127,8 +132,10 @@ def _activations(micro_tokens: int, shape: Size, *, checkpointing: bool) -> floa
     return (micro_tokens * shape.hidden * shape.layers * per_layer * 2 + logits) / GB
 
 
-def _plan_sft(config: SFTConfig, shape: Size) -> StagePlan:
-    rows = len(load_sft(config.data, max_bad_rows=config.max_bad_rows).rows)
+def _plan_sft(config: SFTConfig, shape: Size, template: ChatTemplate) -> StagePlan:
+    data = sft.load_data(config, template)
+    rows = len(data.train) + len(data.heldout)
+    tokens = sum(data.train[index].num_targets for step in data.steps for index in step)
     memory = PROCESS_GB + _trained(shape.parameters, config.lora, shape, config.compute_dtype)
     memory += _activations(config.micro_tokens, shape, checkpointing=config.gradient_checkpointing)
     result = StagePlan(
@@ -144,12 +151,15 @@ def _plan_sft(config: SFTConfig, shape: Size) -> StagePlan:
             "step",
             f"{config.batch_tokens} tokens; micro-batches of {config.micro_tokens} padded tokens",
         ),
+        ("optimizer steps", f"{len(data.steps)}, {tokens} target tokens in all"),
     ]
     return result
 
 
-def _plan_reward(config: RewardConfig, shape: Size) -> StagePlan:
-    rows = len(load_preferences(config.data, max_bad_rows=config.max_bad_rows).rows)
+def _plan_reward(config: RewardConfig, shape: Size, template: ChatTemplate) -> StagePlan:
+    data = reward.load_data(config, template)
+    rows = len(data.train) + len(data.heldout)
+    tokens = sum(data.train[index].tokens for step in data.steps for index in step)
     memory = PROCESS_GB + _trained(shape.parameters, config.lora, shape, config.compute_dtype)
     memory += _activations(config.micro_tokens, shape, checkpointing=config.gradient_checkpointing)
     result = StagePlan(
@@ -159,6 +169,7 @@ def _plan_reward(config: RewardConfig, shape: Size) -> StagePlan:
         ("model", f"{config.model}, {shape.parameters / 1e6:.1f} M parameters"),
         ("data", f"{rows} pairs, {config.epochs} epochs, held out {config.heldout:.0%} of prompts"),
         ("step", f"{config.batch_tokens} tokens, {config.min_pairs} to {config.max_pairs} pairs"),
+        ("optimizer steps", f"{len(data.steps)}, {tokens} tokens in all"),
     ]
     return result
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from transformers import PreTrainedTokenizerBase
 
 from ppomax import rundir
 from ppomax.config import Settings, dump
@@ -18,10 +19,11 @@ from ppomax.data.batching import collate, derived_seed, plan_micro_batches
 from ppomax.data.sources import Sources, load_prompts, split_by_prompt
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World, barrier, gather, sum_tensor, world
-from ppomax.errors import DataError
+from ppomax.errors import ConfigError, DataError
 from ppomax.eval.statistics import paired_difference, wilson_interval, win_tie_lose
 from ppomax.experience import kl_penalty
 from ppomax.masked import masked_mean
+from ppomax.models.export import tokenizer_hash
 from ppomax.models.language import LanguageModel, place
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
 from ppomax.rollout import EngineSettings, Rollout, SamplingParams, build_engine
@@ -120,9 +122,9 @@ def evaluate_policy(config: EvalConfig) -> Path:
 
 def compare(config: EvalConfig, here: World) -> dict[str, Any]:
     """The whole comparison as one JSON-ready record."""
-    template = ChatTemplate(
-        load_tokenizer(config.baseline, trust_remote_code=config.trust_remote_code), config.system
-    )
+    tokenizer = load_tokenizer(config.baseline, trust_remote_code=config.trust_remote_code)
+    check_tokenizers(config, tokenizer)
+    template = ChatTemplate(tokenizer, config.system)
     rows, prompts = load_eval_prompts(config, template)
     sft = load_model(config.baseline, config, here)
     sft_answers = answer(sft, rows, prompts, template, config, here)
@@ -158,6 +160,23 @@ def compare(config: EvalConfig, here: World) -> dict[str, Any]:
         "scores": first,
         "sampling": config.sampling.model_dump(mode="json"),
     }
+
+
+def check_tokenizers(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Replies go from model to model as token ids, so all must read them alike.
+
+    Raises:
+        ConfigError: a policy or scorer with another tokenizer than the baseline's.
+    """
+    names = {"policy": config.policy}
+    names |= {f"scorers.{i}.model": scorer.model for i, scorer in enumerate(config.scorers)}
+    for setting, name in names.items():
+        other = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
+        if tokenizer_hash(other) != tokenizer_hash(tokenizer):
+            raise ConfigError(
+                f"setting eval.{setting}: {name} has another tokenizer or chat template than the "
+                f"baseline {config.baseline}; replies are judged as token ids"
+            )
 
 
 def load_eval_prompts(

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from ppomax.data.sources import SourceConfig, load_preferences
+from ppomax.config import parse
+from ppomax.data.sources import SourceConfig, load_preferences, split_by_prompt
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import world
 from ppomax.errors import DataError
@@ -20,17 +21,22 @@ def evaluate_reward(
     dtype: str = "float32",
     max_length: int = 1024,
     limit: int | None = None,
+    heldout: float | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Every number of `ppomax eval reward`, JSON-ready.
+
+    Args:
+        heldout: take only the pairs that training holds out with this share.
 
     Raises:
         DataError: no pair fits `max_length`.
         ModelError: the model cannot be loaded as a reward model.
     """
     sources = [SourceConfig(path=path) for path in files]
-    settings = RewardConfig.model_validate(
+    settings = parse(
+        RewardConfig,
         {
             "model": model,
             "out": ".",
@@ -38,12 +44,14 @@ def evaluate_reward(
             "dtype": dtype,
             "max_length": max_length,
             "device": device,
-        }
+        },
+        "options",
     )
     with world(device) as here:
         template = ChatTemplate(load_tokenizer(model, trust_remote_code=trust_remote_code))
         loaded = load_preferences(sources, max_bad_rows=1.0)
-        encoded = [encode_pair(row, template, max_length) for row in loaded.rows[:limit]]
+        rows = loaded.rows if heldout is None else split_by_prompt(loaded.rows, heldout).heldout
+        encoded = [encode_pair(row, template, max_length) for row in rows[:limit]]
         pairs = [pair for pair in encoded if pair is not None]
         if not pairs:
             raise DataError(

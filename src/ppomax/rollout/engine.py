@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ppomax.config import Settings
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World
+from ppomax.errors import ModelError
 from ppomax.rollout.sampling import SamplingParams
 
 
@@ -38,13 +39,20 @@ class Rollout:
 class Engine(Protocol):
     """Anything that answers prompts."""
 
+    note: str | None
+    """What a user should know of the choice of engine."""
+
     def sync(self, model: PreTrainedModel) -> None:
         """Take over the model's present weights (collective under sharding)."""
 
     def generate(
         self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
     ) -> Rollout:
-        """One reply per prompt; a reply depends on its prompt, its seed and the weights."""
+        """One reply per prompt; a reply depends on its prompt, its seed and the weights.
+
+        Raises:
+            ModelError: a prompt leaves no position for a reply.
+        """
 
 
 def build_engine(
@@ -64,4 +72,24 @@ def build_engine(
 
     if settings.kind == "native" and native.supports(model):
         return native.NativeEngine(settings, model, template, world, dtype)
-    return transformers_engine.TransformersEngine(settings, model, template, world, dtype)
+    engine = transformers_engine.TransformersEngine(settings, model, template, world, dtype)
+    if settings.kind == "native":
+        engine.note = (
+            f"the native engine does not compute this {model.config.model_type} model; "
+            "the transformers engine answers instead, more slowly"
+        )
+    return engine
+
+
+def check_prompts(prompts: list[list[int]], max_positions: float) -> None:
+    """Every prompt leaves a position for a reply.
+
+    Raises:
+        ModelError: one does not.
+    """
+    longest = max(map(len, prompts), default=0)
+    if longest >= max_positions:
+        raise ModelError(
+            f"a prompt has {longest} tokens, the model {max_positions} positions for prompt and "
+            "reply; give shorter prompts"
+        )

@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World, full_state
 from ppomax.models.lora import effective_state_dict
-from ppomax.rollout.engine import EngineSettings, Rollout
+from ppomax.rollout.engine import EngineSettings, Rollout, check_prompts
 from ppomax.rollout.sampling import SamplingParams, sample
 from ppomax.rollout.stops import StopStrings
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+"""Rotary embeddings whose frequencies do not change with the length of the text."""
 PREFILL_TOKENS = 8192
 """Padded prompt tokens prefilled at once."""
 
@@ -29,9 +31,12 @@ PREFILL_TOKENS = 8192
 def supports(model: PreTrainedModel) -> bool:
     """Whether the model is of the Llama family as this engine computes it."""
     config = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
     return bool(
         config.model_type in MODEL_TYPES
         and getattr(config, "hidden_act", "silu") == "silu"
+        and not getattr(config, "mlp_bias", False)
+        and rope.get("rope_type", "default") in ROPE_TYPES
         and not getattr(config, "use_sliding_window", False)
         and (config.model_type != "mistral" or getattr(config, "sliding_window", None) is None)
     )
@@ -66,6 +71,8 @@ class Reply:
 
 class NativeEngine:
     """See the module's docstring; `Engine` is the protocol."""
+
+    note: str | None = None
 
     def __init__(
         self,
@@ -108,9 +115,11 @@ class NativeEngine:
         def optional(*names: str) -> Tensor | None:
             return matrix(*names) if f"{prefix}{names[0]}" in state else None
 
-        def norm(name: str) -> Tensor | None:
-            found = state.get(f"{prefix}{name}")
-            return None if found is None else found.to(self.device, torch.float32, copy=True)
+        def norm(name: str) -> Tensor:
+            return state[f"{prefix}{name}"].to(self.device, torch.float32, copy=True)
+
+        def optional_norm(name: str) -> Tensor | None:
+            return norm(name) if f"{prefix}{name}" in state else None
 
         self.layers = []
         for index in range(sum(n.endswith("input_layernorm.weight") for n in state)):
@@ -124,21 +133,17 @@ class NativeEngine:
                     out_bias=optional(f"{at}self_attn.o_proj.bias"),
                     gate_up=matrix(f"{at}mlp.gate_proj.weight", f"{at}mlp.up_proj.weight"),
                     down=matrix(f"{at}mlp.down_proj.weight"),
-                    attention_norm=state[f"{prefix}{at}input_layernorm.weight"]
-                    .to(self.device)
-                    .float(),
-                    mlp_norm=state[f"{prefix}{at}post_attention_layernorm.weight"]
-                    .to(self.device)
-                    .float(),
-                    q_norm=norm(f"{at}self_attn.q_norm.weight"),
-                    k_norm=norm(f"{at}self_attn.k_norm.weight"),
+                    attention_norm=norm(f"{at}input_layernorm.weight"),
+                    mlp_norm=norm(f"{at}post_attention_layernorm.weight"),
+                    q_norm=optional_norm(f"{at}self_attn.q_norm.weight"),
+                    k_norm=optional_norm(f"{at}self_attn.k_norm.weight"),
                 )
             )
-        self.final_norm = state[f"{prefix}norm.weight"].to(self.device).float()
-        embedding = state[f"{prefix}embed_tokens.weight"].to(self.device)
-        self.embedding = embedding.to(self.dtype)
-        tied = bool(model.config.tie_word_embeddings)
-        self.head = self.embedding if tied else state["lm_head.weight"].to(self.device, self.dtype)
+        self.final_norm = norm("norm.weight")
+        self.embedding = matrix("embed_tokens.weight")
+        self.head = self.embedding
+        if not model.config.tie_word_embeddings:
+            self.head = state["lm_head.weight"].to(self.device, self.dtype, copy=True)
 
     # --- the block ----------------------------------------------------------------------------
 
@@ -240,6 +245,7 @@ class NativeEngine:
         self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
     ) -> Rollout:
         """One reply per prompt, in the prompts' order."""
+        check_prompts(prompts, self.max_positions)
         replies = [
             Reply(index, prompt, seed, [], [])
             for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))

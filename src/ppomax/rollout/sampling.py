@@ -7,7 +7,7 @@ as one Gumbel variable of its total mass, which keeps the draw exact without sor
 vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,9 @@ from ppomax.config import Settings
 
 CANDIDATES = 256
 """Tokens perturbed one by one; a wider nucleus falls back to the whole vocabulary."""
+
+TAIL_ROWS = 4
+"""Replies whose tail is drawn from at once; few, so that their noise stays in cache."""
 
 _TAIL_STREAM, _TAIL_ID = 1, -1
 
@@ -38,7 +41,7 @@ class SamplingParams(Settings):
     repetition_penalty: float | None = Field(None, gt=0)
     """Positive logits of tokens the reply already holds are divided by it, negative ones multiplied
     (Keskar et al. 2019, eq. 2); generated tokens only."""
-    stop: list[str] = []
+    stop: list[Annotated[str, Field(min_length=1)]] = []
     """A reply that comes to contain one of these ends there."""
 
     @property
@@ -74,8 +77,8 @@ def sample(
     if params.repetition_penalty is not None and generated is not None:
         logits = penalise(logits, generated, params.repetition_penalty)
     if params.temperature == 0:
-        logprobs, tokens = torch.log_softmax(logits, 1).max(1)
-        return Draw(tokens, logprobs)
+        tokens = logits.argmax(1)  # two log-probs may round to one number
+        return Draw(tokens, torch.log_softmax(logits, 1).gather(1, tokens[:, None]).squeeze(1))
     logits = logits / params.temperature
     count = min(CANDIDATES, logits.shape[1])
     if params.top_k is not None:
@@ -85,14 +88,15 @@ def sample(
     if params.top_p is None and params.min_p is None and params.top_k is None:
         return _draw_plain(logits, values, ids, normaliser, seeds, steps)
     keep = _nucleus(values, normaliser, params)
-    if params.top_k is None and count < logits.shape[1] and bool(keep[:, -1].any()):
-        values, ids = logits.sort(1, descending=True)  # the nucleus is wider than the candidates
-        keep = _nucleus(values, normaliser, params)
-    values = values.masked_fill(~keep, float("-inf"))
-    noisy = values.double() + gumbel(seeds, steps, ids)
-    place = noisy.argmax(1, keepdim=True)
-    logprobs = values.gather(1, place).squeeze(1) - values.logsumexp(1)
-    return Draw(ids.gather(1, place).squeeze(1), logprobs)
+    draw = _draw_kept(values, ids, keep, seeds, steps)
+    if params.top_k is None and count < logits.shape[1]:
+        wide = torch.nonzero(keep[:, -1]).flatten()  # their nucleus may go beyond the candidates
+        if len(wide):
+            values, ids = logits[wide].sort(1, descending=True)
+            keep = _nucleus(values, normaliser[wide], params)
+            again = _draw_kept(values, ids, keep, seeds[wide], steps[wide])
+            draw.tokens[wide], draw.logprobs[wide] = again
+    return draw
 
 
 def penalise(
@@ -126,6 +130,21 @@ def _nucleus(
     return keep
 
 
+def _draw_kept(
+    values: Float[Tensor, "batch candidates"],
+    ids: Int[Tensor, "batch candidates"],
+    keep: Bool[Tensor, "batch candidates"],
+    seeds: Int[Tensor, " batch"],
+    steps: Int[Tensor, " batch"],
+) -> Draw:
+    """A draw from the candidates that are kept."""
+    values = values.masked_fill(~keep, float("-inf"))
+    noisy = values.double() + gumbel(seeds, steps, ids)
+    place = noisy.argmax(1, keepdim=True)
+    logprobs = values.gather(1, place).squeeze(1) - values.logsumexp(1)
+    return Draw(ids.gather(1, place).squeeze(1), logprobs)
+
+
 def _draw_plain(
     logits: Float[Tensor, "batch vocab"],
     values: Float[Tensor, "batch candidates"],
@@ -140,24 +159,29 @@ def _draw_plain(
     tokens = ids.gather(1, place[:, None]).squeeze(1)
     if ids.shape[1] < logits.shape[1]:
         inside = (values.double() - normaliser.double()[:, None]).exp().sum(1)
-        tail_mass = (1 - inside).clamp(min=0)
-        tail_id = torch.full_like(ids[:, :1], _TAIL_ID)
-        tail = normaliser.double() + tail_mass.log() + gumbel(seeds, steps, tail_id).squeeze(1)
-        for row in torch.nonzero(tail > best).flatten().tolist():
-            rest = logits[row].double().scatter(0, ids[row], float("-inf"))
-            every = torch.arange(len(rest), device=ids.device)[None]
-            noise = gumbel(seeds[row : row + 1], steps[row : row + 1], every, stream=_TAIL_STREAM)
-            tokens[row] = (rest + noise.squeeze(0)).argmax()
+        rounding = 1e-5 + 1e-6 * normaliser.double().abs()  # above that of an fp32 normaliser
+        most = normaliser.double() + (1 - inside + rounding).clamp(min=0).log()
+        noise = gumbel(seeds, steps, torch.full_like(ids[:, :1], _TAIL_ID)).squeeze(1)
+        for rows in torch.split(torch.nonzero(most + noise > best).flatten(), TAIL_ROWS):
+            rest = logits[rows].double().scatter(1, ids[rows], float("-inf"))
+            wins = rest.logsumexp(1) + noise[rows] > best[rows]
+            every = torch.arange(rest.shape[1], device=ids.device)[None]
+            rest += gumbel(seeds[rows], steps[rows], every, stream=_TAIL_STREAM)
+            tokens[rows] = torch.where(wins, rest.argmax(1), tokens[rows])
     return Draw(tokens, logits.gather(1, tokens[:, None]).squeeze(1) - normaliser)
 
 
 def gumbel(
     seeds: Int[Tensor, " batch"],
     steps: Int[Tensor, " batch"],
-    ids: Int[Tensor, "batch count"],
+    ids: Int[Tensor, "rows count"],
     stream: int = 0,
 ) -> Float[Tensor, "batch count"]:
-    """Standard Gumbel noise in float64, a hash of (seed, step, token id, stream)."""
+    """Standard Gumbel noise in float64, a hash of (seed, step, token id, stream).
+
+    Args:
+        ids: of each reply, or one row for all.
+    """
     state = _mix(seeds + _constant(0x9E3779B97F4A7C15) * (steps * 2 + stream + 1))[:, None]
     bits = _mix(state ^ _mix(ids * _constant(0xD1342543DE82EF95) + 1))
     uniform = ((_shift(bits, 11)).double() + 0.5) * 2.0**-53

@@ -4,9 +4,6 @@ from collections.abc import Sequence
 
 from ppomax.data.template import ChatTemplate
 
-WINDOW = 32
-"""Last tokens decoded at each step; longer than any stop string in tokens."""
-
 
 class StopStrings:
     """Decodes the end of a reply and looks for stop strings."""
@@ -18,5 +15,6 @@ class StopStrings:
         """Whether the last tokens hold one of the strings."""
         if not stop:
             return False
-        text = self.template.decode(ids[-WINDOW:])
+        window = 4 * max(map(len, stop)) + 4  # a token holds a byte at least, a character four
+        text = self.template.decode(ids[-window:])
         return any(string in text for string in stop)

@@ -4,6 +4,7 @@ Sampling is shared with the native engine, so seeds and log-probs mean the same.
 """
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,15 @@ from transformers import DynamicCache, PreTrainedModel
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World, full_state
 from ppomax.models.lora import effective_state_dict
-from ppomax.rollout.engine import EngineSettings, Rollout
+from ppomax.rollout.engine import EngineSettings, Rollout, check_prompts
 from ppomax.rollout.sampling import SamplingParams, sample
 from ppomax.rollout.stops import StopStrings
 
 
 class TransformersEngine:
     """See the module's docstring; `Engine` is the protocol. Holds a full copy of the weights."""
+
+    note: str | None = None
 
     def __init__(
         self,
@@ -31,7 +34,10 @@ class TransformersEngine:
         self.settings, self.template, self.device = settings, template, world.device
         self.stops = StopStrings(template)
         self.config = copy.deepcopy(model.config)
-        with torch.device(world.device):
+        limit = getattr(self.config, "max_position_embeddings", None)
+        self.max_positions: float = math.inf if limit is None else int(limit)
+        own = [world.device] if world.device.type == "cuda" else []
+        with torch.random.fork_rng(own), torch.device(world.device):  # weights drawn, then replaced
             plain: nn.Module = type_of(model)(self.config)
         self.model = plain.to(dtype).eval()
         self.sync(model)
@@ -48,6 +54,9 @@ class TransformersEngine:
         self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
     ) -> Rollout:
         """One reply per prompt, `slots` at a time, prompts of similar length together."""
+        check_prompts(prompts, self.max_positions)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds")
         responses: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
         finished = [False] * len(prompts)
@@ -78,6 +87,7 @@ class TransformersEngine:
         cache = DynamicCache(config=self.config)
         positions = (attention.cumsum(1) - 1).clamp(min=0)
         done = [False] * len(rows)
+        last = min(longest + params.max_new_tokens, self.max_positions) - 1
         row_seeds = torch.tensor([seeds[row] for row in rows], device=self.device)
         past = torch.full((len(rows), 0), -1, dtype=torch.long, device=self.device)
         for step in range(params.max_new_tokens):
@@ -92,13 +102,15 @@ class TransformersEngine:
                 ended = responses[row][-1] in self.template.end_ids
                 ended = ended or self.stops.hit(responses[row], params.stop)
                 finished[row] = ended
-                done[place] = ended
+                done[place] = ended or len(prompts[row]) + step + 1 >= self.max_positions
             if all(done):
                 return
             ids = draw.tokens[:, None]
             past = torch.cat([past, ids], 1)
             attention = torch.cat([attention, torch.ones_like(ids)], 1)
-            positions = positions[:, -1:] + 1
+            positions = (positions[:, -1:] + 1).clamp(
+                max=last
+            )  # replies that are done go no further
 
     def _next(
         self, ids: Tensor, attention: Tensor, positions: Tensor, cache: DynamicCache

@@ -1,5 +1,6 @@
 """The four roles of PPO, loaded and placed: policy, reference, critic, reward model."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from ppomax.models.language import LanguageModel, place
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer, load_value_model
 from ppomax.models.lora import adapters_off, add_lora
 from ppomax.rollout.engine import Engine, build_engine
-from ppomax.train.loop import Trainable
-from ppomax.train.ppo_config import PPOConfig
+from ppomax.train.loop import Trainable, check_positions
+from ppomax.train.ppo_config import LossSettings, PPOConfig
 from ppomax.train.reward import score_dialogues
 from ppomax.train.rewards import Scorer, load_callable
 from ppomax.types import Message
@@ -69,7 +70,8 @@ def load_actors(config: PPOConfig, here: World) -> Actors:
     trust = config.trust_remote_code
     base = config.compute_dtype if config.lora else torch.float32
     lm = load_policy(config.model, dtype=base, trust_remote_code=trust)
-    _check_positions(config, lm.config.max_position_embeddings)
+    check_positions(config, lm)
+    _check_entropy(config.loss, lm.config.get_text_config().vocab_size)
     reference = None
     if config.lora:
         add_lora(lm, config.lora, config.seed)
@@ -79,7 +81,7 @@ def load_actors(config: PPOConfig, here: World) -> Actors:
         )
         reference.requires_grad_(False)
     reward = _load_reward(config, tokenizer, template, here)
-    critic = _load_critic(config, base)
+    critic = _load_critic(config, tokenizer, base)
     policy = LanguageModel(lm)
     for model in (policy, critic):
         place(model, here, checkpointing=config.gradient_checkpointing)
@@ -103,11 +105,13 @@ def load_actors(config: PPOConfig, here: World) -> Actors:
     )
 
 
-def _check_positions(config: PPOConfig, positions: int) -> None:
-    if config.max_length > positions:
+def _check_entropy(loss: LossSettings, vocabulary: int) -> None:
+    """A threshold that entropy cannot reach would push it up without end."""
+    most = math.log(vocabulary)
+    if loss.entropy_threshold is not None and loss.entropy_threshold >= most:
         raise ConfigError(
-            f"setting ppo.max_length: {config.max_length} is more than the {positions} positions "
-            f"of {config.model}"
+            f"setting ppo.loss.entropy_threshold: {loss.entropy_threshold} nats is not below "
+            f"ln |V| = {most:.3g}, the entropy of a uniform choice"
         )
 
 
@@ -122,17 +126,23 @@ def _load_reward(
         init_from_lm=False,
         trust_remote_code=config.trust_remote_code,
     )
-    other = load_tokenizer(config.reward.model, trust_remote_code=config.trust_remote_code)
-    if tokenizer_hash(other) != tokenizer_hash(tokenizer):
-        raise ConfigError(
-            f"setting ppo.reward.model: {config.reward.model} has another tokenizer or chat "
-            f"template than {config.model}; train the reward model from the same base"
-        )
+    _check_tokenizer("ppo.reward.model", config.reward.model, config, tokenizer)
     model.requires_grad_(False)
     model.to(here.device)
     if (Path(config.reward.model) / REWARD_CARD_FILE).exists():
         _check_probes(config, model, template, here)
     return model
+
+
+def _check_tokenizer(
+    setting: str, name: str, config: PPOConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    other = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
+    if tokenizer_hash(other) != tokenizer_hash(tokenizer):
+        raise ConfigError(
+            f"setting {setting}: {name} has another tokenizer or chat template than "
+            f"{config.model}; train it from the same base"
+        )
 
 
 def _check_probes(
@@ -155,13 +165,30 @@ def _check_probes(
             )
 
 
-def _load_critic(config: PPOConfig, dtype: torch.dtype) -> ScalarModel:
+def _load_critic(
+    config: PPOConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> ScalarModel:
+    if config.critic not in ("reward", "policy"):
+        _check_tokenizer("ppo.critic", config.critic, config, tokenizer)
     source = {"reward": config.reward.model, "policy": config.model}.get(
         config.critic, config.critic
     )
     critic = load_value_model(
         str(source), dtype=dtype, seed=config.seed, trust_remote_code=config.trust_remote_code
     )
+    if config.critic == "reward" and config.reward.normalise is not None:
+        _rescale(critic, Path(str(source)))
     if config.lora:
         add_lora(critic, config.lora, config.seed + 1)
     return critic
+
+
+@torch.no_grad()
+def _rescale(critic: ScalarModel, source: Path) -> None:
+    """Start a critic made from a reward model in the units of normalised scores (ours).
+
+    PPO's rewards are scores over their std; the reward model's card says what that is. Without this
+    the critic's first predictions are several times too large and pre-training is spent on it.
+    """
+    if (source / REWARD_CARD_FILE).exists():
+        critic.score.weight /= max(read_reward_card(source).score_std, 1e-6)

@@ -13,11 +13,13 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ppomax import checkpoint, distributed, rundir
-from ppomax.config import dump
+from ppomax.config import dump, parse, read_yaml
+from ppomax.data.formats import BadRow
 from ppomax.distributed import World, agree, barrier, gather
-from ppomax.errors import CheckpointError, Interrupted
+from ppomax.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from ppomax.metrics import as_row
 from ppomax.monitors import check_keys
 from ppomax.train.optim import OptimSettings, build_optimizer, learning_rate, set_learning_rate
@@ -89,10 +91,13 @@ class StageRun:
 
     def __init__(self, name: str, config: StageSettings, world: World, *, resume: bool) -> None:
         self.name, self.config, self.world = name, config, world
+        self.stage = name
+        """Whose steps are counted in the rows written now (`critic` before `ppo`)."""
         self.path = Path(config.out)
         self.attempt = 0
         self.started = time.monotonic()
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row: dict[str, int] = {}
+        """By model: a step taken by one says nothing of the other."""
         self._stop_signal: int | None = None
         self.found: checkpoint.Checkpoint | None = None
         if world.is_main:
@@ -109,7 +114,7 @@ class StageRun:
         text = dump(self.config)
         if not resume or not (self.path / rundir.CONFIG).exists():
             rundir.create(self.path, text)
-        elif (self.path / rundir.CONFIG).read_text(encoding="utf-8") != text:
+        elif parse(type(self.config), read_yaml(self.path / rundir.CONFIG)) != self.config:
             raise CheckpointError(
                 f"{self.path}: its config.yaml differs from this run's; resume needs the same"
             )
@@ -175,60 +180,76 @@ class StageRun:
             checkpoint.prune(root, self.config.checkpoint.keep_last)
         barrier(self.world)
 
-    def log(
-        self, step: int, values: Mapping[str, float], *, total: int, stage: str | None = None
-    ) -> None:
+    def log(self, step: int, values: Mapping[str, float], *, total: int) -> None:
         """One row of metrics.jsonl, checked against the declarations; rank 0 writes."""
-        stage = stage or self.name
-        check_keys(stage, values)
+        check_keys(self.stage, values)
         if not self.world.is_main:
             return
         seconds = time.monotonic() - self.started
         rundir.append_jsonl(
-            self.path / rundir.METRICS, [as_row(stage, step, self.attempt, seconds, values)]
+            self.path / rundir.METRICS, [as_row(self.stage, step, self.attempt, seconds, values)]
         )
-        self.progress.show(stage, step, total, values)
+        self.progress.show(self.stage, step, total, values)
         for tracker in self.trackers:
-            tracker.log(stage, step, values)
+            tracker.log(self.stage, step, values)
 
     def event(self, kind: str, *, step: int, **fields: object) -> None:
         """One row of events.jsonl, and a line on the terminal."""
         if self.world.is_main:
-            row = {
-                "stage": self.name,
-                "step": step,
-                "attempt": self.attempt,
-                "time": round(time.monotonic() - self.started, 3),
-                "kind": kind,
-                **fields,
-            }
+            row = self._event_row(kind, step, fields)
             rundir.append_jsonl(self.path / rundir.EVENTS, [row])
             self.progress.say(
                 f"{kind}: " + ", ".join(f"{key} {value}" for key, value in fields.items())
             )
+
+    def set_aside(self, rows: Sequence[BadRow]) -> None:
+        """Rows of the data that are not used: one event each, one line on the terminal."""
+        if self.world.is_main and rows:
+            found = [
+                self._event_row(
+                    "quarantined_row",
+                    0,
+                    {"where": row.where, "defect": row.kind, "reason": row.reason},
+                )
+                for row in rows
+            ]
+            rundir.append_jsonl(self.path / rundir.EVENTS, found)
+            first = f"{rows[0].where} {rows[0].kind} ({rows[0].reason})"
+            more = f" and {len(rows) - 1} more, see events.jsonl" if len(rows) > 1 else ""
+            self.progress.say(f"set aside: {first}{more}")
+
+    def _event_row(self, kind: str, step: int, fields: Mapping[str, object]) -> dict[str, Any]:
+        seconds = round(time.monotonic() - self.started, 3)
+        row = {"stage": self.stage, "step": step, "attempt": self.attempt, "time": seconds}
+        return {**row, "kind": kind, **fields}
 
     def samples(self, rows: list[dict[str, Any]]) -> None:
         """Rows of samples.jsonl."""
         if self.world.is_main and rows:
             rundir.append_jsonl(self.path / rundir.SAMPLES, rows)
 
-    def step_taken(self, taken: bool, step: int, batch: object) -> None:
-        """Count skipped steps; three in a row stop the run.
+    def step_taken(self, name: str, taken: bool, step: int, batch: object) -> None:
+        """Count a model's skipped steps; three in a row stop the run.
 
         Raises:
-            TrainingError: three optimizer steps in a row were non-finite.
+            TrainingError: three of its optimizer steps in a row were non-finite.
         """
         if taken:
-            self.skipped_in_a_row = 0
+            self.skipped_in_a_row[name] = 0
             return
-        from ppomax.errors import TrainingError
-
-        self.skipped_in_a_row += 1
-        self.event("skipped_step", step=step, reason="non-finite gradient", batch=batch)
-        if self.skipped_in_a_row >= 3:
+        self.skipped_in_a_row[name] = self.skipped_in_a_row.get(name, 0) + 1
+        self.event(
+            "skipped_step",
+            step=step,
+            model=name,
+            reason="non-finite gradient",
+            batch=batch,
+        )
+        if self.skipped_in_a_row[name] >= 3:
             raise TrainingError(
-                f"{self.path}: three optimizer steps in a row were not finite; the last checkpoint "
-                "is good. Lower the learning rate or look at the batch in events.jsonl"
+                f"{self.path}: three optimizer steps of the {name} in a row were not finite; the "
+                "last checkpoint is good. Lower the learning rate or look at the batch in "
+                "events.jsonl"
             )
 
     def stop_asked(self) -> bool:
@@ -307,3 +328,17 @@ def peak_memory_gb(world: World) -> float:
         unit = 1 if sys.platform == "darwin" else 1024
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return max(gather(used, world)) / 1e9
+
+
+def check_positions(config: StageSettings, model: PreTrainedModel) -> None:
+    """A sequence of `max_length` tokens must fit the model.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.max_length > positions:
+        raise ConfigError(
+            f"setting max_length: {config.max_length} is more than the {positions} positions of "
+            f"{config.model}"
+        )

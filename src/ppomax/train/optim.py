@@ -1,13 +1,16 @@
 """Optimizer and learning-rate schedule: settings beside the few lines that read them."""
 
 import math
-from typing import Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from ppomax.config import Settings
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""Of a running mean: how much of it stays at each step."""
 
 
 class OptimSettings(Settings):
@@ -21,7 +24,7 @@ class OptimSettings(Settings):
     """Share of all steps over which the rate rises linearly."""
     floor: float = Field(0.0, ge=0, le=1)
     """Last rate as a share of the peak (`linear`, `cosine`)."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Zheng et al. 2023, released code."""
     eps: float = Field(1e-6, gt=0)
     """Zheng et al. 2023, released code (critic: 1e-8)."""
@@ -29,6 +32,15 @@ class OptimSettings(Settings):
     """Decoupled weight decay."""
     grad_clip: float | None = Field(1.0, gt=0)
     """Largest global gradient norm of this model; null does not clip."""
+
+    @model_validator(mode="after")
+    def _floor(self) -> Self:
+        if self.floor and self.schedule not in ("linear", "cosine"):
+            raise ValueError(
+                f"floor has no effect with schedule {self.schedule}; set it to 0, or schedule to "
+                "linear or cosine"
+            )
+        return self
 
 
 def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
@@ -45,11 +57,14 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Ad
 
 
 def learning_rate(settings: OptimSettings, step: int, total: int) -> float:
-    """Rate of optimizer step `step` (from 0) of `total`; pure, so nothing to checkpoint."""
+    """Rate of optimizer step `step` (from 0) of `total`; pure, so nothing to checkpoint.
+
+    Steps past the last (a critic's pre-training may be longer than its schedule) keep its rate.
+    """
     warm = round(settings.warmup * total)
     if step < warm:
         return settings.lr * (step + 1) / warm
-    done = (step - warm) / max(1, total - warm)
+    done = min(1.0, (step - warm) / max(1, total - warm))
     match settings.schedule:
         case "constant":
             share = 1.0

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ppomax.distributed import World, full_state, gather, world
+from ppomax.errors import TrainingError
 from ppomax.experience import AdaptiveKL, FixedKL
 from ppomax.metrics import MetricSums
 from ppomax.models.export import Card, export_policy
@@ -58,7 +59,12 @@ class PPO:
         """Prompts taken from the stream so far."""
         self.seconds: dict[str, float] = {}
         self._restore()
-        if not config.sampling.is_plain and self.iteration == 0 and self.critic_rollouts == 0:
+        fresh = self.iteration == 0 and self.critic_rollouts == 0
+        if fresh:
+            run.set_aside(self.prompts.bad)
+        if fresh and self.actors.engine.note:
+            run.event("engine", step=0, note=self.actors.engine.note)
+        if fresh and not config.sampling.is_plain:
             run.event(
                 "sampler",
                 step=0,
@@ -70,6 +76,7 @@ class PPO:
 
     def train(self) -> None:
         """All PPO iterations from where the run stands."""
+        self.run.stage = "ppo"
         while self.iteration < self.config.iterations:
             step = self.iteration + 1
             prompts, experience, plan = self.collect("ppo", step)
@@ -106,6 +113,11 @@ class PPO:
         if self.run.stop_asked():  # nothing of this iteration has touched the state yet
             self._save()
             raise self.run.interrupt()
+        if not scored.mask.any():
+            raise TrainingError(
+                f"{self.run.path}: the reward set aside all {len(prompts)} replies of {stage} "
+                f"rollout {step}; nothing is left to learn from"
+            )
         experience = estimate(rollout, scored, self.moments, self.kl, config)
         self.taken += config.rollout_size
         for index in (~scored.mask.any(1)).nonzero().flatten().tolist():
@@ -160,6 +172,7 @@ class PPO:
     def pretrain_critic(self) -> None:
         """Fit the critic, policy frozen and value clip off, until it explains fresh returns."""
         settings = self.config.critic_pretraining
+        self.run.stage = "critic"
         while settings is not None and not self.critic_ready:
             step = self.critic_rollouts + 1
             _, experience, plan = self.collect("critic", step)
@@ -189,7 +202,7 @@ class PPO:
             )
             self.critic_rollouts = step
             self.critic_ready = enough or step >= settings.max_rollouts
-            self.run.log(step, values, total=settings.max_rollouts, stage="critic")
+            self.run.log(step, values, total=settings.max_rollouts)
             if self.critic_ready:
                 self.actors.critic.step_count = 0
                 found = values["value/explained_variance"]

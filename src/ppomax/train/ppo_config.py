@@ -38,6 +38,10 @@ class RewardSettings(Settings):
     def _one_source(self) -> Self:
         if self.model is not None and self.callable is not None:
             raise ValueError("give model or callable, not both")
+        own = {"timeout": self.timeout != 60.0, "retries": self.retries != 2}
+        idle = [name for name, changed in own.items() if changed]
+        if idle and self.callable is None:
+            raise ValueError(f"{idle[0]} has no effect without callable")
         return self
 
 

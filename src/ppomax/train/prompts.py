@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ppomax.data.batching import derived_seed, permutation
+from ppomax.data.formats import BadRow
 from ppomax.data.sources import Loaded, load_prompts, load_text, split_by_prompt
 from ppomax.data.template import ChatTemplate
 from ppomax.errors import DataError
@@ -23,8 +24,12 @@ class Prompt:
 class PromptStream:
     """Batches of prompts, epoch after epoch, each a new permutation."""
 
-    def __init__(self, prompts: list[Prompt], loaded: Loaded[PromptRow], seed: int) -> None:
+    def __init__(
+        self, prompts: list[Prompt], loaded: Loaded[PromptRow], bad: list[BadRow], seed: int
+    ) -> None:
         self.prompts, self.loaded, self.seed = prompts, loaded, seed
+        self.bad = bad
+        """Rows set aside."""
         self._orders: dict[int, list[int]] = {}
 
     def batch(self, start: int, count: int) -> list[Prompt]:
@@ -36,7 +41,8 @@ class PromptStream:
         if epoch not in self._orders:
             rows = [prompt.row for prompt in self.prompts]
             order = self.loaded.order_of(rows, self.seed, epoch)
-            spare = [index for index in range(len(rows)) if index not in set(order)]
+            drawn = set(order)
+            spare = [index for index in range(len(rows)) if index not in drawn]
             self._orders = {epoch: (order + spare)[: len(rows)]}
         return self.prompts[self._orders[epoch][position]]
 
@@ -48,11 +54,14 @@ def load_stream(config: PPOConfig, template: ChatTemplate) -> PromptStream:
         DataError: no prompt fits `max_prompt`.
     """
     loaded = load_prompts(config.data, max_bad_rows=config.max_bad_rows)
-    prompts = []
+    prompts, bad = [], list(loaded.bad)
     seen: set[tuple[int, ...]] = set()
     for index, row in enumerate(split_by_prompt(loaded.rows, config.heldout).train):
         fitted = template.fit(row.messages, config.max_prompt)
-        if fitted is not None and tuple(fitted[1]) not in seen:
+        if fitted is None:
+            why = f"does not fit max_prompt {config.max_prompt}"
+            bad.append(BadRow(row.where, "too-long", why))
+        elif tuple(fitted[1]) not in seen:
             seen.add(tuple(fitted[1]))
             prompts.append(Prompt(index, row, fitted[1]))
     if not prompts:
@@ -60,7 +69,7 @@ def load_stream(config: PPOConfig, template: ChatTemplate) -> PromptStream:
             f"setting ppo.max_prompt: none of {len(loaded.rows)} prompts fits "
             f"{config.max_prompt} tokens"
         )
-    return PromptStream(prompts, loaded, config.seed)
+    return PromptStream(prompts, loaded, bad, config.seed)
 
 
 def reply_seeds(

@@ -12,6 +12,7 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from ppomax.data.batching import TokenBatch, collate, plan_micro_batches, token_batches
+from ppomax.data.formats import BadRow
 from ppomax.data.sources import Sources, load_preferences, split_by_prompt
 from ppomax.data.template import ChatTemplate, Encoded
 from ppomax.distributed import World, full_state, sum_tensor, world
@@ -24,7 +25,13 @@ from ppomax.models.language import place
 from ppomax.models.load import load_reward_model, load_tokenizer
 from ppomax.models.logprobs import token_logprobs
 from ppomax.models.lora import LoraSettings, add_lora, merged_copy
-from ppomax.train.loop import StageRun, Trainable, autocast, rank_micro_batches
+from ppomax.train.loop import (
+    StageRun,
+    Trainable,
+    autocast,
+    check_positions,
+    rank_micro_batches,
+)
 from ppomax.train.optim import OptimSettings
 from ppomax.train.settings import StageSettings
 from ppomax.types import Message, Messages, PreferenceRow
@@ -64,6 +71,8 @@ class RewardConfig(StageSettings):
     """Most pairs in a step (paper: 128)."""
     eval_every: int = Field(20, ge=1)
     """Steps between held-out evaluations."""
+    eval_pairs: int | None = Field(500, ge=1)
+    """Held-out pairs in each evaluation, the first of them; null takes all."""
     optim: OptimSettings = OptimSettings(lr=5e-6, schedule="inverse_sqrt", warmup=0.1)
     """The paper's 5e-6 is for 7B; small models need more."""
     lora: LoraSettings | None = None
@@ -91,7 +100,8 @@ class RewardData:
     train: list[Pair]
     heldout: list[Pair]
     steps: list[list[int]]
-    bad: int
+    bad: list[BadRow]
+    """Rows set aside."""
 
 
 def encode_pair(row: PreferenceRow, template: ChatTemplate, max_length: int) -> Pair | None:
@@ -118,14 +128,8 @@ def load_data(config: RewardConfig, template: ChatTemplate) -> RewardData:
     """
     loaded = load_preferences(config.data, max_bad_rows=config.max_bad_rows)
     split = split_by_prompt(loaded.rows, config.heldout)
-    train, heldout = (
-        [
-            pair
-            for row in rows
-            if (pair := encode_pair(row, template, config.max_length)) is not None
-        ]
-        for rows in split
-    )
+    bad = list(loaded.bad)
+    train, heldout = (encode_fitting(rows, template, config.max_length, bad) for rows in split)
     if not train:
         raise DataError(f"setting max_length: no pair fits {config.max_length} tokens")
     lengths = [pair.tokens for pair in train]
@@ -135,8 +139,21 @@ def load_data(config: RewardConfig, template: ChatTemplate) -> RewardData:
         steps += token_batches(
             order, lengths, config.batch_tokens, least=config.min_pairs, most=config.max_pairs
         )
-    over_long = len(loaded.rows) - len(train) - len(heldout)
-    return RewardData(train, heldout, steps[: config.max_steps], len(loaded.bad) + over_long)
+    return RewardData(train, heldout, steps[: config.max_steps], bad)
+
+
+def encode_fitting(
+    rows: list[PreferenceRow], template: ChatTemplate, max_length: int, bad: list[BadRow]
+) -> list[Pair]:
+    """The rows that fit, encoded; the others are added to `bad`."""
+    found = []
+    for row in rows:
+        pair = encode_pair(row, template, max_length)
+        if pair is None:
+            bad.append(BadRow(row.where, "too-long", f"does not fit max_length {max_length}"))
+        else:
+            found.append(pair)
+    return found
 
 
 def train_reward(config: RewardConfig, *, resume: bool = False) -> Path:
@@ -156,12 +173,15 @@ def _train(config: RewardConfig, here: World, run: StageRun) -> Path:
     model = load_reward_model(
         config.model, dtype=base, seed=config.seed, trust_remote_code=config.trust_remote_code
     )
+    check_positions(config, model.backbone)
     data = load_data(config, template)
     if config.lora:
         add_lora(model, config.lora, config.seed)
     place(model, here, checkpointing=config.gradient_checkpointing)
     reward = Trainable("reward", model, config.optim, len(data.steps), here)
     state = run.restore([reward])
+    if state is None:
+        run.set_aside(data.bad)
     pad = int(tokenizer.pad_token_id)
     for step in range(state["step"] if state else 0, len(data.steps)):
         pairs = [data.train[index] for index in data.steps[step]]
@@ -223,11 +243,11 @@ def train_step(
         sums.add("reward/accuracy", float(ranking.accuracy) * weight, share)
     lr = reward.lr
     norm, taken = reward.step()
-    run.step_taken(taken, step, [pair.row.id for pair in pairs])
+    run.step_taken("reward", taken, step, [pair.row.id for pair in pairs])
     values = sums.merged(here)
     tokens = float(sum(pair.tokens for pair in pairs))
+    values |= {"reward/grad_norm": norm} if taken else {}
     return values | {
-        "reward/grad_norm": norm,
         "reward/lr": lr,
         "batch/pairs": float(len(pairs)),
         "batch/tokens": tokens,
@@ -368,7 +388,7 @@ def _export(
             counts={
                 "train": len(data.train),
                 "heldout": len(data.heldout),
-                "quarantined": data.bad,
+                "quarantined": len(data.bad),
             },
             source_model=config.model,
         ),

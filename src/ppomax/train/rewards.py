@@ -4,8 +4,9 @@ import asyncio
 import importlib
 import inspect
 import math
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
@@ -24,7 +25,7 @@ def load_callable(name: str, setting: str) -> Scorer:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function or "reward")
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
         raise ConfigError(
             f"setting {setting}: {name!r} cannot be imported ({error}); write module:function"
         ) from None
@@ -51,24 +52,37 @@ def call(
     """
     arguments = ([list(prompt) for prompt in prompts], responses)
     for attempt in range(retries + 1):
-        pool = ThreadPoolExecutor(1)
         try:
-            future = pool.submit(_run, scorer, arguments, {"ids": ids, "metadata": metadata})
-            return _checked(future.result(timeout), len(responses))
+            found = _started(scorer, arguments, {"ids": ids, "metadata": metadata})
+            return _checked(found.result(timeout), len(responses))
         except FutureTimeout:
             problem = f"no answer within {timeout:g} s"
         except TrainingError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a user's function raises
             problem = f"{type(error).__name__}: {error}"
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
         if attempt == retries:
             raise TrainingError(
                 f"reward callable failed {retries + 1} times, last: {problem}; the last checkpoint "
                 "is good"
             )
     raise AssertionError("unreachable")
+
+
+def _started(
+    scorer: Scorer, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> Future[object]:
+    """The call's outcome, from a thread that does not keep the process alive if it hangs."""
+    future: Future[object] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(_run(scorer, arguments, keywords))
+        except BaseException as error:  # noqa: BLE001 - handed to the caller, as a pool would
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def _run(scorer: Scorer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> object:

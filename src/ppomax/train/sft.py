@@ -12,6 +12,7 @@ from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppomax.data.batching import collate, plan_micro_batches, token_batches
+from ppomax.data.formats import BadRow
 from ppomax.data.sources import Sources, load_sft, split_by_prompt
 from ppomax.data.template import ChatTemplate, Encoded
 from ppomax.distributed import World, full_state, world
@@ -22,7 +23,13 @@ from ppomax.models.export import Card, export_policy
 from ppomax.models.language import LanguageModel, place
 from ppomax.models.load import load_policy, load_tokenizer
 from ppomax.models.lora import LoraSettings, add_lora
-from ppomax.train.loop import StageRun, Trainable, autocast, rank_micro_batches
+from ppomax.train.loop import (
+    StageRun,
+    Trainable,
+    autocast,
+    check_positions,
+    rank_micro_batches,
+)
 from ppomax.train.optim import OptimSettings
 from ppomax.train.settings import StageSettings
 from ppomax.types import SFTRow
@@ -57,6 +64,8 @@ class SFTData:
     heldout: list[Encoded]
     steps: list[list[int]]
     """Indices into `train`, one list per optimizer step, epoch after epoch."""
+    bad: list[BadRow]
+    """Rows set aside."""
 
 
 def encode_dialogue(row: SFTRow, template: ChatTemplate, max_length: int) -> Encoded | None:
@@ -74,8 +83,8 @@ def load_data(config: SFTConfig, template: ChatTemplate) -> SFTData:
     """
     loaded = load_sft(config.data, max_bad_rows=config.max_bad_rows)
     split = split_by_prompt(loaded.rows, config.heldout)
-    pairs = [(row, encode_dialogue(row, template, config.max_length)) for row in split.train]
-    train = [(row, encoded) for row, encoded in pairs if encoded is not None]
+    bad = list(loaded.bad)
+    train, heldout = (encode_fitting(rows, template, config.max_length, bad) for rows in split)
     if not train:
         raise DataError(f"setting max_length: no dialogue fits {config.max_length} tokens")
     lengths = [len(encoded.ids) for _, encoded in train]
@@ -83,12 +92,26 @@ def load_data(config: SFTConfig, template: ChatTemplate) -> SFTData:
     for epoch in range(config.epochs):
         order = loaded.order_of([row for row, _ in train], config.seed, epoch)
         steps += token_batches(order, lengths, config.batch_tokens)
-    heldout = [encode_dialogue(row, template, config.max_length) for row in split.heldout]
     return SFTData(
         [encoded for _, encoded in train],
-        [encoded for encoded in heldout if encoded is not None],
+        [encoded for _, encoded in heldout],
         steps[: config.max_steps],
+        bad,
     )
+
+
+def encode_fitting(
+    rows: list[SFTRow], template: ChatTemplate, max_length: int, bad: list[BadRow]
+) -> list[tuple[SFTRow, Encoded]]:
+    """The rows that fit, encoded; the others are added to `bad`."""
+    found = []
+    for row in rows:
+        encoded = encode_dialogue(row, template, max_length)
+        if encoded is None:
+            bad.append(BadRow(row.where, "too-long", f"does not fit max_length {max_length}"))
+        else:
+            found.append((row, encoded))
+    return found
 
 
 def train_sft(config: SFTConfig, *, resume: bool = False) -> Path:
@@ -106,6 +129,7 @@ def _train(config: SFTConfig, here: World, run: StageRun) -> Path:
     template = ChatTemplate(tokenizer, config.system)
     base = config.compute_dtype if config.lora else torch.float32
     lm = load_policy(config.model, dtype=base, trust_remote_code=config.trust_remote_code)
+    check_positions(config, lm)
     data = load_data(config, template)
     if config.lora:
         add_lora(lm, config.lora, config.seed)
@@ -113,6 +137,8 @@ def _train(config: SFTConfig, here: World, run: StageRun) -> Path:
     place(model, here, checkpointing=config.gradient_checkpointing)
     policy = Trainable("policy", model, config.optim, len(data.steps), here)
     state = run.restore([policy])
+    if state is None:
+        run.set_aside(data.bad)
     pad = int(tokenizer.pad_token_id)
     for step in range(state["step"] if state else 0, len(data.steps)):
         rows = [data.train[index] for index in data.steps[step]]
@@ -152,10 +178,11 @@ def train_step(
         sums.add("sft/loss", float(loss.detach()) * num_tokens * weight, batch.num_targets * weight)
     lr = policy.lr
     norm, taken = policy.step()
-    run.step_taken(taken, step, [len(row.ids) for row in rows])
+    run.step_taken("policy", taken, step, [len(row.ids) for row in rows])
     values = sums.merged(here)
     values["sft/perplexity"] = math.exp(min(values["sft/loss"], 80.0))
-    return values | {"sft/grad_norm": norm, "sft/lr": lr, "batch/tokens": float(num_tokens)}
+    values |= {"sft/grad_norm": norm} if taken else {}
+    return values | {"sft/lr": lr, "batch/tokens": float(num_tokens)}
 
 
 @torch.no_grad()

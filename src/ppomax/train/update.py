@@ -88,7 +88,7 @@ def update_policy(
         _add_lm_term(texts, actors, config, here, sums)
     sums.add("policy/lr", actors.policy.lr, 1.0)
     norm, taken = actors.policy.step()
-    run.step_taken(taken, step, rows)
+    run.step_taken("policy", taken, step, rows)
     sums.add("policy/grad_norm", norm if taken else 0.0, float(taken))
     total = MetricSums()
     total.add("kl", kl_old, 1.0 / here.size)
@@ -132,7 +132,7 @@ def update_critic(
             sums.add("value/clip_fraction", float(found.clip_fraction) * weight, share)
     sums.add("value/lr", actors.critic.lr, 1.0)
     norm, taken = actors.critic.step()
-    run.step_taken(taken, step, rows)
+    run.step_taken("critic", taken, step, rows)
     sums.add("value/grad_norm", norm if taken else 0.0, float(taken))
 
 

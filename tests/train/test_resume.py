@@ -1,0 +1,271 @@
+"""A run killed or stopped anywhere and resumed is the run that was left alone, bit for bit.
+
+Pitfalls 33 (epoch edges) and 34 (everything that is state is saved). Each run is a process of its
+own that a trap kills at a chosen call; see tests/job.py.
+"""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+TIMES = ("time", "throughput/", "memory/")
+SMOKE = Path(__file__).resolve().parents[2] / "recipes" / "smoke.yaml"
+BUSY = [
+    "ppo.critic_pretraining.explained_variance=1.0",
+    "ppo.critic_pretraining.max_rollouts=3",
+    "ppo.kl.target_per_token=0.001",
+    "ppo.kl.horizon=20",
+    "ppo.epochs=2",
+    "ppo.critic_optim.schedule=linear",
+    "eval.limit=8",
+]
+"""The smoke recipe with everything in it that has state: controller, schedules, critic rollouts."""
+
+LOGGED = ["ppomax.rundir", "append_jsonl"]
+KILL, TERM = int(signal.SIGKILL), int(signal.SIGTERM)
+POINTS = {
+    "as the reward stage starts": ["ppomax.rundir", "create", "reward", 1],
+    "in the middle of sft": [*LOGGED, "'stage': 'sft', 'step': 3", 1],
+    "in the middle of reward": [*LOGGED, "'stage': 'reward', 'step': 5", 1],
+    "before the first checkpoint of ppo": [*LOGGED, "'stage': 'critic', 'step': 1", 1],
+    "in the middle of critic pre-training": [*LOGGED, "'stage': 'critic', 'step': 3", 1],
+    "in the middle of ppo": [*LOGGED, "'stage': 'ppo', 'step': 2", 1],
+    "while a checkpoint is written": ["ppomax.checkpoint", "_sync", "step-000006", 4],
+    "when ppo is trained and not yet exported": ["ppomax.train.ppo", "full_state", "", 1],
+    "between weights and tokenizer of an export": ["ppomax.models.export", "_write_merged", "", 2],
+    "during evaluation": ["ppomax.eval.policy", "score_replies", "", 1],
+    "before the report": ["ppomax.rundir", "write_text", "eval/done.json", 1],
+}
+
+
+def jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def told(path):
+    """A stage's files without the clock."""
+    found = {}
+    for name in ("metrics", "samples", "events"):
+        if (path / f"{name}.jsonl").exists():
+            found[name] = [
+                {k: v for k, v in row.items() if not k.startswith(TIMES)}
+                for row in jsonl(path / f"{name}.jsonl")
+            ]
+    return found
+
+
+def assert_same_run(one, other, stages=("sft", "reward", "ppo")):
+    for stage in stages:
+        assert told(one / stage) == told(other / stage), stage
+        assert (one / stage / "done.json").exists()
+        left = [(run / stage / "export" / "model.safetensors") for run in (one, other)]
+        assert left[0].read_bytes() == left[1].read_bytes(), stage
+    if "eval" in {path.name for path in one.iterdir()}:
+        reports = [json.loads((run / "eval" / "report.json").read_text()) for run in (one, other)]
+        assert reports[0] == reports[1]
+        assert (one / "report.html").exists()
+
+
+def run(launch, out, *words, die=None, ranks=1):
+    argv = ["run", str(SMOKE), "out=run", *BUSY, *words]
+    return launch(ranks=ranks, argv=argv, cwd=str(out), die=die)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(launch, tmp_path_factory):
+    """The runs nobody touched, by their words."""
+    made = {}
+
+    def get(*words):
+        if words not in made:
+            made[words] = tmp_path_factory.mktemp("undisturbed")
+            ended = run(launch, made[words], *words)[0]
+            assert ended.code == 0, ended.log
+        return made[words] / "run"
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", POINTS)
+def test_34_killed_and_resumed_is_bitwise_undisturbed(point, launch, tmp_path, undisturbed):
+    killed = run(launch, tmp_path, die=[*POINTS[point], KILL])[0]
+    assert killed.code == -KILL, killed.log
+    assert not (tmp_path / "run" / "report.html").exists()
+    ended = launch(argv=["resume", "run"], cwd=str(tmp_path))[0]
+    assert ended.code == 0, ended.log
+    assert_same_run(tmp_path / "run", undisturbed())
+    assert not [p for p in (tmp_path / "run").rglob("*") if "part" in p.name.split(".")[-1]]
+
+
+@pytest.mark.slow
+def test_34_in_bf16_too(launch, tmp_path, undisturbed):
+    for point in ("in the middle of reward", "in the middle of ppo"):
+        out = tmp_path / point.split()[-1]
+        out.mkdir()
+        assert run(launch, out, "dtype=bfloat16", die=[*POINTS[point], KILL])[0].code == -KILL
+        assert launch(argv=["resume", "run"], cwd=str(out))[0].code == 0
+        assert_same_run(out / "run", undisturbed("dtype=bfloat16"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "point",
+    [
+        "in the middle of sft",
+        "in the middle of critic pre-training",
+        "in the middle of ppo",
+        "between weights and tokenizer of an export",
+        "during evaluation",
+        "as the reward stage starts",
+    ],
+)
+def test_a_signal_saves_the_state_and_exits_75(point, launch, tmp_path, undisturbed):
+    ended = run(launch, tmp_path, die=[*POINTS[point], TERM])[0]
+    assert ended.code == 75, ended.log
+    last = ended.log.strip().splitlines()[-1]
+    assert last.startswith("ppomax: stopped at a signal")
+    assert "ppomax resume" in last
+    again = launch(argv=["resume", "run"], cwd=str(tmp_path))[0]
+    assert again.code == 0, again.log
+    assert_same_run(tmp_path / "run", undisturbed())
+
+
+@pytest.mark.slow
+def test_a_signal_stops_the_step_it_meets_not_the_next_checkpoint(launch, tmp_path):
+    die = [*LOGGED, "'stage': 'sft', 'step': 3", 1, TERM]  # checkpoints are due at 2, 4, 6
+    assert run(launch, tmp_path, die=die)[0].code == 75
+    newest = max((tmp_path / "run" / "sft" / "checkpoints").iterdir())
+    assert newest.name == "step-000003"
+    assert len(jsonl(tmp_path / "run" / "sft" / "metrics.jsonl")) == 3
+
+
+@pytest.mark.slow
+def test_rows_past_the_checkpoint_are_cut_back_and_a_torn_line_with_them(launch, tmp_path):
+    die = [*LOGGED, "'stage': 'reward', 'step': 5", 1, KILL]
+    assert run(launch, tmp_path, die=die)[0].code == -KILL
+    path = tmp_path / "run" / "reward" / "metrics.jsonl"
+    assert [row["step"] for row in jsonl(path)] == [1, 2, 3, 4, 5]
+    with path.open("a") as file:
+        file.write('{"stage": "reward", "st')
+    assert launch(argv=["resume", "run"], cwd=str(tmp_path))[0].code == 0
+    assert [row["step"] for row in jsonl(path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(launch, tmp_path, undisturbed):
+    die = [*LOGGED, "'stage': 'ppo', 'step': 4", 1, KILL]
+    assert run(launch, tmp_path, die=die)[0].code == -KILL
+    newest = max((tmp_path / "run" / "ppo" / "checkpoints").iterdir())
+    weights = newest / "critic.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert launch(argv=["resume", "run"], cwd=str(tmp_path))[0].code == 0
+    assert_same_run(tmp_path / "run", undisturbed())
+
+
+@pytest.mark.slow
+def test_other_settings_cannot_be_resumed(launch, tmp_path):
+    die = [*LOGGED, "'stage': 'reward', 'step': 3", 1, KILL]
+    assert run(launch, tmp_path, die=die)[0].code == -KILL
+    recipe = tmp_path / "run" / "config.yaml"
+    original = recipe.read_text()
+    before = told(tmp_path / "run" / "reward")
+    for old, new in (("batch_tokens: 4096", "batch_tokens: 2048"), ("lr: 0.001", "lr: 0.002")):
+        assert old in original
+        recipe.write_text(original.replace(old, new))
+        ended = launch(argv=["resume", "run"], cwd=str(tmp_path))[0]
+        assert ended.code == 2, ended.log
+        last = ended.log.strip().splitlines()[-1]
+        assert "other settings" in last or "config.yaml differs" in last
+    recipe.write_text(original)
+    own = tmp_path / "run" / "reward" / "config.yaml"
+    own.write_text(own.read_text().replace("lm_coef: 1.0", "lm_coef: 0.5"))
+    ended = launch(argv=["resume", "run"], cwd=str(tmp_path))[0]
+    assert ended.code == 2
+    assert "reward: its config.yaml differs" in ended.log
+    assert told(tmp_path / "run" / "reward") == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 3, 4, 5])
+def test_33_resuming_around_an_epoch_edge(step, launch, small, tmp_path):
+    change = {"epochs": 2, "max_steps": None, "eval_every": 1, "checkpoint": {"every": 1}}
+    names = {"a": None, "b": [*LOGGED, f"'stage': 'sft', 'step': {step}", 1, KILL]}
+    for name, die in names.items():
+        settings = small("sft", Path(name), change).model_dump(mode="json")
+        ended = launch(stages=[("sft", settings, False)], cwd=str(tmp_path), die=die)[0]
+        assert ended.code == (-KILL if die else 0), ended.log
+    (tmp_path / "a").rename(tmp_path / "alone")
+    again = launch(stages=[("sft", settings, True)], cwd=str(tmp_path))[0]
+    assert again.code == 0, again.log
+    found = told(tmp_path / "alone")
+    assert len(found["metrics"]) == 6, "three steps an epoch: the edge lies behind step 3"
+    assert told(tmp_path / "b") == found
+    left = [(tmp_path / n / "export" / "model.safetensors") for n in ("alone", "b")]
+    assert left[0].read_bytes() == left[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_34_lora_and_untouched_base_come_back_too(launch, small, tmp_path):
+    change = {"lora": {"rank": 2}, "iterations": 3, "checkpoint": {"every": 1}, "epochs": 2}
+    change |= {"ptx": {"data": "bundled:text", "tokens": 20}}
+    settings = [small("ppo", Path(n), change).model_dump(mode="json") for n in ("a", "b")]
+    assert launch(stages=[("ppo", settings[0], False)], cwd=str(tmp_path))[0].code == 0
+    die = [*LOGGED, "'stage': 'ppo', 'step': 2", 1, KILL]
+    assert launch(stages=[("ppo", settings[1], False)], cwd=str(tmp_path), die=die)[0].code == -KILL
+    assert launch(stages=[("ppo", settings[1], True)], cwd=str(tmp_path))[0].code == 0
+    assert told(tmp_path / "a") == told(tmp_path / "b")
+    left = [(tmp_path / n / "export" / "model.safetensors") for n in ("a", "b")]
+    assert left[0].read_bytes() == left[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together_and_go_on_where_they_stood(launch, tmp_path):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    words = ["sft.eval_every=1", "sft.checkpoint.every=1"]
+    assert {end.code for end in run(launch, alone, *words, ranks=2)} == {0}
+    for number, point in enumerate(("'stage': 'sft', 'step': 2", "'stage': 'ppo', 'step': 2")):
+        out = tmp_path / str(number)
+        out.mkdir()
+        # only rank 0 writes, so the signal reaches it alone; the other must stop with it
+        ended = run(launch, out, *words, die=[*LOGGED, point, 1, TERM], ranks=2)
+        assert [end.code for end in ended] == [75, 75], ended[1].log
+        again = launch(ranks=2, argv=["resume", "run"], cwd=str(out))
+        assert [end.code for end in again] == [0, 0], again[0].log
+        assert_same_run(out / "run", alone / "run")
+
+
+@pytest.mark.slow
+def test_a_run_under_torchrun_is_the_run_of_one_process(tmp_path, tiny_cache, undisturbed):
+    import os
+    import subprocess
+
+    env = os.environ | {"PPOMAX_CACHE": str(tiny_cache), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "ppomax.cli", "run", str(SMOKE), "out=run", *BUSY]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for stage in ("sft", "reward"):
+        one, two = (told(out / stage)["metrics"] for out in (undisturbed(), tmp_path / "run"))
+        assert len(one) == len(two)
+        for row, other in zip(one, two, strict=True):
+            numbers = {k: v for k, v in row.items() if k != "stage"}
+            assert {k: other[k] for k in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-6)
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_two_tensors_of_a_checkpoint_are_not_one(small, tmp_path):
+    """Tied weights are saved once; nothing is saved twice under two names."""
+    from ppomax.train.sft import train_sft
+
+    path = train_sft(small("sft", tmp_path / "run"))
+    found = load_file(max((path / "checkpoints").iterdir()) / "policy.safetensors")
+    assert "lm.model.embed_tokens.weight" in found
+    assert "lm.lm_head.weight" not in found
