@@ -29,6 +29,7 @@ STAGES = ("sft", "reward", "ppo", "eval")
 SHARED = ("seed", "device", "dtype", "threads", "system", "trust_remote_code", "heldout")
 """Top-level keys that every stage takes unless it sets its own."""
 TRAINED = (
+    "freeze_embeddings",
     "gradient_checkpointing",
     "max_length",
     "micro_tokens",

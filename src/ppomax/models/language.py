@@ -45,6 +45,12 @@ def values_before_targets(model: ScalarModel, batch: TokenBatch) -> torch.Tensor
     return result
 
 
+def freeze_embeddings(model: LanguageModel | ScalarModel) -> None:
+    """Exclude the token embedding, and with it a tied output head, from training."""
+    backbone = model.lm if isinstance(model, LanguageModel) else model.backbone
+    backbone.get_input_embeddings().requires_grad_(requires_grad=False)
+
+
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated layers of a backbone."""
     lists = [

@@ -69,6 +69,8 @@ def add_lora(model: M, settings: LoraSettings, seed: int) -> M:
     for name, parameter in backbone.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
+    for _, layer in _lora_layers(backbone):
+        layer.cast_input_dtype_enabled = False  # autocast casts; peft's detour over fp32 is slow
     if isinstance(lm_head, nn.Module):
         lm_head.requires_grad_(requires_grad=False)
     return model

@@ -14,7 +14,7 @@ from ppomax.distributed import World
 from ppomax.errors import ConfigError
 from ppomax.models.export import REWARD_CARD_FILE, read_reward_card, tokenizer_hash
 from ppomax.models.heads import ScalarModel
-from ppomax.models.language import LanguageModel, place
+from ppomax.models.language import LanguageModel, freeze_embeddings, place
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer, load_value_model
 from ppomax.models.lora import adapters_off, add_lora
 from ppomax.rollout.engine import Engine, build_engine
@@ -84,6 +84,8 @@ def load_actors(config: PPOConfig, here: World) -> Actors:
     critic = _load_critic(config, tokenizer, base)
     policy = LanguageModel(lm)
     for model in (policy, critic):
+        if config.freeze_embeddings:
+            freeze_embeddings(model)
         place(model, here, checkpointing=config.gradient_checkpointing)
     for frozen in (reference, reward):
         if frozen is not None:

@@ -2,6 +2,7 @@
 
 import math
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -112,6 +113,8 @@ class StageRun:
 
     def _open(self, resume: bool) -> None:
         text = dump(self.config)
+        for leftover in self.path.glob(".export-*"):  # of an export that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         if not resume or not (self.path / rundir.CONFIG).exists():
             rundir.create(self.path, text)
         elif parse(type(self.config), read_yaml(self.path / rundir.CONFIG)) != self.config:

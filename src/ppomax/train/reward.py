@@ -21,7 +21,7 @@ from ppomax.losses import RankingLoss, lm_loss, pairwise_ranking_loss
 from ppomax.metrics import MetricSums
 from ppomax.models.export import Card, RewardCard, export_reward, template_hash, tokenizer_hash
 from ppomax.models.heads import ScalarModel, read_scores
-from ppomax.models.language import place
+from ppomax.models.language import freeze_embeddings, place
 from ppomax.models.load import load_reward_model, load_tokenizer
 from ppomax.models.logprobs import token_logprobs
 from ppomax.models.lora import LoraSettings, add_lora, merged_copy
@@ -177,6 +177,8 @@ def _train(config: RewardConfig, here: World, run: StageRun) -> Path:
     data = load_data(config, template)
     if config.lora:
         add_lora(model, config.lora, config.seed)
+    elif config.freeze_embeddings:
+        freeze_embeddings(model)
     place(model, here, checkpointing=config.gradient_checkpointing)
     reward = Trainable("reward", model, config.optim, len(data.steps), here)
     state = run.restore([reward])

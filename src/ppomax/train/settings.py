@@ -54,6 +54,9 @@ class StageSettings(Settings):
     """Largest share of rows that may be quarantined."""
     trust_remote_code: bool = False
     """Run code that a model folder brings along. Off unless typed."""
+    freeze_embeddings: bool = False
+    """Leave the token embedding (and a tied output head) as it is: in small models a fifth of the
+    weights, and so of gradients and moments. `lora` freezes it anyway."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
     checkpoint: CheckpointSettings = CheckpointSettings()

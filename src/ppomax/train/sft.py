@@ -20,7 +20,7 @@ from ppomax.errors import DataError
 from ppomax.losses import lm_loss
 from ppomax.metrics import MetricSums
 from ppomax.models.export import Card, export_policy
-from ppomax.models.language import LanguageModel, place
+from ppomax.models.language import LanguageModel, freeze_embeddings, place
 from ppomax.models.load import load_policy, load_tokenizer
 from ppomax.models.lora import LoraSettings, add_lora
 from ppomax.train.loop import (
@@ -134,6 +134,8 @@ def _train(config: SFTConfig, here: World, run: StageRun) -> Path:
     if config.lora:
         add_lora(lm, config.lora, config.seed)
     model = LanguageModel(lm)
+    if config.freeze_embeddings:
+        freeze_embeddings(model)
     place(model, here, checkpointing=config.gradient_checkpointing)
     policy = Trainable("policy", model, config.optim, len(data.steps), here)
     state = run.restore([policy])
