@@ -1,0 +1,322 @@
+"""The reward stage against its formula, under any micro-batches, to a preference it can learn."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from ppomax.data.template import ChatTemplate
+from ppomax.errors import ConfigError, DataError
+from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
+from ppomax.train.reward import (
+    RewardConfig,
+    encode_pair,
+    load_data,
+    probe_messages,
+    stack,
+    train_reward,
+)
+from ppomax.train.settings import StageSettings
+from ppomax.types import Message, PreferenceRow
+
+TIMES = ("time", "throughput/", "memory/")
+
+
+def jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def rows(run):
+    return [
+        {key: value for key, value in row.items() if not key.startswith(TIMES)}
+        for row in jsonl(run / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture
+def template(tiny):
+    return ChatTemplate(load_tokenizer("tiny"))
+
+
+def scores_of(model, pairs):
+    """Scores of both answers of each pair, one text at a time; and the preferred ones' NLL."""
+    found, total, count = [], 0.0, 0
+    head = model.backbone.get_input_embeddings().weight  # tied
+    for pair in pairs:
+        scores = []
+        for side in (pair.chosen, pair.rejected):
+            output = model(torch.tensor([side.ids]))
+            scores.append(output.values[0, -1])
+        ids = torch.tensor(pair.chosen.ids)
+        logits = model(ids[None]).hidden[0, :-1] @ head.T
+        mask = torch.tensor(pair.chosen.mask[1:])
+        total = total + F.cross_entropy(logits[mask], ids[1:][mask], reduction="sum")
+        count += int(mask.sum())
+        found.append(torch.stack(scores))
+    return torch.stack(found), total, count
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"lm_coef": 0.0}, {"margin": 0.5, "label_smoothing": 0.2, "ranking_coef": 3.0}],
+    ids=str,
+)
+def test_the_first_step_is_equation_2(change, small, tmp_path, template):
+    change = change | {"max_steps": 1, "micro_tokens": 120}
+    config = small("reward", tmp_path / "run", change)
+    found = rows(train_reward(config))[0]
+    data = load_data(config, template)
+    pairs = [data.train[index] for index in data.steps[0]]
+    model = load_reward_model("tiny", seed=config.seed)
+    scores, total, count = scores_of(model, pairs)
+    z = scores[:, 0] - scores[:, 1] - config.margin
+    smooth = config.label_smoothing
+    ranking = (-(1 - smooth) * F.logsigmoid(z) - smooth * F.logsigmoid(-z)).mean()
+    loss = config.ranking_coef * ranking + config.lm_coef * total / count
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm(
+        [p.grad for p in model.parameters() if p.grad is not None]
+    )
+    assert found["reward/pair_loss"] == pytest.approx(float(ranking.detach()), rel=1e-5)
+    assert found["reward/loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert found["reward/grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+    assert found["reward/accuracy"] == pytest.approx(
+        float((scores[:, 0] > scores[:, 1]).float().mean())
+    )
+    assert found["batch/pairs"] == len(pairs)
+    assert found["batch/tokens"] == sum(len(p.chosen.ids) + len(p.rejected.ids) for p in pairs)
+    if config.lm_coef:
+        assert found["reward/lm_loss"] == pytest.approx(float(total.detach() / count), rel=1e-5)
+    else:
+        assert "reward/lm_loss" not in found
+
+
+@pytest.mark.parametrize("change", [{}, {"lora": {"rank": 2}}], ids=["full", "lora"])
+def test_19_micro_batches_from_one_pair_up_to_all_change_nothing(change, small, tmp_path):
+    found = []
+    for micro in (1, 150, 100_000):
+        more = {"micro_tokens": micro, "max_steps": 3, "epochs": 3}
+        run = train_reward(small("reward", tmp_path / str(micro), change | more))
+        found.append((rows(run), load_file(run / "export" / "model.safetensors")))
+    for other, weights in found[1:]:
+        for one, two in zip(found[0][0], other, strict=True):
+            numbers = {k: v for k, v in one.items() if k != "stage"}
+            assert {k: two[k] for k in numbers} == pytest.approx(numbers, rel=1e-5, abs=1e-7)
+        for name, value in weights.items():
+            torch.testing.assert_close(value, found[0][1][name], rtol=0, atol=1e-5)
+
+
+def test_pairs_of_a_ranked_list_share_one_prompts_weight(small, tmp_path):
+    path = tmp_path / "ranked.jsonl"
+    answers = ["Best of all.", "Good.", "Bad.", "Worst."]
+    lines = [{"prompt": "Q?", "responses": answers, "ranks": [1, 2, 3, 4]}]
+    lines += [{"prompt": f"R{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(3)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    change = {"data": str(path), "heldout": 0.0, "batch_tokens": 10_000}
+    try:
+        run = train_reward(small("reward", tmp_path / "run", change | {"lm_coef": 0.0}))
+    except DataError as error:
+        pytest.skip(f"ranked lists are written another way: {error}")
+    found = rows(run)[0]
+    assert found["batch/pairs"] == 6 + 3  # six pairs of the list count as one
+    assert 0 <= found["reward/accuracy"] <= 1
+
+
+def test_a_pairs_strength_scales_the_margin(small, tmp_path, template):
+    path = tmp_path / "strong.jsonl"
+    base = {"prompt": "Q?", "chosen": "Yes.", "rejected": "No."}
+    losses = []
+    for number, change in enumerate(({}, {"margin": 1.0})):
+        path.write_text(json.dumps(base) + "\n" + json.dumps(base | {"prompt": "P?"}) + "\n")
+        config = {"data": str(path), "heldout": 0.0, "lm_coef": 0.0, "max_steps": 1} | change
+        losses.append(rows(train_reward(small("reward", tmp_path / str(number), config)))[0])
+    assert losses[1]["reward/pair_loss"] > losses[0]["reward/pair_loss"]
+
+
+def test_both_answers_share_the_prompt_and_only_the_last_answer_is_a_target(template):
+    prompt = (
+        Message(role="user", content="Old?"),
+        Message(role="assistant", content="Old answer."),
+        Message(role="user", content="New?"),
+    )
+    pair = encode_pair(PreferenceRow("a", prompt, "Yes indeed.", "No."), template, 200)
+    start = len(template.prompt(prompt))
+    assert pair.chosen.ids[:start] == pair.rejected.ids[:start] == template.prompt(prompt)
+    assert pair.chosen.ids[start:] == template.answer("Yes indeed.")
+    assert pair.chosen.mask == [False] * start + [True] * (len(pair.chosen.ids) - start)
+    short = encode_pair(PreferenceRow("a", prompt, "Yes indeed.", "No."), template, start)
+    assert short is not None  # the older turn goes
+    assert len(short.chosen.ids) < len(pair.chosen.ids)
+    assert encode_pair(PreferenceRow("a", prompt[-1:], "Yes " * 99, "No."), template, 60) is None
+
+
+def test_26_ids_of_prompt_and_response_are_ppos_and_sfts(template):
+    from ppomax.train.sft import encode_dialogue
+    from ppomax.types import SFTRow
+
+    prompt = (Message(role="user", content="Why?"),)
+    pair = encode_pair(PreferenceRow("a", prompt, "Because.", "No."), template, 200)
+    talk = (*prompt, Message(role="assistant", content="Because."))
+    dialogue = encode_dialogue(SFTRow("a", talk), template, 200)
+    assert pair.chosen.ids == dialogue.ids
+    assert pair.chosen.ids == template.prompt(prompt) + template.answer("Because.")
+
+
+def test_stacked_pairs_are_chosen_first_with_targets_on_them_alone(template):
+    from ppomax.distributed import World
+
+    here = World(0, 1, torch.device("cpu"))
+    prompt = (Message(role="user", content="Why?"),)
+    pairs = [
+        encode_pair(PreferenceRow("a", prompt, c, r), template, 200)
+        for c, r in (("Because it is.", "No."), ("So.", "Never ever in my life."))
+    ]
+    batch = stack(pairs, 3, here, imitate=True)
+    assert batch.input_ids[1, : len(pairs[1].chosen.ids)].tolist() == pairs[1].chosen.ids
+    assert batch.input_ids[2, : len(pairs[0].rejected.ids)].tolist() == pairs[0].rejected.ids
+    counts = [pair.chosen.num_targets for pair in pairs]
+    assert batch.targets.sum(1).tolist() == [*counts, 0, 0]
+    assert stack(pairs, 3, here, imitate=False).num_targets == 0
+
+
+def test_27_the_export_scores_in_plain_transformers_what_ours_scores_alone(small, tmp_path, template):
+    config = small("reward", tmp_path / "run", {"heldout": 0.5})
+    run = train_reward(config)
+    data = load_data(config, template)
+    ours = load_reward_model(str(run / "export"), init_from_lm=False)
+    plain = AutoModelForSequenceClassification.from_pretrained(run / "export")
+    texts = [side.ids for pair in data.heldout for side in (pair.chosen, pair.rejected)]
+    pad = template.tokenizer.pad_token_id
+    longest = max(map(len, texts))
+    batch = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in texts])
+    with torch.no_grad():
+        together = plain(batch, attention_mask=(batch != pad).long()).logits[:, 0]
+        alone = [float(ours.scores(torch.tensor([i]), torch.tensor([len(i)]))) for i in texts]
+    assert together.tolist() == pytest.approx(alone, abs=1e-5)
+    right = sum(c > r for c, r in zip(alone[::2], alone[1::2], strict=True))
+    assert rows(run)[-1]["eval/accuracy"] == pytest.approx(right / len(data.heldout))
+    expected = [-math.log(1 / (1 + math.exp(r - c))) for c, r in zip(alone[::2], alone[1::2], strict=True)]
+    assert rows(run)[-1]["eval/loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+
+
+def test_the_card_holds_what_ppo_checks(small, small_reward, template):
+    from pathlib import Path
+
+    card = json.loads((Path(small_reward) / "reward_card.json").read_text())
+    model = load_reward_model(small_reward, init_from_lm=False)
+    assert [tuple(p["messages"]) for p in card["probes"]] == probe_messages()
+    for probe in card["probes"]:
+        ids = template.prompt(probe["messages"][:-1])
+        ids = ids + template.answer(probe["messages"][-1]["content"])
+        score = float(model.scores(torch.tensor([ids]), torch.tensor([len(ids)])))
+        assert probe["score"] == pytest.approx(score, abs=1e-4)
+    assert math.isfinite(card["score_mean"])
+    assert card["score_std"] > 0
+    assert set(card["accuracy"]) == {"all"}
+
+
+def test_lora_trains_adapters_and_the_head(small, tmp_path):
+    change = {"lora": {"rank": 2}, "dtype": "bfloat16", "max_steps": 2, "epochs": 2}
+    run = train_reward(small("reward", tmp_path / "run", change))
+    saved = load_file(max((run / "checkpoints").iterdir()) / "reward.safetensors")
+    assert "score.weight" in saved
+    assert all("lora_" in key or key == "score.weight" for key in saved)
+    fresh = load_reward_model("tiny", seed=0).score.weight
+    assert not torch.equal(saved["score.weight"], fresh)
+    assert AutoModelForSequenceClassification.from_pretrained(run / "export").num_labels == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"max_length": 9}, DataError, "max_length: no pair fits 9 tokens"),
+        ({"max_length": 600}, ConfigError, "max_length: 600 is more than the 512 positions"),
+        ({"label_smoothing": 0.5}, ConfigError, "label_smoothing"),
+        ({"ranking_coef": 0.0}, ConfigError, "ranking_coef"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(change, error, text, small, tmp_path):
+    with pytest.raises(error, match=text) as caught:
+        train_reward(small("reward", tmp_path / "run", change))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "done.json").exists()
+
+
+def leaves(model, prefix=""):
+    for name, field in model.model_fields.items():
+        inner = [m for m in (field.annotation, *getattr(field.annotation, "__args__", ()))]
+        inner = [m for m in inner if isinstance(m, type) and hasattr(m, "model_fields")]
+        if inner:
+            yield from leaves(inner[0], f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+CHANGES = {
+    "heldout": {"heldout": 0.6},
+    "lm_coef": {"lm_coef": 0.1},
+    "ranking_coef": {"ranking_coef": 0.1},
+    "margin": {"margin": 0.7},
+    "label_smoothing": {"label_smoothing": 0.2},
+    "epochs": {"epochs": 1},
+    "max_steps": {"max_steps": 1},
+    "batch_tokens": {"batch_tokens": 100},
+    "min_pairs": {"min_pairs": 1, "batch_tokens": 1},
+    "max_pairs": {"max_pairs": 2, "min_pairs": 1},
+    "eval_every": {"eval_every": 1},
+    "eval_pairs": {"eval_every": 1, "eval_pairs": 1, "heldout": 0.6},
+}
+
+
+def test_13_every_key_of_its_own_changes_the_result(small, tmp_path):
+    own = set(RewardConfig.model_fields) - set(StageSettings.model_fields) - {"data", "optim", "lora"}
+    assert own == set(CHANGES)
+    base = {"max_steps": 3, "epochs": 2, "batch_tokens": 10_000, "eval_every": 20}
+    plain = rows(train_reward(small("reward", tmp_path / "base", base)))
+    found = {
+        key: rows(train_reward(small("reward", tmp_path / key, base | change)))
+        for key, change in CHANGES.items()
+    }
+    assert all(other != plain for other in found.values())
+    every = base | CHANGES["eval_pairs"] | {"eval_pairs": None}
+    assert found["eval_pairs"] != rows(train_reward(small("reward", tmp_path / "all", every)))
+
+
+@pytest.mark.slow
+def test_it_learns_an_obvious_preference(small, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    things = ["tea", "rain", "ducks", "moon", "songs", "bread", "salt", "trains", "hats", "snow"]
+    lines = [
+        {
+            "prompt": f"Tell me of {a} and {b}.",
+            "chosen": f"{a} please {b}." if i % 2 else f"please, {b} or {a}.",
+            "rejected": f"{a} nope {b}." if i % 2 else f"nope, {b} or {a}.",
+        }
+        for i, (a, b) in enumerate((a, b) for a in things for b in things)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    change = {
+        "data": str(path),
+        "heldout": 0.3,
+        "batch_tokens": 1500,
+        "max_steps": None,
+        "epochs": 3,
+        "lm_coef": 0.0,
+        "eval_every": 1000,
+        "checkpoint": {"every": 1000},
+        "optim": {"lr": 3e-3, "grad_clip": 1.0},
+    }
+    found = rows(train_reward(small("reward", tmp_path / "run", change)))
+    assert found[-1]["eval/accuracy"] > 0.9
+    assert found[-1]["reward/pair_loss"] < 0.3
+
+
+def test_a_reward_model_is_no_policy_and_a_policy_has_no_language_loss_left(small, small_reward):
+    from ppomax.errors import ModelError
+
+    with pytest.raises(ModelError, match="reward model"):
+        load_policy(small_reward)
