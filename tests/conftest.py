@@ -189,7 +189,9 @@ def launch(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Launch
             settings = {**job, "env": env | own, "log": str(files[-1])}
             processes.append(
                 context.Process(
-                    target=runpy.run_path, args=(program,), kwargs={"init_globals": {"JOB": settings}}
+                    target=runpy.run_path,
+                    args=(program,),
+                    kwargs={"init_globals": {"JOB": settings}},
                 )
             )
         for process in processes:

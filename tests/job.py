@@ -1,10 +1,10 @@
 """What a test's own process does; `launch` in conftest.py runs it with `JOB` in its globals.
 
-    argv    words after `ppomax`, or
-    stages  [(sft | reward | ppo | eval, settings, resume)], run one after the other
-    cwd, path, env, log  where it runs, folders to import from, variables, file for its output
-    die     [module, attribute, text, count, signal]: after the count-th call of module.attribute
-            whose arguments hold the text, the process sends itself the signal
+argv    words after `ppomax`, or
+stages  [(sft | reward | ppo | eval, settings, resume)], run one after the other
+cwd, path, env, log  where it runs, folders to import from, variables, file for its output
+die     [module, attribute, text, count, signal]: after the count-th call of module.attribute
+        whose arguments hold the text, the process sends itself the signal
 """
 
 import importlib

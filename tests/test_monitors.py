@@ -8,17 +8,54 @@ import pytest
 from ppomax.monitors import DECLARED, as_markdown, check_keys, non_finite, required_keys
 
 STAGES = {"sft", "reward", "critic", "ppo"}
-CONTRACT = """
-reward/score_mean reward/score_std reward/score_p05 reward/score_p25 reward/score_p50
-reward/score_p75 reward/score_p95 reward/score_skew reward/total_mean kl/ref_k1 kl/ref_k3
-kl/ref_sequence kl/old_k3 kl/first_old_k3 policy/first_ratio_error policy/perplexity
-ref/perplexity policy/entropy policy/loss policy/clip_fraction policy/ratio_mean policy/ratio_max
-policy/grad_norm policy/lr value/loss value/clip_fraction value/mean value/explained_variance
-value/grad_norm return/mean advantage/mean advantage/std response/length_mean response/length_p95
-response/truncated_share response/distinct_2 response/repetition_4 ptx/loss
-engine/logprob_gap_mean engine/logprob_gap_max time/rollout time/score time/update
-throughput/rollout_tokens_per_s throughput/train_tokens_per_s memory/peak_gb
-""".split()
+CONTRACT = [
+    "reward/score_mean",
+    "reward/score_std",
+    "reward/score_p05",
+    "reward/score_p25",
+    "reward/score_p50",
+    "reward/score_p75",
+    "reward/score_p95",
+    "reward/score_skew",
+    "reward/total_mean",
+    "kl/ref_k1",
+    "kl/ref_k3",
+    "kl/ref_sequence",
+    "kl/old_k3",
+    "kl/first_old_k3",
+    "policy/first_ratio_error",
+    "policy/perplexity",
+    "ref/perplexity",
+    "policy/entropy",
+    "policy/loss",
+    "policy/clip_fraction",
+    "policy/ratio_mean",
+    "policy/ratio_max",
+    "policy/grad_norm",
+    "policy/lr",
+    "value/loss",
+    "value/clip_fraction",
+    "value/mean",
+    "value/explained_variance",
+    "value/grad_norm",
+    "return/mean",
+    "advantage/mean",
+    "advantage/std",
+    "response/length_mean",
+    "response/length_p95",
+    "response/truncated_share",
+    "response/distinct_2",
+    "response/repetition_4",
+    "ptx/loss",
+    "engine/logprob_gap_mean",
+    "engine/logprob_gap_max",
+    "time/rollout",
+    "time/score",
+    "time/update",
+    "throughput/rollout_tokens_per_s",
+    "throughput/train_tokens_per_s",
+    "memory/peak_gb",
+]
 SUPERVISED = {
     "reward": "reward/loss reward/pair_loss reward/lm_loss reward/accuracy eval/accuracy eval/loss "
     "batch/pairs batch/tokens",

@@ -117,7 +117,7 @@ def prune(root: Path, keep_last: int) -> None:
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Trainable parameters by name, whole (collective under sharding)."""
     return {
-        name: full(value.detach())
+        name: full(value.detach()).cpu()
         for name, value in model.named_parameters()
         if value.requires_grad
     }
@@ -142,7 +142,7 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimizer state as `{slot}.{parameter name}`, whole (collective under sharding)."""
     return {
-        f"{slot}.{name}": full(value.detach())
+        f"{slot}.{name}": full(value.detach()).cpu()
         for name, parameter in model.named_parameters()
         for slot, value in optimizer.state.get(parameter, {}).items()
     }

@@ -125,10 +125,11 @@ def resume(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
 def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Resolved settings, steps, tokens, memory and disk; starts nothing."""
     from ppomax import planning
-    from ppomax.pipeline import as_yaml, load_recipe
+    from ppomax.config import dump
+    from ppomax.pipeline import load_recipe
 
     found = load_recipe(recipe, overrides or [])
-    typer.echo(as_yaml(found))
+    typer.echo(dump(found))
     stages = planning.plan(found)
     for stage in stages:
         typer.echo(f"{stage.stage}")

@@ -157,7 +157,7 @@ DECLARED: tuple[Metric, ...] = (
     Metric(
         "value/explained_variance",
         "1",
-        "1 − Var(R − V)/Var(R), before the update",
+        "1 − Var(G − V)/Var(G), G the λ = 1 returns (no critic in them), before the update",
         "below 0: the critic is worse than a constant",
     ),
     Metric(

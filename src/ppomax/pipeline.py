@@ -10,8 +10,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
-
 from ppomax import rundir
 from ppomax.config import Settings, apply_overrides, dump, merge, parse, read_yaml
 from ppomax.distributed import barrier, world
@@ -26,7 +24,7 @@ from ppomax.train.reward import RewardConfig, train_reward
 from ppomax.train.sft import SFTConfig, train_sft
 
 STAGES = ("sft", "reward", "ppo", "eval")
-SHARED = ("seed", "device", "dtype", "threads", "system", "trust_remote_code", "heldout")
+SHARED = ("seed", "device", "dtype", "threads", "system", "trust_remote_code")
 """Top-level keys that every stage takes unless it sets its own."""
 TRAINED = (
     "freeze_embeddings",
@@ -37,6 +35,7 @@ TRAINED = (
     "checkpoint",
     "log",
     "data",
+    "heldout",
 )
 """Top-level keys that the training stages take too."""
 PLACEHOLDER = "(from the stage before)"
@@ -98,6 +97,10 @@ def resolve(data: dict[str, Any], source: str) -> Recipe:
         section = merge(shared, data[name])
         if name != "eval":
             section = merge(trained, section)
+        elif "data" in trained and section.get("data", trained["data"]) == trained["data"]:
+            section = merge(
+                {key: trained[key] for key in ("data", "heldout") if key in trained}, section
+            )
         if name == "ppo":
             section = with_preset(section, source)
         section["out"] = str(Path(str(data["out"])) / name)
@@ -243,10 +246,12 @@ def _open(recipe: Recipe, only: str | None, *, resume: bool) -> None:
         raise CheckpointError(f"{path}: differs from the settings to resume with")
     for name in [only] if only else recipe.stages():
         config = getattr(recipe, name)
+        if config is None:
+            continue
         place = config.out / rundir.CONFIG
-        if is_done(config.out) and parse(type(config), read_yaml(place)) != config:
+        if place.exists() and parse(type(config), read_yaml(place)) != config:
             raise CheckpointError(
-                f"{config.out}: finished with other settings than these; give another out=DIR"
+                f"{config.out}: holds a run with other settings than these; give another out=DIR"
             )
     rundir.write_text(path, text)
 
@@ -270,13 +275,6 @@ def load_run(path: Path) -> Recipe:
             "where that path leads to it"
         )
     return recipe
-
-
-def as_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as text."""
-    return yaml.safe_dump(
-        recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True
-    )
 
 
 def write_reward_evaluation(

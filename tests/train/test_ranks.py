@@ -150,7 +150,9 @@ def runs(tmp_path_factory, data, launch):
     for name, ranks in (("alone", 1), ("two", 2)):
         work = [(kind, s, False) for kind, s in stages(root / name, data, reward).values()]
         ended = launch(ranks=ranks, stages=work, path=[data["folder"]])
-        assert [end.code for end in ended] == [0] * ranks, ended[0].log[-3000:] + ended[-1].log[-3000:]
+        assert [end.code for end in ended] == [0] * ranks, (
+            ended[0].log[-3000:] + ended[-1].log[-3000:]
+        )
     return root
 
 

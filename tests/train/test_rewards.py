@@ -151,7 +151,8 @@ def test_it_is_found_by_module_and_function(module):
 
 
 @pytest.mark.parametrize(
-    "name", ["no_such_module:f", "json:no_such_function", "json:__name__", ":f", "", "a b:c", ".x:f"]
+    "name",
+    ["no_such_module:f", "json:no_such_function", "json:__name__", ":f", "", "a b:c", ".x:f"],
 )
 def test_one_that_cannot_be_found_is_one_line_that_names_the_setting(name):
     with pytest.raises(ConfigError, match=r"setting ppo\.reward\.callable") as caught:
@@ -197,7 +198,10 @@ def test_a_run_is_scored_by_it_sync_or_async(module, small, tmp_path):
         out = train_ppo(called(small, tmp_path / function, f"{name}:{function}"))
         found = jsonl(out / "metrics.jsonl")
         rows.append(
-            [{k: v for k, v in r.items() if not k.startswith(("time", "thr", "mem"))} for r in found]
+            [
+                {k: v for k, v in r.items() if not k.startswith(("time", "thr", "mem"))}
+                for r in found
+            ]
         )
         samples = jsonl(out / "samples.jsonl")
         assert all(row["score"] == len(row["response"]) for row in samples)

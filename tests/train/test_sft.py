@@ -173,11 +173,14 @@ def test_the_export_is_a_folder_anyone_can_load(small, tmp_path, tiny):
 def test_lora_trains_adapters_and_exports_a_plain_model(dtype, small, tmp_path, tiny):
     change = {"lora": {"rank": 4, "alpha": 8.0}, "max_steps": 4, "epochs": 4, "dtype": dtype}
     run = train_sft(small("sft", tmp_path / "run", change))
-    before, after = load_file(f"{tiny}/model.safetensors"), load_file(run / "export/model.safetensors")
-    assert set(before) == set(after)
-    assert torch.equal(after["model.embed_tokens.weight"].float(), before["model.embed_tokens.weight"]) == (
-        dtype == "float32"
+    before, after = (
+        load_file(f"{tiny}/model.safetensors"),
+        load_file(run / "export/model.safetensors"),
     )
+    assert set(before) == set(after)
+    assert torch.equal(
+        after["model.embed_tokens.weight"].float(), before["model.embed_tokens.weight"]
+    ) == (dtype == "float32")
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(after[name].float(), before[name].to(after[name].dtype).float())
     saved = load_file(max((run / "checkpoints").iterdir()) / "policy.safetensors")

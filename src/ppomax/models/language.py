@@ -11,6 +11,7 @@ from ppomax.data.batching import TokenBatch
 from ppomax.distributed import World
 from ppomax.models.heads import ScalarModel, hidden_states, output_weight
 from ppomax.models.logprobs import TokenLogprobs, token_logprobs
+from ppomax.models.lora import has_lora
 
 
 class LanguageModel(nn.Module):
@@ -73,5 +74,5 @@ def place(model: LanguageModel | ScalarModel, world: World, *, checkpointing: bo
         backbone: Any = model.lm if isinstance(model, LanguageModel) else model.backbone
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # dropout is 0; transformers recomputes only in this mode
-    if len({parameter.dtype for parameter in model.parameters()}) == 1:
+    if not has_lora(model) and len({p.dtype for p in model.parameters()}) == 1:
         distributed.shard(model, world, decoder_blocks(model))

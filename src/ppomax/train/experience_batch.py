@@ -59,6 +59,8 @@ class Experience:
     rewards: Float[Tensor, "batch response"]
     advantages: Float[Tensor, "batch response"]
     returns: Float[Tensor, "batch response"]
+    monte_carlo: Float[Tensor, "batch response"]
+    """Returns without the critic in them (λ = 1), to judge the critic by."""
     kl_coef: float
 
 
@@ -214,4 +216,7 @@ def estimate(
         lam=config.advantage.lam,
         lam_critic=config.advantage.lam_critic,
     )
-    return Experience(rollout, scored, rewards, found.advantages, found.returns, kl_coef)
+    pure = gae(rewards, scored.values, scored.mask, gamma=config.advantage.gamma, lam=1.0)
+    return Experience(
+        rollout, scored, rewards, found.advantages, found.returns, pure.returns, kl_coef
+    )

@@ -181,6 +181,8 @@ class StageRun:
             root = self.path / "checkpoints"
             checkpoint.save(root, step, groups, state)
             checkpoint.prune(root, self.config.checkpoint.keep_last)
+            row = self._event_row("checkpoint", step, {})
+            rundir.append_jsonl(self.path / rundir.EVENTS, [row])
         barrier(self.world)
 
     def log(self, step: int, values: Mapping[str, float], *, total: int) -> None:

@@ -33,7 +33,7 @@ def observe(experience: Experience, config: PPOConfig) -> dict[str, float]:
         "policy/entropy": float(masked_mean(scored.entropy, mask)),
         "value/mean": float(masked_mean(scored.values, mask)),
         "value/explained_variance": float(
-            explained_variance(scored.values, experience.returns, mask)
+            explained_variance(scored.values, experience.monte_carlo, mask)
         ),
         "return/mean": float(masked_mean(experience.returns, mask)),
         "advantage/mean": moments.mean,

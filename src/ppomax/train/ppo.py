@@ -59,7 +59,7 @@ class PPO:
         """Prompts taken from the stream so far."""
         self.seconds: dict[str, float] = {}
         self._restore()
-        fresh = self.iteration == 0 and self.critic_rollouts == 0
+        fresh = run.found is None
         if fresh:
             run.set_aside(self.prompts.bad)
         if fresh and self.actors.engine.note:

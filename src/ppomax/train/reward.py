@@ -139,6 +139,7 @@ def load_data(config: RewardConfig, template: ChatTemplate) -> RewardData:
         steps += token_batches(
             order, lengths, config.batch_tokens, least=config.min_pairs, most=config.max_pairs
         )
+    heldout = heldout[: config.eval_pairs]
     return RewardData(train, heldout, steps[: config.max_steps], bad)
 
 
@@ -270,7 +271,9 @@ def _ranking(
 ) -> RankingLoss:
     chosen, rejected = read_scores(values, batch.lengths).chunk(2)
     device = chosen.device
-    strength = torch.tensor([pair.row.strength or 1.0 for pair in part], device=device)
+    strength = torch.tensor(
+        [1.0 if pair.row.strength is None else pair.row.strength for pair in part], device=device
+    )
     return pairwise_ranking_loss(
         chosen,
         rejected,

@@ -40,8 +40,8 @@ class SFTConfig(StageSettings):
 
     data: Sources
     """Dialogues; preference files give their preferred answers."""
-    heldout: float = Field(0.05, ge=0, lt=1)
-    """Share of prompts held out for `eval/loss`."""
+    heldout: float = Field(0.1, ge=0, lt=1)
+    """Share of prompts held out for `eval/loss`; the same share as `reward` holds out the same."""
     epochs: int = Field(2, ge=1)
     """Passes over the data (paper: 2)."""
     max_steps: int | None = Field(None, ge=1)
