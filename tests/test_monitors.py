@@ -87,7 +87,7 @@ def test_a_key_is_declared_once_with_unit_and_meaning():
 
 def test_an_undeclared_key_is_refused_and_named():
     check_keys("sft", {"sft/loss": 1.0})
-    with pytest.raises(KeyError, match="stage sft: policy/loss, sft/los'$"):
+    with pytest.raises(KeyError, match=r"stage sft: policy/loss, sft/los'$"):
         check_keys("sft", {"sft/los": 1.0, "policy/loss": 2.0, "sft/loss": 1.0})
     with pytest.raises(KeyError, match="stage critic: ptx/loss"):
         check_keys("critic", {"ptx/loss": 1.0})

@@ -132,6 +132,7 @@ LORA = {"lora": {"rank": 2, "alpha": 4.0}}
 
 CHANGES_ROWS = {
     "seed": {"seed": 4},
+    "freeze_embeddings": {"freeze_embeddings": True},
     "dtype": {"dtype": "bfloat16"},
     "system": {"system": "Be brief.", **CALLED},
     "data.path": {"data": "PAIRS"},
@@ -319,6 +320,7 @@ BASES = {
 """What a key is held against, where it needs another one beside it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", sorted(CHANGES_ROWS))
 def test_13_each_key_changes_the_result(key, small, tmp_path, files, runs):
     base = run_with(BASES.get(key, {}), small, tmp_path, files, runs)

@@ -96,7 +96,8 @@ def resolve(data: dict[str, Any], source: str) -> Recipe:
             )
         section = merge(shared, data[name])
         if name != "eval":
-            section = merge(trained, section)
+            own = {key: trained[key] for key in trained if key != "data" or "data" not in section}
+            section = merge(own, section)
         elif "data" in trained and section.get("data", trained["data"]) == trained["data"]:
             section = merge(
                 {key: trained[key] for key in ("data", "heldout") if key in trained}, section

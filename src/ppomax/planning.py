@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ppomax.data.sources import load_prompts
 from ppomax.data.template import ChatTemplate
-from ppomax.errors import PpomaxError
+from ppomax.errors import ModelError, PpomaxError
 from ppomax.models.load import load_tokenizer, resolve
 from ppomax.models.lora import LoraSettings
 from ppomax.pipeline import Recipe
@@ -54,7 +54,11 @@ def model_size(name: str, *, trust_remote_code: bool = False) -> Size:
     Raises:
         ModelError: the model cannot be found.
     """
-    config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        raise ModelError(f"model {name!r}: its config cannot be read ({first[:200]})") from None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # theirs
     heads = config.num_attention_heads
@@ -178,7 +182,9 @@ def _plan_ppo(config: PPOConfig, shape: Size) -> StagePlan:
     rows = len(load_prompts(config.data, max_bad_rows=config.max_bad_rows).rows)
     compute = torch.finfo(config.compute_dtype).bits / 8
     backbone = shape.parameters
-    frozen = {"reward model": compute * backbone / GB, "engine": compute * shape.parameters / GB}
+    frozen = {"engine": compute * shape.parameters / GB}
+    if config.reward.callable is None:
+        frozen["reward model"] = compute * backbone / GB
     if config.lora is None and config.kl is not None:
         frozen["reference"] = compute * shape.parameters / GB
     policy = _trained(shape.parameters, config.lora, shape, config.compute_dtype)
@@ -197,7 +203,7 @@ def _plan_ppo(config: PPOConfig, shape: Size) -> StagePlan:
         "ppo", memory_gb=memory, disk_gb=_disk(2, config.checkpoint.keep_last, shape)
     )
     result.lines = [
-        ("models", f"four of {shape.parameters / 1e6:.1f} M parameters, from {config.model}"),
+        ("models", f"of {shape.parameters / 1e6:.1f} M parameters, from {config.model}"),
         ("prompts", f"{rows}; {config.rollout_size} per iteration (rollout_size, over all ranks)"),
         ("critic pre-training", f"at most {critic_rollouts} rollouts"),
         (

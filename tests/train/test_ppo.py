@@ -76,6 +76,7 @@ def test_an_iteration_is_the_papers_arithmetic(small, small_reward, experiences,
     judge = load_reward_model(small_reward, init_from_lm=False)
     history = torch.cat([e.scored.scores for e in experiences[:2]]).double()
     kls, k3s, totals, nlls, entropies, all_returns, all_values = [], [], [], [], [], [], []
+    pure = []  # discounted sums of rewards, no critic in them
     rollout = second.rollout
     with torch.no_grad():
         for i, (prompt, reply) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
@@ -109,6 +110,14 @@ def test_an_iteration_is_the_papers_arithmetic(small, small_reward, experiences,
                 )
                 if name == "returns":
                     all_returns.append(found)
+            pure.append(
+                torch.stack(
+                    [
+                        sum(gamma**k * rewards[t + k] for k in range(length - t))
+                        for t in range(length)
+                    ]
+                )
+            )
             totals.append(float(rewards.sum()))
             kls.append(logp - logr)
             k3s.append((logr - logp).exp() - 1 - (logr - logp))
@@ -127,7 +136,8 @@ def test_an_iteration_is_the_papers_arithmetic(small, small_reward, experiences,
         "value/mean": float(torch.cat(all_values).mean()),
         "return/mean": float(torch.cat(all_returns).mean()),
         "value/loss": 0.5 * float(errors.square().mean()),
-        "value/explained_variance": 1 - float(errors.var() / torch.cat(all_returns).var()),
+        "value/explained_variance": 1
+        - float((torch.cat(pure) - torch.cat(all_values)).var() / torch.cat(pure).var()),
         "response/length_mean": sum(map(len, rollout.responses)) / 4,
         "response/truncated_share": sum(r[-1] != 2 for r in rollout.responses) / 4,
     }
@@ -392,3 +402,17 @@ def test_ppo_raises_a_score_from_a_function(seed, small, tmp_path, monkeypatch):
     assert first < 0.12
     assert last > 3 * first
     assert found[-1]["kl/ref_k1"] > 0.1
+
+
+def test_a_critic_from_the_reward_model_starts_in_units_of_normalised_scores(small, small_reward):
+    from pathlib import Path
+
+    from ppomax.distributed import World
+
+    here = World(0, 1, torch.device("cpu"))
+    std = json.loads((Path(small_reward) / "reward_card.json").read_text())["score_std"]
+    head = load_reward_model(small_reward).score.weight
+    scaled = ppo.load_actors(small("ppo", Path("x")), here).critic.model.score.weight
+    torch.testing.assert_close(scaled, head / std)
+    raw = small("ppo", Path("x"), {"reward": {"normalise": None}})
+    torch.testing.assert_close(ppo.load_actors(raw, here).critic.model.score.weight, head)

@@ -181,7 +181,8 @@ class StageRun:
             root = self.path / "checkpoints"
             checkpoint.save(root, step, groups, state)
             checkpoint.prune(root, self.config.checkpoint.keep_last)
-            row = self._event_row("checkpoint", step, {})
+            where = {"number": step}  # counts critic rollouts too; the row's step is its stage's
+            row = self._event_row("checkpoint", progress[self.stage], where)
             rundir.append_jsonl(self.path / rundir.EVENTS, [row])
         barrier(self.world)
 

@@ -1,0 +1,189 @@
+"""Recipes: shared keys handed down, stages wired to each other, runs continued and found again."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from ppomax import pipeline
+from ppomax.errors import CheckpointError, ConfigError, Interrupted
+from ppomax.pipeline import load_recipe, load_run, resolve, run_recipe
+
+BASE = {
+    "model": "tiny",
+    "out": "X",
+    "sft": {"data": "a.jsonl"},
+    "reward": {"data": "b.jsonl"},
+    "ppo": {"data": "c.jsonl", "iterations": 1, "max_prompt": 64, "max_length": 512},
+    "eval": {"data": "d.jsonl"},
+}
+SMALL = [
+    "sft.max_steps=1",
+    "sft.batch_tokens=400",
+    "reward.max_steps=1",
+    "reward.batch_tokens=600",
+    "ppo.iterations=1",
+    "ppo.rollout_size=4",
+    "ppo.minibatch_size=4",
+    "ppo.critic_pretraining=null",
+    "eval.limit=4",
+]
+
+
+def quiet(_):
+    pass
+
+
+def test_shared_keys_are_handed_down_and_a_stages_own_wins():
+    recipe = resolve(BASE | {"seed": 5, "micro_tokens": 99, "sft": {"data": "a", "seed": 6}}, "r")
+    assert (recipe.sft.seed, recipe.reward.seed, recipe.ppo.seed, recipe.eval.seed) == (6, 5, 5, 5)
+    assert recipe.sft.micro_tokens == recipe.ppo.micro_tokens == 99
+
+
+def test_shared_data_is_everyones_and_a_stages_own_replaces_it_whole():
+    shared = {"path": "shared.jsonl", "where": {"lang": "en"}}
+    data = {**BASE, "data": shared, "sft": {}, "reward": {"data": {"path": "own.jsonl"}}}
+    recipe = resolve(data, "r")
+    assert [s.path for s in recipe.sft.data] == ["shared.jsonl"]
+    assert recipe.sft.data[0].where == {"lang": "en"}
+    assert recipe.reward.data[0].path == "own.jsonl"
+    assert recipe.reward.data[0].where == {}, "the filter belongs to the shared file"
+
+
+def test_stages_are_wired_to_the_ones_that_are_there():
+    recipe = resolve(BASE, "r")
+    assert recipe.sft.model == "tiny"
+    assert recipe.ppo.reward.model == "X/reward/export"
+    assert recipe.eval.baseline == "X/sft/export"
+    alone = resolve({key: BASE[key] for key in ("model", "out", "reward", "ppo")}, "r")
+    assert alone.reward.model == alone.ppo.model == "tiny"
+
+
+def test_a_callable_keeps_the_reward_stages_model_out_of_ppo():
+    ppo = BASE["ppo"] | {"reward": {"callable": "m:f"}, "critic": "policy"}
+    recipe = resolve(BASE | {"ppo": ppo}, "r")
+    assert recipe.ppo.reward.model is None
+    assert [s.model for s in recipe.eval.scorers] == ["X/reward/export"]
+
+
+def test_a_scorer_named_proxy_is_not_doubled_and_others_come_after_the_own():
+    held_out = {"model": "other", "name": "other", "role": "held-out"}
+    recipe = resolve(BASE | {"eval": {"data": "d", "scorers": [held_out]}}, "r")
+    assert [(s.name, s.role) for s in recipe.eval.scorers] == [
+        ("reward model", "proxy"),
+        ("other", "held-out"),
+    ]
+    proxy = held_out | {"role": "proxy"}
+    recipe = resolve(BASE | {"eval": {"data": "d", "scorers": [proxy]}}, "r")
+    assert [s.name for s in recipe.eval.scorers] == ["other"]
+
+
+def test_the_mapping_passed_is_left_as_it_was():
+    data = json.loads(json.dumps(BASE))
+    resolve(data, "r")
+    assert data == BASE
+
+
+def test_out_defaults_to_the_recipes_name(tmp_path, monkeypatch):
+    data = {key: value for key, value in BASE.items() if key != "out"}
+    assert resolve(data, "some/mine.yaml").out == Path("runs/mine")
+
+
+def test_a_folder_of_the_recipes_name_does_not_hide_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smoke").mkdir()
+    assert load_recipe("smoke", []).stages() == ["sft", "reward", "ppo", "eval"]
+    assert load_recipe("recipes/smoke.yaml", []) == load_recipe("smoke", [])
+    with pytest.raises(ConfigError, match="shipped recipes: demo"):
+        load_recipe("smoke-and-mirrors", [])
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    run_recipe(load_recipe("smoke", [f"out={out}", *SMALL]), say=quiet)
+    return out
+
+
+def test_a_run_holds_what_the_contract_says(finished):
+    assert {"config.yaml", "report.html", "sft", "reward", "ppo", "eval"} <= {
+        path.name for path in finished.iterdir()
+    }
+    for stage in ("sft", "reward", "ppo"):
+        names = {path.name for path in (finished / stage).iterdir()}
+        assert {"config.yaml", "env.json", "metrics.jsonl", "checkpoints", "export"} <= names
+        newest = max((finished / stage / "checkpoints").iterdir())
+        manifest = json.loads((newest / "manifest.json").read_text())
+        assert set(manifest["files"]) == {p.name for p in newest.iterdir()} - {"manifest.json"}
+        exported = {path.name for path in (finished / stage / "export").iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= exported
+    rows = [json.loads(s) for s in (finished / "ppo" / "samples.jsonl").read_text().splitlines()]
+    keys = {"step", "attempt", "prompt", "response", "score", "length", "truncated", "id"}
+    assert keys <= set(rows[0])
+    report = json.loads((finished / "eval" / "report.json").read_text())
+    assert report["num_prompts"] == 4
+
+
+def test_a_run_is_found_by_its_directory_and_by_its_stages(finished):
+    recipe = load_run(finished)
+    assert recipe.out == finished
+    for stage in ("sft", "ppo", "eval"):
+        assert load_run(finished / stage) == recipe
+
+
+def test_a_finished_run_resumed_does_nothing_again(finished):
+    before = {
+        path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.parent != finished
+    }
+    said = []
+    run_recipe(load_run(finished), resume=True, say=said.append)
+    assert said == [f"{stage}: finished before, kept" for stage in ("sft", "reward", "ppo", "eval")]
+    after = {p: p.stat().st_mtime_ns for p in before if p.is_file() and p.name != "config.yaml"}
+    assert [path for path, when in after.items() if before[path] != when] == []
+
+
+def test_one_stage_after_the_other_skips_what_is_done(tiny, tmp_path):
+    recipe = load_recipe("smoke", [f"out={tmp_path / 'run'}", *SMALL])
+    said = []
+    run_recipe(recipe, only="sft", say=said.append)
+    run_recipe(recipe, only="sft", say=said.append)
+    assert said == ["sft: starting", "sft: finished before, kept"]
+    run_recipe(recipe, only="reward", say=said.append)
+    assert (tmp_path / "run" / "reward" / "done.json").exists()
+
+
+def test_a_run_is_not_started_where_one_stands(finished):
+    recipe = load_recipe("smoke", [f"out={finished}", *SMALL])
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run_recipe(recipe, say=quiet)
+
+
+def test_other_settings_do_not_resume_nor_pass_for_done(finished):
+    recipe = load_recipe("smoke", [f"out={finished}", *SMALL, "sft.optim.lr=0.1"])
+    text = (finished / "config.yaml").read_text()
+    for more in ({"resume": True}, {"only": "sft"}):
+        with pytest.raises(CheckpointError):
+            run_recipe(recipe, say=quiet, **more)
+    assert (finished / "config.yaml").read_text() == text
+
+
+def test_a_missing_stage_is_named_before_anything_is_written(tiny, tmp_path):
+    recipe = load_recipe("smoke", [f"out={tmp_path / 'run'}", *SMALL, "eval=null"])
+    with pytest.raises(ConfigError, match="no stage eval; it has sft, reward, ppo"):
+        run_recipe(recipe, only="eval", say=quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_between_stages_ends_the_run_as_one_to_resume(tiny, tmp_path, monkeypatch):
+    recipe = load_recipe("smoke", [f"out={tmp_path / 'run'}", *SMALL])
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stopped(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(pipeline, "_run_stage", stopped)
+    with pytest.raises(Interrupted, match="ppomax resume"):
+        run_recipe(recipe, say=quiet)
+    assert signal.getsignal(signal.SIGTERM) is before

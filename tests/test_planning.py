@@ -1,0 +1,108 @@
+"""The plan: sizes from a config alone, memory and disk from arithmetic one can redo by hand."""
+
+import pytest
+import torch
+
+from ppomax import planning
+from ppomax.errors import ModelError
+from ppomax.models.load import load_policy
+from ppomax.models.lora import LoraSettings, add_lora
+from ppomax.pipeline import Recipe
+from ppomax.planning import Size, advice, available_memory_gb, model_size, plan
+
+ONE_B = Size(parameters=10**9, embedding=10**8, layers=20, hidden=2000, kv_width=1000, vocab=50_000)
+
+
+def planned(config, kind, tmp_path):
+    return plan(Recipe.model_validate({"out": tmp_path, kind: config}))[0]
+
+
+def test_a_size_is_the_models(tiny):
+    model = load_policy("tiny")
+    size = model_size("tiny")
+    assert size.parameters == sum(p.numel() for p in model.parameters())
+    assert size.vocab == model.config.vocab_size
+    assert (size.layers, size.hidden) == (2, 64)
+    assert size.kv_width == 2 * 2 * 16
+    assert size.embedding == size.vocab * 64
+
+
+def test_a_model_that_is_not_there_is_named():
+    with pytest.raises(ModelError, match="no-such"):
+        model_size("./no-such")
+
+
+def test_a_trained_billion_takes_16_gb_and_with_lora_little_more_than_its_weights(small, tmp_path):
+    assert planning._trained(10**9, None, ONE_B, torch.bfloat16) == pytest.approx(16.0)
+    lora = LoraSettings(rank=16)
+    own = planning._trained(10**9, lora, ONE_B, torch.bfloat16)
+    assert 2.0 < own < 2.5
+    assert planning._trained(10**9, lora, ONE_B, torch.float32) > 4.0
+
+
+def test_the_adapters_estimate_is_near_the_truth(tiny):
+    settings = LoraSettings(rank=4)
+    model = add_lora(load_policy("tiny"), settings, 0)
+    true = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    guess = planning._adapter_parameters(settings, model_size("tiny"))
+    assert 0.3 < guess / true < 3
+
+
+def test_ppo_counts_four_models_or_less(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "model_size", lambda *_, **__: ONE_B)
+    whole = planned(small("ppo", tmp_path / "a"), "ppo", tmp_path)
+    parts = dict(whole.lines)
+    assert parts["policy"] == parts["critic"] == "16.00 GB"
+    assert parts["reference"] == parts["reward model"] == parts["engine"] == "4.00 GB"
+    half = planned(small("ppo", tmp_path / "b", {"dtype": "bfloat16"}), "ppo", tmp_path)
+    assert dict(half.lines)["reference"] == "2.00 GB"
+    none = planned(small("ppo", tmp_path / "c", {"kl": None}), "ppo", tmp_path)
+    assert "reference" not in dict(none.lines)
+    lora = planned(small("ppo", tmp_path / "d", {"lora": {"rank": 8}}), "ppo", tmp_path)
+    assert "reference" not in dict(lora.lines)
+    assert lora.memory_gb < none.memory_gb < whole.memory_gb
+    # two trained models, masters and two moments, two kept and one being written, and the export
+    assert whole.disk_gb == pytest.approx(3 * 2 * 12 + 4)
+
+
+def test_knobs_move_the_estimate_the_right_way(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "model_size", lambda *_, **__: ONE_B)
+
+    def memory(**change):
+        return planned(small("sft", tmp_path / "x", change), "sft", tmp_path).memory_gb
+
+    assert memory(micro_tokens=512) < memory() < memory(micro_tokens=32_768)
+    assert memory(gradient_checkpointing=True) < memory()
+
+
+def test_a_reward_that_is_a_function_is_no_model_in_memory(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "model_size", lambda *_, **__: ONE_B)
+    change = {"critic": "policy", "reward": {"callable": "math:sqrt"}}
+    parts = dict(planned(small("ppo", tmp_path, change), "ppo", tmp_path).lines)
+    assert "reward model" not in parts
+
+
+def test_the_plan_says_what_the_run_will_do(small, tmp_path):
+    change = {"iterations": 5, "rollout_size": 8, "minibatch_size": 4, "epochs": 3}
+    change |= {"critic_pretraining": {"max_rollouts": 2}, "sampling": {"max_new_tokens": 6}}
+    parts = dict(planned(small("ppo", tmp_path, change), "ppo", tmp_path).lines)
+    assert parts["iterations"].startswith("5, each 6 optimizer steps of 4 replies")
+    assert parts["critic pre-training"] == "at most 2 rollouts"
+    assert parts["replies"] == "56, at most 336 new tokens"
+    assert parts["prompts"].startswith("8; 8 per iteration")
+
+
+def test_advice_says_whether_it_fits_and_what_would_help(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "model_size", lambda *_, **__: ONE_B)
+    stages = [planned(small("ppo", tmp_path), "ppo", tmp_path)]
+    most = stages[0].memory_gb
+    assert advice(stages, most + 1)[0].startswith("fits")
+    found = advice(stages, most / 3)
+    assert found[0].startswith("does not fit")
+    assert any("lora" in line for line in found)
+    assert any("or 3 ranks" in line or "or 4 ranks" in line for line in found)
+    assert advice([], 1.0)[0].startswith("fits")
+
+
+def test_this_machine_has_memory():
+    assert 0.5 < available_memory_gb() < 10_000
