@@ -110,14 +110,10 @@ def test_an_iteration_is_the_papers_arithmetic(small, small_reward, experiences,
                 )
                 if name == "returns":
                     all_returns.append(found)
-            pure.append(
-                torch.stack(
-                    [
-                        sum(gamma**k * rewards[t + k] for k in range(length - t))
-                        for t in range(length)
-                    ]
-                )
-            )
+            sums = [rewards.new_zeros(())]
+            for reward in reversed(rewards):
+                sums.append(reward + gamma * sums[-1])
+            pure.append(torch.stack(sums[:0:-1]))
             totals.append(float(rewards.sum()))
             kls.append(logp - logr)
             k3s.append((logr - logp).exp() - 1 - (logr - logp))

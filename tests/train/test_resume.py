@@ -199,7 +199,7 @@ def test_other_settings_cannot_be_resumed(launch, tmp_path):
     own.write_text(own.read_text().replace("lm_coef: 1.0", "lm_coef: 0.5"))
     ended = launch(argv=["resume", "run"], cwd=str(tmp_path))[0]
     assert ended.code == 2
-    assert "reward: its config.yaml differs" in ended.log
+    assert "reward: holds a run with other settings" in ended.log
     assert told(tmp_path / "run" / "reward") == before
 
 

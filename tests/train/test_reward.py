@@ -248,16 +248,6 @@ def test_what_cannot_be_trained_is_one_line(change, error, text, small, tmp_path
     assert not (tmp_path / "run" / "done.json").exists()
 
 
-def leaves(model, prefix=""):
-    for name, field in model.model_fields.items():
-        inner = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        inner = [m for m in inner if isinstance(m, type) and hasattr(m, "model_fields")]
-        if inner:
-            yield from leaves(inner[0], f"{prefix}{name}.")
-        else:
-            yield prefix + name
-
-
 CHANGES = {
     "heldout": {"heldout": 0.6},
     "lm_coef": {"lm_coef": 0.1},

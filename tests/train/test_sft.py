@@ -30,7 +30,7 @@ def rows(run):
 
 
 def nll(model, encoded):
-    """Summed NLL of the targets of some dialogues and their number, one by one, by cross-entropy."""
+    """Summed NLL of the targets of some dialogues and their number, one by one."""
     total, count = 0.0, 0
     for row in encoded:
         ids = torch.tensor([row.ids])

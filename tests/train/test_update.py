@@ -1,4 +1,4 @@
-"""One optimizer step of policy and critic against autograd on unpadded replies, however it is cut."""
+"""One optimizer step of policy and critic against autograd on unpadded replies."""
 
 import copy
 import dataclasses

@@ -47,6 +47,8 @@ class LoraSettings(Settings):
 def add_lora(model: M, settings: LoraSettings, seed: int) -> M:
     """The same model, frozen, with fresh fp32 adapters that change nothing yet (B = 0).
 
+    A base in bf16 is meant to run under autocast, which casts what the fp32 adapters read.
+
     Of a model with a `backbone` (ScalarModel) the backbone is adapted; its score head stays
     trainable, its language-model head is frozen. The global random state is left as it was.
 
