@@ -286,6 +286,15 @@ def test_every_prompt_comes_once_an_epoch_in_a_new_order(small, tmp_path, tiny):
     assert [p.index for p in again.batch(size - 2, 4)] == across
 
 
+def test_rollouts_take_the_prompts_one_after_the_other(small, tmp_path, experiences):
+    change = {"critic_pretraining": {"max_rollouts": 1}, "iterations": 3, "rollout_size": 4}
+    config = small("ppo", tmp_path / "run", change)
+    train_ppo(config)
+    stream = load_stream(config, ChatTemplate(load_tokenizer("tiny")))
+    taken = [ids for experience in experiences for ids in experience.rollout.prompts]
+    assert taken == [prompt.ids for prompt in stream.batch(0, 16)]
+
+
 def test_prompts_that_do_not_fit_are_set_aside_and_none_left_is_an_error(small, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "Short?"}\n' + json.dumps({"prompt": "long " * 200}) + "\n")

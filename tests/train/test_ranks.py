@@ -90,6 +90,7 @@ def stages(root, data, reward):
         "ppo_lora": ("ppo", called | {"lora": lora}),
         "ppo_called": ("ppo", called | {"kl": None, "rollout_size": 3}),
         "ppo_importance": ("ppo", ppo | {"loss": {"ratio_to": "reference"}}),
+        "ppo_bf16": ("ppo", ppo | {"dtype": "bfloat16"}),
     }
     evaluation = {
         "baseline": "tiny",
@@ -157,7 +158,7 @@ def runs(tmp_path_factory, data, launch):
 
 
 NAMES = list(stages(Path("x"), dict.fromkeys(["sft", "pairs", "prompts", "text", "untied"]), ""))
-TRAINED = [name for name in NAMES if name != "eval"]
+TRAINED = [name for name in NAMES if name not in ("eval", "ppo_bf16")]
 
 
 @pytest.mark.slow
@@ -214,6 +215,24 @@ def test_two_ranks_judge_as_one_process_does(runs):
     for side in ("sft", "ppo"):
         assert two["scores"][side] == pytest.approx(alone["scores"][side], rel=1e-4, abs=1e-5)
         assert two["policies"][side] == pytest.approx(alone["policies"][side], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_first_ratio_is_one_bitwise_on_two_ranks_in_bf16_too(runs):
+    for name in ("ppo", "ppo_bf16", "ppo_lora"):
+        for row in metrics(runs / "two" / name):
+            if row["stage"] == "ppo":
+                assert row["policy/first_ratio_error"] == row["kl/first_old_k3"] == 0.0
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_every_rank_at_once(launch, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("mine: 1\n")
+    ended = launch(ranks=2, argv=["run", "smoke", "out=run"], cwd=str(tmp_path))
+    assert ended[0].code == 2
+    assert "already holds a run" in ended[0].log
+    assert ended[1].code not in (0, None, -9), "it did not wait until it was killed"
 
 
 def test_every_rank_runs_as_many_forwards_and_every_text_counts_once():

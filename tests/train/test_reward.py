@@ -108,31 +108,44 @@ def test_19_micro_batches_from_one_pair_up_to_all_change_nothing(change, small, 
             torch.testing.assert_close(value, found[0][1][name], rtol=0, atol=1e-5)
 
 
-def test_pairs_of_a_ranked_list_share_one_prompts_weight(small, tmp_path):
+def test_pairs_of_a_ranked_list_share_one_prompts_weight(small, tmp_path, template):
     path = tmp_path / "ranked.jsonl"
     answers = ["Best of all.", "Good.", "Bad.", "Worst."]
     lines = [{"prompt": "Q?", "responses": answers, "ranks": [1, 2, 3, 4]}]
     lines += [{"prompt": f"R{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(3)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    change = {"data": str(path), "heldout": 0.0, "batch_tokens": 10_000}
-    try:
-        run = train_reward(small("reward", tmp_path / "run", change | {"lm_coef": 0.0}))
-    except DataError as error:
-        pytest.skip(f"ranked lists are written another way: {error}")
-    found = rows(run)[0]
-    assert found["batch/pairs"] == 6 + 3  # six pairs of the list count as one
-    assert 0 <= found["reward/accuracy"] <= 1
+    change = {"data": str(path), "heldout": 0.0, "batch_tokens": 10_000, "lm_coef": 0.0}
+    config = small("reward", tmp_path / "run", change)
+    found = rows(train_reward(config))[0]
+    assert found["batch/pairs"] == 6 + 3
+    pairs = load_data(config, template).train
+    with torch.no_grad():
+        scores, _, _ = scores_of(load_reward_model("tiny", seed=config.seed), pairs)
+    z = (scores[:, 0] - scores[:, 1]).tolist()
+    weights = [1 / 6 if pair.row.prompt[-1]["content"] == "Q?" else 1.0 for pair in pairs]
+    expected = sum(w * math.log1p(math.exp(-x)) for w, x in zip(weights, z, strict=True)) / 4
+    assert found["reward/pair_loss"] == pytest.approx(expected, rel=1e-5)
+    right = sum(w for w, x in zip(weights, z, strict=True) if x > 0) / 4
+    assert found["reward/accuracy"] == pytest.approx(right)
 
 
-def test_a_pairs_strength_scales_the_margin(small, tmp_path, template):
+def test_a_pairs_strength_scales_the_margin(small, tmp_path):
     path = tmp_path / "strong.jsonl"
     base = {"prompt": "Q?", "chosen": "Yes.", "rejected": "No."}
-    losses = []
-    for number, change in enumerate(({}, {"margin": 1.0})):
-        path.write_text(json.dumps(base) + "\n" + json.dumps(base | {"prompt": "P?"}) + "\n")
-        config = {"data": str(path), "heldout": 0.0, "lm_coef": 0.0, "max_steps": 1} | change
-        losses.append(rows(train_reward(small("reward", tmp_path / str(number), config)))[0])
-    assert losses[1]["reward/pair_loss"] > losses[0]["reward/pair_loss"]
+    losses = {}
+    for strength in (None, 0.0, 1.0, 3.0):
+        line = base if strength is None else base | {"strength": strength}
+        path.write_text(json.dumps(line) + "\n")
+        for margin in (0.0, 0.5):
+            change = {"data": str(path), "heldout": 0.0, "lm_coef": 0.0, "margin": margin}
+            config = small("reward", tmp_path / f"{strength}-{margin}", change | {"max_steps": 1})
+            z = -math.log(math.expm1(rows(train_reward(config))[0]["reward/pair_loss"]))
+            losses[strength, margin] = z  # softplus undone: the score difference less the margin
+    difference = losses[None, 0.0]
+    assert losses[3.0, 0.0] == pytest.approx(difference, rel=1e-4), "no margin, no matter"
+    assert losses[None, 0.5] == pytest.approx(difference - 0.5, rel=1e-3)
+    assert losses[0.0, 0.5] == pytest.approx(difference, rel=1e-3)
+    assert losses[3.0, 0.5] == pytest.approx(difference - 1.5, rel=1e-3)
 
 
 def test_both_answers_share_the_prompt_and_only_the_last_answer_is_a_target(template):
