@@ -112,6 +112,23 @@ def test_10_the_targets_unit_is_in_its_name_and_the_coefficient_in_the_checkpoin
     assert state["kl"]["coef"] == pytest.approx(expected * (1 + error))
 
 
+@pytest.mark.parametrize("unit", ["token", "sequence"])
+def test_10_the_coefficient_follows_the_kl_of_its_targets_unit(unit, small, tmp_path):
+    key = {"token": "kl/ref_k1", "sequence": "kl/ref_sequence"}[unit]
+    kl = {"coef": 0.05, f"target_per_{unit}": 0.1, "horizon": 4}
+    change = {"kl": kl, "iterations": 4, "epochs": 2, "optim": {"lr": 1e-2}}
+    found = rows(train_ppo(small("ppo", tmp_path / "run", change)))
+    coef, differ = 0.05, 0
+    for row in found:
+        assert row["kl/coef"] == pytest.approx(coef)
+        errors = {
+            name: max(-0.2, min(0.2, row[name] / 0.1 - 1)) for name in row if "kl/ref_" in name
+        }
+        differ += errors["kl/ref_k1"] != errors["kl/ref_sequence"]
+        coef *= 1 + errors[key]
+    assert differ, "a run in which the unit makes no difference says nothing"
+
+
 # --- every key under `ppo` (13)
 
 BUSY = {

@@ -12,6 +12,7 @@ from ppomax.errors import ConfigError, DataError
 from ppomax.eval import policy
 from ppomax.eval.policy import evaluate_policy
 from ppomax.models.load import load_policy, load_reward_model
+from ppomax.rollout import Rollout
 
 FIELDS = {
     "kind",
@@ -143,6 +144,18 @@ def test_micro_batches_and_seeds(judged):
     assert [r["sft"] for r in seeded["samples"]] != [r["sft"] for r in plain["samples"]]
 
 
+def test_equal_replies_tie_whatever_rounding_made_of_their_scores():
+    def answers(replies):
+        rollout = Rollout([[1]] * 3, replies, [[0.0]] * 3, [True] * 3)
+        return policy.Answers(rollout, ["a", "b", "c"], 1.0, torch.zeros(3, 1), torch.ones(3, 1))
+
+    scorer = policy.ScorerConfig(model="m")
+    one, two = answers([[5], [6], [7]]), answers([[5], [6], [8]])
+    found = policy.compare_scores(scorer, [1.0, 2.0, 3.0], [1.0 + 1e-6, 2.0, 4.0], one, two)
+    assert (found["win"], found["tie"], found["lose"]) == (1, 2, 0)
+    assert found["difference"] == pytest.approx(1 / 3)
+
+
 def test_several_scorers_and_none(judged, small_reward):
     two = [
         {"model": small_reward, "name": "own", "role": "proxy"},
@@ -167,6 +180,13 @@ def test_a_limit_takes_the_first_prompts_and_heldout_those_no_stage_trains_on(ju
     kept = [row.id for row in split_by_prompt(rows, 0.5).heldout]
     assert [r["id"] for r in judged({"heldout": 0.5}, "held")["samples"]] == kept
     assert 0 < len(kept) < 8
+
+
+def test_one_prompt_has_no_interval_and_still_a_report(judged, other):
+    report = judged({"limit": 1, "policy": other})
+    assert report["num_prompts"] == 1
+    assert report["scorers"][0]["ci95"] is None
+    assert math.isfinite(report["scorers"][0]["difference"])
 
 
 def test_what_cannot_be_judged_is_one_line(small, tmp_path, small_data):

@@ -421,3 +421,42 @@ def test_a_critic_from_the_reward_model_starts_in_units_of_normalised_scores(sma
     torch.testing.assert_close(scaled, head / std)
     raw = small("ppo", Path("x"), {"reward": {"normalise": None}})
     torch.testing.assert_close(ppo.load_actors(raw, here).critic.model.score.weight, head)
+
+
+EXTREMES = {
+    "one reply of one token": {
+        "rollout_size": 1,
+        "minibatch_size": 1,
+        "sampling": {"max_new_tokens": 1},
+        "advantage": {"whiten": True, "clip": 0.1},
+        "critic_pretraining": {"max_rollouts": 1},
+    },
+    "the same score for all": {"reward": {"callable": "odd_scores:same"}, "critic": "policy"},
+    "enormous scores": {"reward": {"callable": "odd_scores:enormous"}, "critic": "policy"},
+    "cold": {"sampling": {"temperature": 0.01}},
+    "hot": {"sampling": {"temperature": 50.0}},
+    "a huge rate": {"optim": {"lr": 1.0}, "critic_optim": {"lr": 1.0}, "epochs": 3},
+    "no clip at all": {
+        "loss": {"policy_clip": None, "value_clip": None},
+        "optim": {"lr": 1e-2, "grad_clip": None},
+        "reward": {"normalise": None, "clip": None},
+    },
+    "a lopsided clip": {"loss": {"policy_clip": [0.1, 0.3]}, "epochs": 2},
+    "gamma and lambda at their ends": {"advantage": {"gamma": 0.01, "lam": 0.0}},
+    "monte carlo": {"advantage": {"gamma": 1.0, "lam": 1.0}},
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_at_the_extremes_every_number_stays_finite(name, small, tmp_path, monkeypatch):
+    (tmp_path / "odd_scores.py").write_text(
+        "def same(prompts, responses, *, ids, metadata):\n    return [1.5] * len(ids)\n"
+        "def enormous(prompts, responses, *, ids, metadata):\n"
+        "    return [1e30 * len(r) for r in responses]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run = train_ppo(small("ppo", tmp_path / "run", EXTREMES[name]))
+    for row in rows(run):
+        assert all(math.isfinite(value) for value in numbers(row).values()), row
+    for value in load_file(run / "export" / "model.safetensors").values():
+        assert bool(torch.isfinite(value).all())

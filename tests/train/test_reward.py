@@ -1,5 +1,6 @@
 """The reward stage against its formula, under any micro-batches, to a preference it can learn."""
 
+import dataclasses
 import json
 import math
 
@@ -10,8 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from ppomax.data.template import ChatTemplate
+from ppomax.distributed import World
 from ppomax.errors import ConfigError, DataError
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
+from ppomax.train import reward
 from ppomax.train.reward import (
     RewardConfig,
     encode_pair,
@@ -178,8 +181,6 @@ def test_26_ids_of_prompt_and_response_are_ppos_and_sfts(template):
 
 
 def test_stacked_pairs_are_chosen_first_with_targets_on_them_alone(template):
-    from ppomax.distributed import World
-
     here = World(0, 1, torch.device("cpu"))
     prompt = (Message(role="user", content="Why?"),)
     pairs = [
@@ -192,6 +193,19 @@ def test_stacked_pairs_are_chosen_first_with_targets_on_them_alone(template):
     counts = [pair.chosen.num_targets for pair in pairs]
     assert batch.targets.sum(1).tolist() == [*counts, 0, 0]
     assert stack(pairs, 3, here, imitate=False).num_targets == 0
+
+
+@pytest.mark.parametrize("micro", [1, 100, 150, 400])
+def test_a_micro_batch_holds_both_answers_within_its_tokens(micro, small, tmp_path, template):
+    config = small("reward", tmp_path, {"micro_tokens": micro})
+    pairs = load_data(config, template).train
+    pairs[0] = dataclasses.replace(
+        pairs[0], rejected=pairs[0].rejected.__class__([5] * 60, [True] * 60)
+    )
+    here = World(0, 1, torch.device("cpu"))
+    for batch in reward._plan(pairs, config, here):
+        padded = stack([pairs[i] for i in batch], 3, here, imitate=True).input_ids.numel()
+        assert padded <= micro or len(batch) == 1
 
 
 def test_27_the_export_scores_in_plain_transformers_what_ours_scores_alone(
@@ -227,7 +241,7 @@ def test_the_card_holds_what_ppo_checks(small, small_reward, template):
     for probe in card["probes"]:
         ids = template.prompt(probe["messages"][:-1])
         ids = ids + template.answer(probe["messages"][-1]["content"])
-        score = float(model.scores(torch.tensor([ids]), torch.tensor([len(ids)])))
+        score = model.scores(torch.tensor([ids]), torch.tensor([len(ids)])).item()
         assert probe["score"] == pytest.approx(score, abs=1e-4)
     assert math.isfinite(card["score_mean"])
     assert card["score_std"] > 0

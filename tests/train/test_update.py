@@ -167,16 +167,26 @@ def test_19_any_micro_batches_give_the_same_step(change, stage):
         assert other == pytest.approx(found[0], rel=1e-5, abs=1e-6)
 
 
-def test_a_reply_set_aside_moves_nothing_and_changes_no_mean(stage):
+@pytest.mark.parametrize("plan", [[[1], [0], [2, 3]], [[1, 0, 2], [3]], [[3, 1, 2, 0]]], ids=str)
+def test_a_reply_set_aside_moves_nothing_and_changes_no_mean(plan, stage):
     """Its score is gone; the step is that of the other replies alone."""
-    made = stage({"micro_tokens": 14}, set_aside=[1])
+    made = (*stage(set_aside=[1])[:4], [plan])
     values, _ = policy_step(made)
-    actors, config, run, experience, _ = stage({"micro_tokens": 14}, set_aside=[1])
-    rest = [[index] for index in (0, 2, 3)]
-    alone, _ = policy_step((actors, config, run, experience, [rest]))
+    rest = (*stage(set_aside=[1])[:4], [[[0], [2], [3]]])
+    alone, _ = policy_step(rest)
     assert values == pytest.approx(alone, rel=1e-5, abs=1e-6)
-    other = critic_step((actors, config, run, experience, [rest]))
-    assert critic_step(made) == pytest.approx(other, rel=1e-5, abs=1e-6)
+    assert critic_step(made) == pytest.approx(critic_step(rest), rel=1e-5, abs=1e-6)
+
+
+def test_19_an_entropy_threshold_among_the_parts_means_is_held_against_the_whole(stage):
+    entropy, mask = stage()[3].scored.entropy, stage()[3].scored.mask
+    parts = sorted(float(entropy[row][mask[row]].mean()) for row in range(4))
+    change = {"entropy_coef": 1.0, "entropy_threshold": (parts[1] + parts[2]) / 2}
+    norms = []
+    for micro in (1, 10_000):
+        values, _ = policy_step(stage({"micro_tokens": micro, "loss": change}))
+        norms.append(values["policy/grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 def test_a_minibatch_of_nothing_but_replies_set_aside_is_a_step_of_zero_gradient(stage):
