@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ppomax.monitors import DECLARED, as_markdown, check_keys, non_finite, required_keys
+from ppomax.monitors import DECLARED, as_markdown, check_keys, required_keys
 
 STAGES = {"sft", "reward", "critic", "ppo"}
 CONTRACT = [
@@ -100,10 +100,6 @@ def test_required_keys_are_those_without_a_condition():
     for stage in STAGES:
         assert required_keys(stage)
         assert required_keys(stage) <= of(stage)
-
-
-def test_numbers_that_are_not_finite_are_named():
-    assert non_finite({"b": float("nan"), "a": float("-inf"), "c": 1.0}) == ["a", "b"]
 
 
 def test_the_documents_table_has_one_line_per_key_and_no_broken_cell():

@@ -3,7 +3,6 @@
 `docs/metrics.md` is made from these declarations; logging an undeclared key is an error.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -297,11 +296,6 @@ def check_keys(stage: str, values: Mapping[str, float]) -> None:
 def required_keys(stage: str) -> set[str]:
     """Keys that every row of the stage has, whatever the configuration."""
     return {metric.key for metric in DECLARED if stage in metric.stages and not metric.condition}
-
-
-def non_finite(values: Mapping[str, float]) -> list[str]:
-    """Keys whose value is nan or infinite."""
-    return sorted(key for key, value in values.items() if not math.isfinite(value))
 
 
 def as_markdown() -> str:

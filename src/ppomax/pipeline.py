@@ -2,7 +2,6 @@
 
 import importlib.resources
 import json
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from ppomax.errors import CheckpointError, ConfigError, Interrupted
 from ppomax.eval.policy import EvalConfig, evaluate_policy
 from ppomax.eval.reward import evaluate_reward
 from ppomax.report.page import write_preference_report, write_report
-from ppomax.train.loop import SIGNALS, is_done
+from ppomax.train.loop import handling, is_done
 from ppomax.train.ppo import train_ppo
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.reward import RewardConfig, train_reward
@@ -38,7 +37,6 @@ TRAINED = (
     "heldout",
 )
 """Top-level keys that the training stages take too."""
-PLACEHOLDER = "(from the stage before)"
 
 
 class Recipe(Settings):
@@ -208,16 +206,8 @@ def _stoppable(out: Path) -> Iterator[None]:
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise Interrupted(f"stopped at a signal; go on with `ppomax resume {out}`")
 
-    try:
-        before = {number: signal.signal(number, stop) for number in SIGNALS}
-    except ValueError:  # not the main thread: signals are the caller's
+    with handling(stop):
         yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _run_stage(config: SFTConfig | RewardConfig | PPOConfig | EvalConfig, *, resume: bool) -> None:

@@ -20,7 +20,7 @@ from ppomax.models.lora import adapters_off, add_lora
 from ppomax.rollout.engine import Engine, build_engine
 from ppomax.train.loop import Trainable, check_positions
 from ppomax.train.ppo_config import LossSettings, PPOConfig
-from ppomax.train.reward import score_dialogues
+from ppomax.train.probes import score_dialogues
 from ppomax.train.rewards import Scorer, load_callable
 from ppomax.types import Message
 

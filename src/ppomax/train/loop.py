@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -33,6 +33,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """What asks a run to stop with its state saved."""
 
 M = TypeVar("M", bound=nn.Module)
+
+
+@contextmanager
+def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Inside, `handler` gets `SIGNALS`; the handlers before it are restored at the end."""
+    try:
+        before = {number: signal.signal(number, handler) for number in SIGNALS}
+    except ValueError:  # not the main thread: signals are the caller's
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class Trainable(Generic[M]):
@@ -278,16 +293,8 @@ class StageRun:
                 signal.raise_signal(number)
             self._stop_signal = number
 
-        try:
-            before = {number: signal.signal(number, note) for number in SIGNALS}
-        except ValueError:  # not the main thread: signals are the caller's
+        with handling(note):
             yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def finish(self) -> Path:
         """Mark the stage done.
