@@ -41,6 +41,18 @@ class World:
         return list(items[self.rank :: self.size])
 
 
+def bfloat16_is_fast(device: str = "auto") -> bool:
+    """Whether bf16 matrix products beat fp32 ones where `device` points.
+
+    On a CPU without AVX-512-BF16, AMX or their like they are emulated, several times slower.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def rank_in_environment() -> int:
     """RANK as torchrun, accelerate or srun set it; 0 without them."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))

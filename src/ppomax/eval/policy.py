@@ -31,6 +31,7 @@ from ppomax.train.experience_batch import reply_batch, response_mask, unflatten
 from ppomax.train.loop import autocast, rank_micro_batches
 from ppomax.train.observe import response_metrics
 from ppomax.train.ppo import merge_rollouts
+from ppomax.train.settings import Dtype
 from ppomax.types import PromptRow
 
 PAPER_SAMPLING = SamplingParams(
@@ -75,7 +76,7 @@ class EvalConfig(Settings):
     """Prompts whose replies the report shows side by side."""
     seed: int = 0
     device: str = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     threads: int | None = Field(None, ge=1)
     system: str | None = None
     micro_tokens: int = Field(8192, ge=1)

@@ -125,6 +125,11 @@ class StageRun:
             open_trackers(config.log.to, name, self.path) if world.is_main else []
         )
         self.progress = Progress(name, enabled=world.is_main)
+        if config.dtype == "bfloat16" and not distributed.bfloat16_is_fast(world.device.type):
+            self.progress.say(
+                "dtype bfloat16: this processor has no units for it and emulates them, several "
+                "times slower than float32; dtype: auto chooses for each machine"
+            )
 
     def _open(self, resume: bool) -> None:
         text = dump(self.config)

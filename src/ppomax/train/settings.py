@@ -1,12 +1,23 @@
 """Settings that every stage shares: where, on what, how much at once, how often saved."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field, ValidationInfo
 
 from ppomax.config import Settings
+from ppomax.distributed import bfloat16_is_fast
+
+
+def _settle(dtype: str, info: ValidationInfo) -> str:
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if bfloat16_is_fast(info.data.get("device", "auto")) else "float32"
+
+
+Dtype = Annotated[Literal["auto", "float32", "bfloat16"], AfterValidator(_settle)]
+"""A compute dtype; `auto` is settled for the `device` declared before it."""
 
 
 class CheckpointSettings(Settings):
@@ -40,8 +51,9 @@ class StageSettings(Settings):
     """Every order and every reply is a function of it."""
     device: str = "auto"
     """`auto` takes CUDA when it is there."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of matrix products; weights and all the mathematics stay fp32."""
+    dtype: Dtype = "float32"
+    """Of matrix products; weights and all the mathematics stay fp32. `auto` takes bfloat16 where
+    the machine computes it fast; config.yaml then says what it took."""
     threads: int | None = Field(None, ge=1)
     """CPU threads; null leaves PyTorch's choice. Part of exact resume."""
     system: str | None = None
