@@ -118,6 +118,8 @@ def _small(kind: str, out: Path, data: dict[str, str], changes: dict[str, Any] |
         "eval": EvalConfig,
     }
     base = own[kind] | ({"out": str(out)} if kind == "eval" else shared)
+    if (changes or {}).get("advantage", {}).get("estimator", "gae") != "gae":
+        del base["critic_optim"]  # estimators without a critic refuse it
     return parse(kinds[kind], merge(base, changes or {}))
 
 

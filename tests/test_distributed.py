@@ -176,7 +176,7 @@ def sharded(name, here, folder):
     result = {"sharded": is_sharded(model), "scale": loss_scale(model, here)}
     with torch.no_grad():
         found = model(collate(rows, 3, CPU), 0.7)
-    result["logprobs"] = [part.clone() for part in found]
+    result["logprobs"] = [part.clone() for part in found[:3]]
     if name == "adapters":
         with torch.no_grad(), adapters_off(model):
             result["off"] = model(collate(rows, 3, CPU)).logprobs.clone()
@@ -355,7 +355,7 @@ def test_a_placed_model_computes_what_it_computes_alone(ranks, name):
         assert r[name]["scale"] == (1.0 if name == "adapters" else 2.0)
         with torch.no_grad():
             wanted = model(collate(ROWS[rank::RANKS], 3, CPU), 0.7)
-        for got, value in zip(r[name]["logprobs"], wanted, strict=True):
+        for got, value in zip(r[name]["logprobs"], wanted[:3], strict=True):
             torch.testing.assert_close(got, value, rtol=0, atol=1e-5)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, tensor
 from ppomax.errors import ConfigError
 from ppomax.experience import (
     AdaptiveKL,
+    AdaptivePenalty,
     FixedKL,
     kl_penalty,
     missing_eos_scores,
@@ -257,3 +258,28 @@ def test_a_fixed_coefficient_stays():
     controller = FixedKL(0.05)
     controller.update(100.0, 10_000)
     assert controller.coef == 0.05
+
+
+# --- the coefficient of PPO-penalty
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [(0.059, 1.5), (0.0599999, 1.5), (0.0600001, 3.0), (0.1349, 3.0), (0.1351, 6.0), (9.0, 6.0)],
+)
+def test_the_penalty_halves_below_two_thirds_of_its_target_and_doubles_above_three_halves(
+    kl, expected
+):
+    penalty = AdaptivePenalty(3.0, target=0.09)
+    penalty.update(kl)
+    assert penalty.coef == expected
+
+
+def test_a_penalty_without_a_target_stays_and_its_state_comes_back():
+    penalty = AdaptivePenalty(3.0)
+    penalty.update(1e9)
+    penalty.update(0.0)
+    assert penalty.state_dict() == {"coef": 3.0}
+    other = AdaptivePenalty(1.0, target=0.5)
+    other.load_state_dict({"coef": 0.25})
+    assert (other.coef, other.target) == (0.25, 0.5)

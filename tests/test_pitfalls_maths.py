@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, tensor
 
+from ppomax import losses
 from ppomax.advantages import broadcast_scores, gae, reinforce_returns
 from ppomax.experience import (
     AdaptiveKL,
@@ -26,7 +27,6 @@ from ppomax.losses import (
     clipped_policy_loss,
     clipped_value_loss,
     entropy_loss,
-    exact_kl_loss,
     explained_variance,
     kl_penalty_policy_loss,
     lm_loss,
@@ -42,6 +42,7 @@ from ppomax.masked import (
     masked_whiten,
     merge_moments,
 )
+from ppomax.models.exact_kl import categorical_kl
 from ppomax.normalise import RunningMoments
 
 GENERATOR_SEED = 20230711
@@ -50,6 +51,12 @@ F64 = torch.float64
 
 def _random(*shape: int, seed: int = GENERATOR_SEED) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def exact_kl_loss(logits: Tensor, ref_logits: Tensor, mask: Tensor, *, num_tokens: int) -> Tensor:
+    """From logits; what lies under the mask is no state that the policy visited."""
+    divergence = categorical_kl(torch.where(mask[..., None], logits, 0.0), ref_logits)
+    return losses.exact_kl_loss(divergence, mask, num_tokens=num_tokens)
 
 
 LENGTHS = (4, 2, 0, 1)

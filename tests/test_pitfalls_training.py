@@ -146,6 +146,15 @@ TEXT = {"data": "TEXT", "tokens": 20}
 TARGET = {"kl": {"target_per_token": 0.05, "horizon": 8}}
 PRETRAINED = {"critic_pretraining": {"max_rollouts": 2, "explained_variance": 1.0}}
 LORA = {"lora": {"rank": 2, "alpha": 4.0}}
+PLAIN_CRITIC = {"lr": 1.65e-6, "eps": 1e-8, "schedule": "constant"}
+GRPO = {
+    "advantage": {"estimator": "grpo"},
+    "loss": {"value_clip": None},
+    "critic_optim": PLAIN_CRITIC,
+    "samples_per_prompt": 2,
+}
+PENALTY = {"loss": {"policy_clip": None, "penalty_coef": 5.0}}
+KL_LOSS = {"kl": {"where": "loss", "estimator": "k3", "coef": 1.0}}
 
 CHANGES_ROWS = {
     "seed": {"seed": 4},
@@ -158,6 +167,8 @@ CHANGES_ROWS = {
     "heldout": {"heldout": 0.5},
     "iterations": {"iterations": 3},
     "rollout_size": {"rollout_size": 6},
+    "samples_per_prompt": {"samples_per_prompt": 2},
+    "buffer_iterations": {"buffer_iterations": 2},
     "minibatch_size": {"minibatch_size": 4},
     "epochs": {"epochs": 1},
     "max_prompt": {"data": "LONG", "max_prompt": 40},
@@ -174,17 +185,26 @@ CHANGES_ROWS = {
     "kl.coef": {"kl": {"coef": 0.5}},
     "kl.target_per_token": TARGET,
     "kl.target_per_sequence": {"kl": {"target_per_sequence": 0.05, "horizon": 8}},
+    "kl.where": KL_LOSS,
+    "kl.estimator": merge(KL_LOSS, {"kl": {"estimator": "exact"}}),
+    "kl.exact_replies": {"kl": {"exact_replies": 2}},
     "kl.horizon": merge(TARGET, {"kl": {"horizon": 800}}),
     "advantage.gamma": {"advantage": {"gamma": 0.5}},
     "advantage.lam": {"advantage": {"lam": 0.1}},
     "advantage.lam_critic": {"advantage": {"lam_critic": 0.1}},
+    "advantage.estimator": GRPO,
+    "advantage.scale_std": merge(GRPO, {"advantage": {"scale_std": False}}),
+    "advantage.missing_eos": {"advantage": {"missing_eos": "bootstrap"}},
     "advantage.whiten": {"advantage": {"whiten": True}},
     "advantage.clip": {"advantage": {"clip": 0.01}},
     "loss.policy_clip": {"loss": {"policy_clip": 0.001}},
+    "loss.penalty_coef": PENALTY,
+    "loss.penalty_target": merge(PENALTY, {"loss": {"penalty_target": 1e-9}}),
     "loss.dual_clip": {"loss": {"policy_clip": None, "dual_clip": 1.001}},
     "loss.value_clip": {"loss": {"value_clip": None}},
     "loss.entropy_coef": {"loss": {"entropy_coef": 0.5}},
     "loss.entropy_threshold": {"loss": {"entropy_coef": 0.5, "entropy_threshold": 6.1}},
+    "loss.entropy_fraction": {"loss": {"entropy_coef": 0.5, "entropy_fraction": 0.5}},
     "loss.ratio_to": {"loss": {"ratio_to": "reference"}},
     "loss.target_kl": {"loss": {"target_kl": 1e-9}},
     "critic": {"critic": "policy"},
@@ -244,6 +264,7 @@ ELSEWHERE = {
     "ptx.data.weight": "data/test_sources.py",
     "ptx.data.where": "data/test_sources.py",
     "ptx.data.format": "data/test_sources.py",
+    "reference": "train/test_options.py",
     "reward.model": "every run",
     "reward.callable": "train/test_rewards.py",
     "reward.timeout": "train/test_rewards.py",
@@ -323,7 +344,12 @@ BASES = {
     "system": CALLED,
     "kl.horizon": TARGET,
     "loss.entropy_threshold": CHANGES_ROWS["loss.entropy_coef"],
+    "loss.entropy_fraction": CHANGES_ROWS["loss.entropy_coef"],
     "loss.dual_clip": {"loss": {"policy_clip": None}},
+    "loss.penalty_coef": {"loss": {"policy_clip": None}},
+    "loss.penalty_target": PENALTY,
+    "kl.estimator": KL_LOSS,
+    "advantage.scale_std": GRPO,
     "critic_pretraining.epochs": PRETRAINED,
     "critic_pretraining.explained_variance": PRETRAINED,
     "data.where": {"data": ["PROMPTS", "TWO"]},
@@ -408,6 +434,60 @@ def test_13_slots_kind_and_checkpointing_reach_what_reads_them(small, tmp_path, 
         ({"sampling": {"temperature": 0.0}}, "explores nothing"),
         ({"optim": {"betas": [0.9, 1.5]}}, "optim.betas"),
         ({"lora": {"dropout": 0.1}}, "dropout must be 0"),
+        ({"kl": {"estimator": "k3"}}, "k3 inside the reward has a wrong policy gradient"),
+        ({"kl": {"estimator": "k2"}}, "k2 inside the reward has a wrong policy gradient"),
+        ({"kl": {"estimator": "exact"}}, "exact is a loss term"),
+        ({"kl": {"where": "loss"}}, "k1 as a loss term has an expected gradient of zero"),
+        ({"kl": {"where": "loss", "estimator": "k2", "coef": 0.0}}, "no effect with coef 0"),
+        ({"kl": None, "reference": "tiny"}, "reference has no effect with kl: null"),
+        ({"critic": None}, "advantage.estimator gae needs one"),
+        ({"advantage": {"estimator": "rloo"}, "critic": "policy"}, "critic has no effect"),
+        (
+            {"advantage": {"estimator": "rloo"}, "critic_pretraining": {"epochs": 2}},
+            "critic_pretraining has no effect",
+        ),
+        (
+            {"advantage": {"estimator": "rloo"}, "critic_optim": {"lr": 0.1}},
+            "critic_optim has no effect",
+        ),
+        (
+            {"advantage": {"estimator": "rloo"}, "loss": {"value_clip": 0.2}},
+            "loss.value_clip has no effect",
+        ),
+        ({"advantage": {"estimator": "rloo", "lam": 0.5}}, "lam needs a critic"),
+        ({"advantage": {"estimator": "rloo", "lam_critic": 0.5}}, "lam_critic needs a critic"),
+        ({"advantage": {"estimator": "grpo", "missing_eos": "bootstrap"}}, "needs a critic"),
+        ({"advantage": {"estimator": "rloo", "gamma": 0.5}}, "gamma has no effect"),
+        ({"advantage": {"estimator": "reinforce", "whiten": True}}, "whitens the rollout"),
+        ({"advantage": {"scale_std": False}}, "scale_std has no effect without"),
+        (
+            {"advantage": {"estimator": "grpo"}, "samples_per_prompt": 1},
+            "compares replies to one prompt",
+        ),
+        ({"loss": {"penalty_coef": 1.0}}, "set policy_clip to null"),
+        (
+            {"loss": {"penalty_coef": 1.0, "policy_clip": None, "dual_clip": 2.0}},
+            "set dual_clip to null",
+        ),
+        ({"loss": {"penalty_target": 1.0}}, "no effect without penalty_coef"),
+        (
+            {
+                "loss": {"penalty_coef": 1.0, "policy_clip": None, "penalty_target": 1.0},
+                "minibatch_size": 4,
+            },
+            "steers nothing with one optimizer step",
+        ),
+        ({"loss": {"entropy_fraction": 0.5}}, "no effect without entropy_coef"),
+        (
+            {
+                "loss": {
+                    "entropy_coef": 0.5,
+                    "entropy_fraction": 0.5,
+                    "entropy_threshold": 3.0,
+                }
+            },
+            "give entropy_threshold or entropy_fraction",
+        ),
     ],
 )
 def test_13_keys_that_are_refused_say_why(change, text, small, tmp_path, monkeypatch):
@@ -726,7 +806,11 @@ def test_33_the_same_seed_twice_gives_the_same_rows(kind, small, tmp_path):
 
 CONDITIONS = {
     "with a reference model (kl not null)": lambda c: c.kl is not None,
-    "with loss.ratio_to: policy": lambda c: c.loss.ratio_to == "policy",
+    "with kl.exact_replies": lambda c: c.kl is not None and c.kl.exact_replies is not None,
+    "with kl.where: loss": lambda c: c.kl is not None and c.kl.where == "loss",
+    "with loss.penalty_coef": lambda c: c.loss.penalty_coef is not None,
+    "with a critic (advantage.estimator: gae)": lambda c: c.critic is not None,
+    "with a critic; absent when every step was skipped": lambda c: c.critic is not None,
     "with loss.value_clip, outside critic pre-training": lambda c: c.loss.value_clip is not None,
     "absent when every step was skipped": lambda c: True,
     "with ppo.ptx": lambda c: c.ptx is not None,
@@ -741,6 +825,9 @@ CONDITIONS = {
         {"critic_pretraining": {"max_rollouts": 1}},
         {"kl": None},
         {"loss": {"ratio_to": "reference", "value_clip": None}},
+        {"kl": {"where": "loss", "estimator": "exact", "exact_replies": 3}},
+        {"loss": {"policy_clip": None, "penalty_coef": 1.0, "penalty_target": 0.01}},
+        GRPO,
         {"ptx": TEXT, "sampling": {"top_p": 0.9}},
     ],
     ids=str,

@@ -43,6 +43,10 @@ class Checkpoint:
             ) from None
         return {key: value.clone() for key, value in loaded.items()}
 
+    def count(self, prefix: str) -> int:
+        """Groups whose name begins so."""
+        return len(list(self.path.glob(f"{prefix}*.safetensors")))
+
 
 def save(
     root: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ppomax.errors import ConfigError
@@ -113,11 +113,14 @@ def _device(name: str, local_rank: int) -> torch.device:
     return place
 
 
-def shard(model: nn.Module, world: World, blocks: Iterable[nn.Module]) -> None:
+def shard(
+    model: nn.Module, world: World, blocks: Iterable[nn.Module], methods: Iterable[str] = ()
+) -> None:
     """Shard a finished model over all ranks in place (FSDP2); nothing happens with one rank.
 
     Args:
         blocks: the repeated layers, each its own unit of communication.
+        methods: those that read parameters as `forward` does.
     """
     if world.size == 1:
         return
@@ -125,6 +128,8 @@ def shard(model: nn.Module, world: World, blocks: Iterable[nn.Module]) -> None:
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    for name in methods:
+        register_fsdp_forward_method(model, name)
 
 
 def loss_scale(model: nn.Module, world: World) -> float:
@@ -138,6 +143,11 @@ def loss_scale(model: nn.Module, world: World) -> float:
 def is_sharded(model: nn.Module) -> bool:
     """Whether the model's parameters are spread over the ranks."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """The same, true inside `forward` too, where the parameters are whole for a moment."""
+    return isinstance(model, FSDPModule)
 
 
 def sum_gradients(model: nn.Module, world: World) -> None:

@@ -210,3 +210,37 @@ class AdaptiveKL:
     def load_state_dict(self, state: dict[str, float | int]) -> None:
         """Go on from what `state_dict` gave."""
         self.coef = state["coef"]
+
+
+class AdaptivePenalty:
+    """The coefficient of PPO-penalty, fixed or kept near a target KL to the sampling policy.
+
+    Schulman et al. 2017 (1707.06347), §4, after each update with d = KL(old || new):
+
+        d < target / 1.5  =>  coef / 2        d > 1.5 target  =>  2 coef
+
+    Args:
+        coef: to begin with.
+        target: nats per token; None keeps the coefficient.
+    """
+
+    def __init__(self, coef: float | int, *, target: float | int | None = None) -> None:
+        self.coef = coef
+        self.target = target
+
+    def update(self, kl: float | int) -> None:
+        """Move the coefficient after an update that ended at `kl` nats per token."""
+        if self.target is None:
+            return
+        if kl < self.target / 1.5:
+            self.coef /= 2
+        elif kl > 1.5 * self.target:
+            self.coef *= 2
+
+    def state_dict(self) -> dict[str, float | int]:
+        """The coefficient; the target is a setting."""
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, float | int]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.coef = state["coef"]

@@ -279,23 +279,17 @@ def ref_kl_loss(
 
 
 def exact_kl_loss(
-    logits: Float[Tensor, "batch response vocab"],
-    ref_logits: Float[Tensor, "batch response vocab"],
+    divergence: Float[Tensor, "batch response"],
     mask: Bool[Tensor, "batch response"],
     *,
     num_tokens: float | int,
 ) -> Float[Tensor, ""]:
-    """KL(policy || reference) over the vocabulary at every response token, before its weight.
-
-        sum_v pi(v) (log pi(v) - log pi_ref(v))
+    """KL(policy || reference) at every response token as a loss term, before its weight.
 
     Args:
-        logits, ref_logits: finite; the reference's are constants.
+        divergence: exact, at each state the policy visited (`models.exact_kl`).
         num_tokens: as in `clipped_policy_loss`.
     """
-    log_policy = torch.where(mask[:, :, None], logits, 0.0).log_softmax(dim=-1)
-    log_reference = ref_logits.detach().log_softmax(dim=-1)
-    divergence = (log_policy.exp() * (log_policy - log_reference)).sum(dim=-1)
     return masked_sum(divergence, mask) / num_tokens
 
 

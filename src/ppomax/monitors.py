@@ -23,6 +23,7 @@ class Metric:
 
 _UPDATE = ("ppo",)
 _REFERENCE = "with a reference model (kl not null)"
+_CRITIC = "with a critic (advantage.estimator: gae)"
 _PLAIN = "with plain temperature sampling"
 
 DECLARED: tuple[Metric, ...] = (
@@ -76,6 +77,21 @@ DECLARED: tuple[Metric, ...] = (
     ),
     Metric("kl/coef", "1", "Coefficient of the KL penalty in this iteration", "", _REFERENCE),
     Metric(
+        "kl/ref_exact",
+        "nats/token",
+        "KL(π‖π_ref) over the whole vocabulary, the first kl.exact_replies replies",
+        "far from kl/ref_k1: an estimator or the sampler is off",
+        "with kl.exact_replies",
+    ),
+    Metric(
+        "kl/loss",
+        "nats/token",
+        "The KL term of the loss, by kl.estimator, before its coefficient",
+        "",
+        "with kl.where: loss",
+        _UPDATE,
+    ),
+    Metric(
         "kl/old_k3",
         "nats/token",
         "KL from the sampling policy during the update (k3)",
@@ -88,7 +104,7 @@ DECLARED: tuple[Metric, ...] = (
         "nats/token",
         "The same in the first optimizer step; 0 bitwise",
         "not 0: scoring and training differ",
-        "with loss.ratio_to: policy",
+        "",
         _UPDATE,
     ),
     Metric(
@@ -96,7 +112,7 @@ DECLARED: tuple[Metric, ...] = (
         "1",
         "Largest |ratio − 1| in the first optimizer step; 0 bitwise",
         "not 0: scoring and training differ",
-        "with loss.ratio_to: policy",
+        "",
         _UPDATE,
     ),
     Metric(
@@ -118,7 +134,15 @@ DECLARED: tuple[Metric, ...] = (
         "Mean entropy of the next-token distribution at the sampling temperature",
         "near 0 or exploding",
     ),
-    Metric("policy/loss", "1", "Clipped surrogate, negated", "", "", _UPDATE),
+    Metric("policy/loss", "1", "Surrogate objective, negated", "", "", _UPDATE),
+    Metric(
+        "policy/penalty_coef",
+        "1",
+        "β of PPO-penalty in this iteration",
+        "doubles without end: steps too large",
+        "with loss.penalty_coef",
+        _UPDATE,
+    ),
     Metric(
         "policy/clip_fraction",
         "share",
@@ -143,6 +167,7 @@ DECLARED: tuple[Metric, ...] = (
         "reward²",
         "½ squared error to the returns, clipped form",
         "does not fall in pre-training",
+        _CRITIC,
     ),
     Metric(
         "value/clip_fraction",
@@ -152,22 +177,23 @@ DECLARED: tuple[Metric, ...] = (
         "with loss.value_clip, outside critic pre-training",
         _UPDATE,
     ),
-    Metric("value/mean", "reward", "Mean value of states before response tokens"),
+    Metric("value/mean", "reward", "Mean value of states before response tokens", "", _CRITIC),
     Metric(
         "value/explained_variance",
         "1",
         "1 − Var(G − V)/Var(G), G the λ = 1 returns (no critic in them), before the update",
         "below 0: the critic is worse than a constant",
+        _CRITIC,
     ),
     Metric(
         "value/grad_norm",
         "1",
         "The critic's gradient norm before the clip",
         "spikes",
-        "absent when every step was skipped",
+        "with a critic; absent when every step was skipped",
     ),
-    Metric("value/lr", "1", "The critic's learning rate"),
-    Metric("return/mean", "reward", "Mean return over response tokens"),
+    Metric("value/lr", "1", "The critic's learning rate", "", _CRITIC),
+    Metric("return/mean", "reward", "Mean of the critic's targets", "", _CRITIC),
     Metric("advantage/mean", "reward", "Mean advantage over response tokens"),
     Metric("advantage/std", "reward", "Unbiased standard deviation of advantages"),
     Metric(

@@ -60,8 +60,30 @@ def load_recipe(path: str, overrides: list[str]) -> Recipe:
     Raises:
         ConfigError: see `config.parse`; also no stage, or no model.
     """
-    place = find_recipe(path)
-    return resolve(apply_overrides(read_yaml(place), overrides), str(path))
+    data = read_yaml(find_recipe(path))
+    ppo = data.get("ppo")
+    asked = apply_overrides({}, overrides).get("ppo")
+    if isinstance(ppo, dict) and isinstance(asked, dict) and not has_critic(asked):
+        data["ppo"] = without_critic(ppo)  # so that one override asks what a critic is worth
+    return resolve(apply_overrides(data, overrides), str(path))
+
+
+def has_critic(ppo: Mapping[str, Any]) -> bool:
+    """Whether a raw `ppo` section estimates advantages with a critic."""
+    advantage = ppo.get("advantage")
+    return not isinstance(advantage, dict) or advantage.get("estimator", "gae") == "gae"
+
+
+def without_critic(ppo: Mapping[str, Any]) -> dict[str, Any]:
+    """A raw `ppo` section less what only a critic reads."""
+    alone = {"critic", "critic_pretraining", "critic_optim"}
+    inner = {"advantage": {"lam", "lam_critic"}, "loss": {"value_clip"}}
+    result = {key: value for key, value in ppo.items() if key not in alone}
+    for name, keys in inner.items():
+        section = result.get(name)
+        if isinstance(section, dict):
+            result[name] = {key: value for key, value in section.items() if key not in keys}
+    return result
 
 
 def find_recipe(name: str) -> Path:
@@ -116,7 +138,8 @@ def with_preset(section: dict[str, Any], source: str) -> dict[str, Any]:
     if not place.exists():
         known = ", ".join(sorted(item.stem for item in place.parent.glob("*.yaml")))
         raise ConfigError(f"{source}: setting ppo.preset: no preset {name!r}; there are {known}")
-    return merge(read_yaml(place), section)
+    preset = read_yaml(place)
+    return merge(preset if has_critic(section) else without_critic(preset), section)
 
 
 def _wire(data: dict[str, Any], model: object, present: list[str], source: str) -> None:
@@ -125,6 +148,9 @@ def _wire(data: dict[str, Any], model: object, present: list[str], source: str) 
     start = {"sft": model}
     sft = str(out / "sft" / "export") if "sft" in present else model
     start |= {"reward": sft, "ppo": sft}
+    if "ppo" in present and data["ppo"].pop("start", "sft") == "base":  # detail 9
+        start["ppo"] = model
+        data["ppo"].setdefault("reference", sft)
     for name in ("sft", "reward", "ppo"):
         if name in present and "model" not in data[name]:
             if start[name] is None:

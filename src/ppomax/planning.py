@@ -185,11 +185,11 @@ def _plan_ppo(config: PPOConfig, shape: Size) -> StagePlan:
     frozen = {"engine": compute * shape.parameters / GB}
     if config.reward.callable is None:
         frozen["reward model"] = compute * backbone / GB
-    if config.lora is None and config.kl is not None:
+    if config.kl is not None and (config.reference or not config.lora):
         frozen["reference"] = compute * shape.parameters / GB
     policy = _trained(shape.parameters, config.lora, shape, config.compute_dtype)
-    critic = _trained(backbone, config.lora, shape, config.compute_dtype)
-    slots = min(config.engine.slots, config.rollout_size)
+    critic = _trained(backbone, config.lora, shape, config.compute_dtype) if config.critic else 0.0
+    slots = min(config.engine.slots, config.replies)
     length = config.max_prompt + config.sampling.max_new_tokens
     cache = slots * length * shape.layers * shape.kv_width * compute / GB
     activations = _activations(
@@ -198,18 +198,25 @@ def _plan_ppo(config: PPOConfig, shape: Size) -> StagePlan:
     memory = PROCESS_GB + policy + critic + sum(frozen.values()) + cache + activations
     critic_rollouts = config.critic_pretraining.max_rollouts if config.critic_pretraining else 0
     rollouts = config.iterations + critic_rollouts
-    replies = rollouts * config.rollout_size
+    replies = rollouts * config.replies
     result = StagePlan(
-        "ppo", memory_gb=memory, disk_gb=_disk(2, config.checkpoint.keep_last, shape)
+        "ppo",
+        memory_gb=memory,
+        disk_gb=_disk(2 if config.critic else 1, config.checkpoint.keep_last, shape),
     )
     result.lines = [
         ("models", f"of {shape.parameters / 1e6:.1f} M parameters, from {config.model}"),
-        ("prompts", f"{rows}; {config.rollout_size} per iteration (rollout_size, over all ranks)"),
+        (
+            "prompts",
+            f"{rows}; {config.rollout_size} per iteration (rollout_size, over all ranks), "
+            f"{config.samples_per_prompt} replies to each",
+        ),
+        ("estimator", config.advantage.estimator),
         ("critic pre-training", f"at most {critic_rollouts} rollouts"),
         (
             "iterations",
             f"{config.iterations}, each {config.steps_per_iteration} optimizer steps of "
-            f"{config.minibatch_size} replies (minibatch_size)",
+            f"{config.minibatch_size} replies (minibatch_size), {config.total_steps} in all",
         ),
         ("replies", f"{replies}, at most {replies * config.sampling.max_new_tokens} new tokens"),
         ("policy", f"{policy:.2f} GB"),
@@ -217,6 +224,7 @@ def _plan_ppo(config: PPOConfig, shape: Size) -> StagePlan:
         *[(name, f"{value:.2f} GB") for name, value in frozen.items()],
         ("cache", f"{cache:.2f} GB ({slots} slots of {length} tokens)"),
         ("activations", f"{activations:.2f} GB (micro_tokens {config.micro_tokens})"),
+        *[("advice", note) for note in config.advice()],
     ]
     return result
 

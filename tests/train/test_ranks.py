@@ -90,6 +90,26 @@ def stages(root, data, reward):
         "ppo_lora": ("ppo", called | {"lora": lora}),
         "ppo_called": ("ppo", called | {"kl": None, "rollout_size": 3}),
         "ppo_importance": ("ppo", ppo | {"loss": {"ratio_to": "reference"}}),
+        "ppo_penalty": (
+            "ppo",
+            ppo
+            | {
+                "kl": {"where": "loss", "estimator": "exact", "exact_replies": 2},
+                "loss": {"policy_clip": None, "penalty_coef": 0.5, "penalty_target": 0.01},
+                "advantage": {"missing_eos": "bootstrap"},
+                "buffer_iterations": 2,
+                "epochs": 2,
+            },
+        ),
+        "ppo_groups": (
+            "ppo",
+            {key: value for key, value in ppo.items() if not key.startswith("critic")}
+            | {
+                "advantage": {"estimator": "grpo", "missing_eos": "drop"},
+                "kl": {"where": "loss", "estimator": "k2"},
+                "samples_per_prompt": 2,
+            },
+        ),
         "ppo_bf16": ("ppo", ppo | {"dtype": "bfloat16"}),
     }
     evaluation = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ppomax.errors import ConfigError, TrainingError
-from ppomax.train.experience_batch import normalised_scores
+from ppomax.train.estimates import normalised_scores
 from ppomax.train.ppo import train_ppo
 from ppomax.train.ppo_config import RewardSettings
 from ppomax.train.rewards import call, load_callable

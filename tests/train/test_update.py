@@ -15,9 +15,10 @@ from ppomax.models.load import load_policy
 from ppomax.normalise import RunningMoments
 from ppomax.rollout.engine import Rollout
 from ppomax.train.actors import load_actors
-from ppomax.train.experience_batch import estimate, plan_updates, score
+from ppomax.train.estimates import estimate
+from ppomax.train.experience_batch import plan_updates, score
 from ppomax.train.loop import StageRun
-from ppomax.train.update import prepared_advantages, update_critic, update_policy
+from ppomax.train.update import Updating, prepared_advantages, update_critic, update_policy
 
 HERE = World(0, 1, torch.device("cpu"))
 PROMPTS = [[5, 9, 30], [11, 40, 41, 42, 43, 44], [70], [80, 81, 300, 301]]
@@ -75,16 +76,25 @@ def caught_gradients(trainable, monkeypatch):
 def policy_step(stage_made, texts=(), first=True):
     actors, config, run, experience, plan = stage_made
     sums = MetricSums()
-    kl = update_policy(
-        experience, plan[0], list(texts), actors, config, HERE, run, sums, step=1, first=first
+    now = Updating(
+        actors,
+        config,
+        HERE,
+        run,
+        sums,
+        1,
+        penalty_coef=config.loss.penalty_coef,
+        entropy_threshold=config.loss.entropy_threshold,
     )
+    kl = update_policy(now, experience, plan[0], list(texts), first=first)
     return sums.merged(HERE), kl
 
 
 def critic_step(stage_made, clip=None):
     actors, config, run, experience, plan = stage_made
     sums = MetricSums()
-    update_critic(experience, plan[0], actors, config, HERE, run, sums, step=1, clip=clip)
+    now = Updating(actors, config, HERE, run, sums, 1)
+    update_critic(now, experience, plan[0], clip=clip)
     return sums.merged(HERE)
 
 

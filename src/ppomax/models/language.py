@@ -1,17 +1,29 @@
 """A causal LM read one way only: log-probs and entropy of the target tokens of a batch."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ppomax import distributed
 from ppomax.data.batching import TokenBatch
 from ppomax.distributed import World
+from ppomax.models.exact_kl import TargetStates, token_kl
 from ppomax.models.heads import ScalarModel, hidden_states, output_weight
-from ppomax.models.logprobs import TokenLogprobs, token_logprobs
+from ppomax.models.logprobs import token_logprobs
 from ppomax.models.lora import has_lora
+
+
+class TargetReading(NamedTuple):
+    """What a model says of a batch's target tokens, flat, row by row; see `TokenLogprobs`."""
+
+    logprobs: Float[Tensor, " tokens"]
+    entropy: Float[Tensor, " tokens"]
+    plain: Float[Tensor, " tokens"]
+    ref_kl: Float[Tensor, " tokens"] | None
+    """Exact KL to the reference, where its states were given."""
 
 
 class LanguageModel(nn.Module):
@@ -22,28 +34,53 @@ class LanguageModel(nn.Module):
         self.lm = lm
 
     def forward(
-        self, batch: TokenBatch, temperature: float = 1.0, *, entropy: bool = False
-    ) -> TokenLogprobs:
+        self,
+        batch: TokenBatch,
+        temperature: float = 1.0,
+        *,
+        entropy: bool = False,
+        reference: TargetStates | None = None,
+    ) -> TargetReading:
         """Log-probs of the batch's target tokens, flat, row by row.
 
         The first token of a sequence has nothing before it and can be no target.
+
+        Args:
+            reference: another model's states at the same targets, to measure the exact KL to.
         """
-        hidden = hidden_states(self.lm, batch.input_ids)
-        at_targets = batch.targets[:, 1:]
-        return token_logprobs(
-            hidden[:, :-1][at_targets],
-            output_weight(self.lm),
-            batch.input_ids[:, 1:][at_targets],
-            temperature=temperature,
-            entropy=entropy,
+        own = self._states(batch)
+        targets = batch.input_ids[:, 1:][batch.targets[:, 1:]]
+        found = token_logprobs(
+            own.hidden, own.weight, targets, temperature=temperature, entropy=entropy
         )
+        if reference is None:
+            return TargetReading(*found, ref_kl=None)
+        return TargetReading(*found, token_kl(own, reference, temperature=temperature))
+
+    @torch.no_grad()
+    def states(self, batch: TokenBatch) -> TargetStates:
+        """What the next-token distributions at the targets are made of, as constants."""
+        hidden, weight = self._states(batch)
+        # a sharded output matrix is whole in the forward only
+        return TargetStates(hidden, weight.clone() if distributed.is_wrapped(self) else weight)
+
+    def _states(self, batch: TokenBatch) -> TargetStates:
+        hidden = hidden_states(self.lm, batch.input_ids)
+        return TargetStates(hidden[:, :-1][batch.targets[:, 1:]], output_weight(self.lm))
 
 
 def values_before_targets(model: ScalarModel, batch: TokenBatch) -> torch.Tensor:
     """V of the state in which each target token was chosen (its left neighbour), flat, fp32."""
+    return values_of_replies(model, batch)[0]
+
+
+def values_of_replies(
+    model: ScalarModel, batch: TokenBatch
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " batch"]]:
+    """`values_before_targets`, and V after each row's last token; fp32."""
     values = model(batch.input_ids).values
-    result: torch.Tensor = values[:, :-1][batch.targets[:, 1:]]
-    return result
+    rows = torch.arange(len(values), device=values.device)
+    return values[:, :-1][batch.targets[:, 1:]], values[rows, batch.lengths - 1]
 
 
 def freeze_embeddings(model: LanguageModel | ScalarModel) -> None:
@@ -75,4 +112,5 @@ def place(model: LanguageModel | ScalarModel, world: World, *, checkpointing: bo
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # dropout is 0; transformers recomputes only in this mode
     if not has_lora(model) and len({p.dtype for p in model.parameters()}) == 1:
-        distributed.shard(model, world, decoder_blocks(model))
+        methods = ("states",) if isinstance(model, LanguageModel) else ()
+        distributed.shard(model, world, decoder_blocks(model), methods)

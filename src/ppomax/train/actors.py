@@ -19,7 +19,8 @@ from ppomax.models.load import load_policy, load_reward_model, load_tokenizer, l
 from ppomax.models.lora import adapters_off, add_lora
 from ppomax.rollout.engine import Engine, build_engine
 from ppomax.train.loop import Trainable, check_positions
-from ppomax.train.ppo_config import LossSettings, PPOConfig
+from ppomax.train.ppo_config import PPOConfig
+from ppomax.train.ppo_settings import LossSettings
 from ppomax.train.probes import score_dialogues
 from ppomax.train.rewards import Scorer, load_callable
 from ppomax.types import Message
@@ -30,7 +31,8 @@ class Actors:
     """Everything an iteration calls; reference and reward model frozen, in the compute dtype."""
 
     policy: Trainable[LanguageModel]
-    critic: Trainable[ScalarModel]
+    critic: Trainable[ScalarModel] | None
+    """None with an estimator that needs none."""
     reference: LanguageModel | None
     """None: the policy with its adapters off."""
     reward: ScalarModel | None
@@ -75,22 +77,26 @@ def load_actors(config: PPOConfig, here: World) -> Actors:
     reference = None
     if config.lora:
         add_lora(lm, config.lora, config.seed)
-    elif config.kl is not None:
+    if config.kl is not None and (config.reference or not config.lora):
+        source = config.reference or config.model
+        if config.reference:
+            _check_tokenizer("ppo.reference", config.reference, config, tokenizer)
         reference = LanguageModel(
-            load_policy(config.model, dtype=config.compute_dtype, trust_remote_code=trust)
+            load_policy(source, dtype=config.compute_dtype, trust_remote_code=trust)
         )
         reference.requires_grad_(False)
     reward = _load_reward(config, tokenizer, template, here)
-    critic = _load_critic(config, tokenizer, base)
+    critic = _load_critic(config, tokenizer, base) if config.critic else None
     policy = LanguageModel(lm)
     for model in (policy, critic):
-        if config.freeze_embeddings:
+        if model is not None and config.freeze_embeddings:
             freeze_embeddings(model)
-        place(model, here, checkpointing=config.gradient_checkpointing)
+        if model is not None:
+            place(model, here, checkpointing=config.gradient_checkpointing)
     for frozen in (reference, reward):
         if frozen is not None:
             place(frozen, here)
-    steps = config.iterations * config.steps_per_iteration
+    steps = config.total_steps
     scorer = (
         load_callable(config.reward.callable, "ppo.reward.callable")
         if config.reward.callable
@@ -98,7 +104,7 @@ def load_actors(config: PPOConfig, here: World) -> Actors:
     )
     return Actors(
         policy=Trainable("policy", policy, config.optim, steps, here),
-        critic=Trainable("critic", critic, config.critic_optim, steps, here),
+        critic=Trainable("critic", critic, config.critic_optim, steps, here) if critic else None,
         reference=reference,
         reward=reward,
         scorer=scorer,
@@ -171,10 +177,9 @@ def _load_critic(
     config: PPOConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
 ) -> ScalarModel:
     if config.critic not in ("reward", "policy"):
-        _check_tokenizer("ppo.critic", config.critic, config, tokenizer)
-    source = {"reward": config.reward.model, "policy": config.model}.get(
-        config.critic, config.critic
-    )
+        _check_tokenizer("ppo.critic", str(config.critic), config, tokenizer)
+    own = {"reward": config.reward.model, "policy": config.model}
+    source = own.get(str(config.critic), config.critic)
     critic = load_value_model(
         str(source), dtype=dtype, seed=config.seed, trust_remote_code=config.trust_remote_code
     )

@@ -1,31 +1,24 @@
-"""From replies to experience: score with all roles on the planned micro-batches, then estimate.
+"""From replies to experience: all roles on the planned micro-batches.
 
 Every rank holds the whole rollout (token ids and a few floats per token) and computes its share of
 the forwards; so normalisation and advantages never depend on how the work was split.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ppomax.advantages import gae
 from ppomax.data.batching import TokenBatch, collate, permutation, plan_micro_batches
 from ppomax.distributed import World, sum_tensor
-from ppomax.experience import (
-    AdaptiveKL,
-    FixedKL,
-    missing_eos_scores,
-    reparameterize_scores,
-    token_rewards,
-)
-from ppomax.models.language import values_before_targets
-from ppomax.normalise import RunningMoments
+from ppomax.metrics import MetricSums
+from ppomax.models.language import values_of_replies
 from ppomax.rollout.engine import Rollout
 from ppomax.train.actors import Actors
 from ppomax.train.loop import autocast, rank_micro_batches
-from ppomax.train.ppo_config import PPOConfig, RewardSettings
+from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.prompts import Prompt
 from ppomax.train.rewards import call
 
@@ -45,7 +38,10 @@ class Scored:
     entropy: Float[Tensor, "batch response"]
     ref_logprobs: Float[Tensor, "batch response"] | None
     ref_plain: Float[Tensor, "batch response"] | None
-    values: Float[Tensor, "batch response"]
+    values: Float[Tensor, "batch response"] | None
+    """None without a critic."""
+    last_values: Float[Tensor, " batch"] | None
+    """V after each reply's last token, where replies cut at the limit go on in it."""
     scores: Float[Tensor, " batch"]
     """nan where a reply was set aside; its mask row is empty."""
 
@@ -56,12 +52,18 @@ class Experience:
 
     rollout: Rollout
     scored: Scored
+    mask: Bool[Tensor, "batch response"]
+    """Tokens that are learned from: the scored ones, less replies dropped for want of an end."""
     rewards: Float[Tensor, "batch response"]
     advantages: Float[Tensor, "batch response"]
-    returns: Float[Tensor, "batch response"]
-    monte_carlo: Float[Tensor, "batch response"]
+    returns: Float[Tensor, "batch response"] | None
+    """The critic's targets."""
+    monte_carlo: Float[Tensor, "batch response"] | None
     """Returns without the critic in them (λ = 1), to judge the critic by."""
     kl_coef: float
+    """The controller's, wherever the KL is charged."""
+    exact_kl: float | None = None
+    """KL to the reference over the whole vocabulary, where it was asked for."""
 
 
 def plan_updates(rollout: Rollout, config: PPOConfig, here: World, *parts: int | str) -> Plan:
@@ -113,44 +115,76 @@ def score(
 ) -> Scored:
     """All roles on every reply; each rank its share, then everything on every rank."""
     mask = response_mask(rollout, here.device)
-    names = ["logprobs", "plain", "entropy", "values"]
-    with_reference = config.kl is not None
-    names += ["ref_logprobs", "ref_plain"] if with_reference else []
-    tables = {name: torch.zeros(mask.shape, device=here.device) for name in names}
+    tables: dict[str, Tensor] = defaultdict(lambda: torch.zeros(mask.shape, device=here.device))
+    last_values = torch.zeros(len(rollout.responses), device=here.device)
     scores = torch.zeros(len(rollout.responses), device=here.device)
     for minibatch in plan:
         for indices, weight in rank_micro_batches(minibatch, here):
             batch = reply_batch(rollout, indices, actors.pad, here.device)
             with autocast(here, config.compute_dtype):
-                own = actors.policy.model(batch, config.sampling.temperature, entropy=True)
-                flat = {"logprobs": own.logprobs, "plain": own.plain, "entropy": own.entropy}
-                flat["values"] = values_before_targets(actors.critic.model, batch)
-                if with_reference:
-                    with actors.as_reference() as reference:
-                        ref = reference(batch, config.sampling.temperature)
-                    flat |= {"ref_logprobs": ref.logprobs, "ref_plain": ref.plain}
+                flat = _log_probs(batch, actors, config)
+                if actors.critic is not None:
+                    flat["values"], last = values_of_replies(actors.critic.model, batch)
                 if actors.reward is not None:
                     found = actors.reward.scores(batch.input_ids, batch.lengths)
-            if weight:
-                for name, values in flat.items():
-                    tables[name][indices] = unflatten(values, mask[indices])
-                if actors.reward is not None:
-                    scores[indices] = found
-    tables = {name: sum_tensor(table, here) for name, table in tables.items()}
+            for name, values in flat.items():
+                table = tables[name]  # on every rank, also where its micro-batch is a filler
+                if weight:
+                    table[indices] = unflatten(values, mask[indices])
+            if weight and actors.critic is not None:
+                last_values[indices] = last
+            if weight and actors.reward is not None:
+                scores[indices] = found
+    tables = {name: sum_tensor(table, here) for name, table in sorted(tables.items())}
     if actors.scorer is not None:
         scores = _called_scores(rollout, prompts, actors, config, here)
     scores = sum_tensor(scores, here)
-    mask = mask & ~torch.isnan(scores)[:, None]
+    bootstrap = config.advantage.missing_eos == "bootstrap"
     return Scored(
-        mask=mask,
+        mask=mask & ~torch.isnan(scores)[:, None],
         scores=scores,
         logprobs=tables["logprobs"],
         plain=tables["plain"],
         entropy=tables["entropy"],
-        values=tables["values"],
+        values=tables.get("values"),
+        last_values=sum_tensor(last_values, here) if bootstrap else None,
         ref_logprobs=tables.get("ref_logprobs"),
         ref_plain=tables.get("ref_plain"),
     )
+
+
+def _log_probs(
+    batch: TokenBatch, actors: Actors, config: PPOConfig
+) -> dict[str, Float[Tensor, " tokens"]]:
+    """What policy and reference say of the batch's target tokens."""
+    own = actors.policy.model(batch, config.sampling.temperature, entropy=True)
+    found = {"logprobs": own.logprobs, "plain": own.plain, "entropy": own.entropy}
+    if config.kl is not None:
+        with actors.as_reference() as reference:
+            ref = reference(batch, config.sampling.temperature)
+        found |= {"ref_logprobs": ref.logprobs, "ref_plain": ref.plain}
+    return found
+
+
+@torch.no_grad()
+def exact_kl(rollout: Rollout, actors: Actors, config: PPOConfig, here: World, count: int) -> float:
+    """Mean KL(policy || reference) over the vocabulary, nats per token of the first replies."""
+    lengths = [len(p) + len(r) for p, r in zip(rollout.prompts, rollout.responses, strict=True)][
+        :count
+    ]
+    sums = MetricSums()
+    num_tokens = sum(map(len, rollout.responses[:count]))
+    plan = plan_micro_batches(lengths, config.micro_tokens, here.size)
+    for indices, weight in rank_micro_batches(plan, here):
+        batch = reply_batch(rollout, indices, actors.pad, here.device)
+        with autocast(here, config.compute_dtype):
+            with actors.as_reference() as reference:
+                states = reference.states(batch)
+            found = actors.policy.model(batch, config.sampling.temperature, reference=states)
+        assert found.ref_kl is not None
+        share = batch.num_targets * weight / num_tokens
+        sums.add("kl", float(found.ref_kl.sum()) * weight / num_tokens, share)
+    return sums.merged(here)["kl"]
 
 
 def _called_scores(
@@ -173,50 +207,3 @@ def _called_scores(
         )
         scores[mine] = torch.tensor(found, device=here.device)
     return scores
-
-
-def normalised_scores(
-    scores: Float[Tensor, " batch"],
-    truncated: Bool[Tensor, " batch"],
-    moments: RunningMoments,
-    settings: RewardSettings,
-) -> Float[Tensor, " batch"]:
-    """Eq. 18 with moments that already hold this rollout; then the missing-EOS penalty."""
-    result = reparameterize_scores(
-        scores,
-        mean=moments.mean if settings.normalise == "standardize" else None,
-        std=moments.std if settings.normalise is not None else None,
-        clip=settings.clip,
-    )
-    return missing_eos_scores(result, truncated, penalty=settings.missing_eos_penalty)
-
-
-def estimate(
-    rollout: Rollout,
-    scored: Scored,
-    moments: RunningMoments,
-    kl: FixedKL | AdaptiveKL,
-    config: PPOConfig,
-) -> Experience:
-    """Moments, scores, token rewards, advantages: in this order (paper.md §2; pitfall 11)."""
-    alive = scored.mask.any(1)
-    moments.update(scored.scores[alive])
-    truncated = ~torch.tensor(rollout.finished, device=scored.scores.device)
-    scores = torch.where(alive, scored.scores, 0.0)
-    scores = normalised_scores(scores, truncated, moments, config.reward)
-    kl_coef = float(kl.coef) if config.kl is not None else 0.0
-    rewards = token_rewards(
-        scores, scored.logprobs, scored.ref_logprobs, scored.mask, kl_coef=kl_coef
-    )
-    found = gae(
-        rewards,
-        scored.values,
-        scored.mask,
-        gamma=config.advantage.gamma,
-        lam=config.advantage.lam,
-        lam_critic=config.advantage.lam_critic,
-    )
-    pure = gae(rewards, scored.values, scored.mask, gamma=config.advantage.gamma, lam=1.0)
-    return Experience(
-        rollout, scored, rewards, found.advantages, found.returns, pure.returns, kl_coef
-    )

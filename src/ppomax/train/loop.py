@@ -182,14 +182,18 @@ class StageRun:
         parts: Sequence[Trainable[Any]],
         state: dict[str, Any],
         progress: Mapping[str, int],
+        more: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         """Write a checkpoint (collective: sharded tensors are gathered).
 
         Args:
             step: number in the directory's name.
             progress: last logged step of each stage name; rows past it are cut on resume.
+            more: further groups of tensors.
         """
-        groups = {name: tensors for part in parts for name, tensors in part.tensors().items()}
+        groups: dict[str, Mapping[str, Tensor]] = dict(more or {})
+        for part in parts:
+            groups |= part.tensors()
         state = {
             **state,
             "attempt": self.attempt,

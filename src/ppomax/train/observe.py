@@ -26,25 +26,34 @@ def observe(experience: Experience, config: PPOConfig) -> dict[str, float]:
     values = score_metrics(scored.scores[alive])
     values |= response_metrics(rollout.responses, rollout.finished)
     mask = scored.mask
-    moments = masked_moments(experience.advantages, mask)
+    moments = masked_moments(experience.advantages, experience.mask)
     values |= {
         "reward/total_mean": float(experience.rewards.sum(1)[alive].mean()),
         "policy/perplexity": float(perplexity(scored.plain, mask)),
         "policy/entropy": float(masked_mean(scored.entropy, mask)),
-        "value/mean": float(masked_mean(scored.values, mask)),
-        "value/explained_variance": float(
-            explained_variance(scored.values, experience.monte_carlo, mask)
-        ),
-        "return/mean": float(masked_mean(experience.returns, mask)),
         "advantage/mean": moments.mean,
         "advantage/std": unbiased_std(moments),
     }
-    values |= reference_metrics(scored)
+    values |= critic_metrics(experience) | reference_metrics(scored)
     if config.kl is not None:
         values["kl/coef"] = experience.kl_coef
+    if experience.exact_kl is not None:
+        values["kl/ref_exact"] = experience.exact_kl
     if config.sampling.is_plain:
         values |= engine_gap(rollout, scored)
     return values
+
+
+def critic_metrics(experience: Experience) -> dict[str, float]:
+    """Values and returns, nothing without a critic."""
+    values, mask = experience.scored.values, experience.mask
+    if values is None or experience.returns is None or experience.monte_carlo is None:
+        return {}
+    return {
+        "value/mean": float(masked_mean(values, mask)),
+        "value/explained_variance": float(explained_variance(values, experience.monte_carlo, mask)),
+        "return/mean": float(masked_mean(experience.returns, mask)),
+    }
 
 
 def reference_metrics(scored: Scored) -> dict[str, float]:

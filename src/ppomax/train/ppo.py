@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,22 @@ import torch
 
 from ppomax.distributed import World, full_state, gather, world
 from ppomax.errors import TrainingError
-from ppomax.experience import AdaptiveKL, FixedKL
+from ppomax.masked import masked_mean
 from ppomax.metrics import MetricSums
 from ppomax.models.export import Card, export_policy
 from ppomax.models.language import LanguageModel
 from ppomax.normalise import RunningMoments
 from ppomax.rollout.engine import Rollout
 from ppomax.train.actors import Actors, load_actors
-from ppomax.train.experience_batch import Experience, Plan, estimate, plan_updates, score
-from ppomax.train.loop import StageRun
+from ppomax.train.buffer import pack, unpack
+from ppomax.train.controllers import kl_controller, penalty_controller
+from ppomax.train.estimates import estimate
+from ppomax.train.experience_batch import Experience, Plan, exact_kl, plan_updates, score
+from ppomax.train.loop import StageRun, Trainable
 from ppomax.train.observe import observe, sample_rows, timing
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.prompts import Prompt, PromptStream, TextStream, load_stream, reply_seeds
-from ppomax.train.update import update_critic, update_policy
+from ppomax.train.update import Updating, update_critic, update_policy
 
 
 def train_ppo(config: PPOConfig, *, resume: bool = False) -> Path:
@@ -53,6 +57,11 @@ class PPO:
         )
         self.moments = RunningMoments()
         self.kl = kl_controller(config)
+        self.penalty = penalty_controller(config)
+        self.buffer: list[Experience] = []
+        """The latest iterations' experience, newest first."""
+        self.first_entropy: float | None = None
+        """Of the run's first rollout, in nats per token."""
         self.iteration, self.critic_rollouts = 0, 0
         self.critic_ready = config.critic_pretraining is None
         self.taken = 0
@@ -71,6 +80,8 @@ class PPO:
                 note="top-p, top-k, min-p or a penalty is on: the ratio is to the "
                 "trainer's plain distribution, not to the one replies were drawn from",
             )
+        for note in config.advice() if fresh else []:
+            run.event("advice", step=0, note=note)
 
     # --- the iteration ------------------------------------------------------------------------
 
@@ -80,13 +91,14 @@ class PPO:
         while self.iteration < self.config.iterations:
             step = self.iteration + 1
             prompts, experience, plan = self.collect("ppo", step)
+            self.buffer = [experience, *self.buffer][: self.config.buffer_iterations]
             sums = MetricSums()
             with self.clock("update"):
-                self.update(experience, plan, step, sums)
+                self.update(plan, step, sums)
                 self.actors.engine.sync(self.policy.lm)
             values = observe(experience, self.config) | sums.merged(self.here)
             values |= timing(self.seconds, experience, self.config, self.here)
-            self.kl.update(self._kl_in_unit(values), self.config.rollout_size)
+            self.kl.update(self._kl_in_unit(values), self.config.replies)
             self.iteration = step
             self.run.log(step, values, total=self.config.iterations)
             if step % self.config.log.samples_every == 0 or step in (1, self.config.iterations):
@@ -104,12 +116,14 @@ class PPO:
     def collect(self, stage: str, step: int) -> tuple[list[Prompt], Experience, Plan]:
         """Sample, score, estimate: one rollout's experience and the plan of its update."""
         config = self.config
-        prompts = self.prompts.batch(self.taken, config.rollout_size)
+        drawn = self.prompts.batch(self.taken, config.rollout_size)
+        prompts = [prompt for prompt in drawn for _ in range(config.samples_per_prompt)]
         with self.clock("rollout"):
             rollout = self.sample(prompts, stage, step)
         plan = plan_updates(rollout, config, self.here, stage, step, 0)
         with self.clock("score"):
             scored = score(rollout, prompts, plan, self.actors, config, self.here)
+            exact = self._exact_kl(rollout)
         if self.run.stop_asked():  # nothing of this iteration has touched the state yet
             self._save()
             raise self.run.interrupt()
@@ -119,6 +133,9 @@ class PPO:
                 f"rollout {step}; nothing is left to learn from"
             )
         experience = estimate(rollout, scored, self.moments, self.kl, config)
+        experience = replace(experience, exact_kl=exact)
+        if self.first_entropy is None:
+            self.first_entropy = float(masked_mean(scored.entropy, scored.mask))
         self.taken += config.rollout_size
         for index in (~scored.mask.any(1)).nonzero().flatten().tolist():
             self.run.event("quarantined", step=step, id=prompts[index].row.id, reason="no score")
@@ -135,39 +152,50 @@ class PPO:
         )
         return merge_rollouts(gather(local, self.here), len(prompts))
 
-    def update(self, experience: Experience, plan: Plan, step: int, sums: MetricSums) -> None:
-        """Every epoch's optimizer steps; the first epoch follows the plan that was scored."""
+    def update(self, plan: Plan, step: int, sums: MetricSums) -> None:
+        """Every epoch's optimizer steps; the first pass follows the plan that was scored."""
         config = self.config
-        for epoch in range(config.epochs):
-            if epoch:
-                plan = plan_updates(experience.rollout, config, self.here, "ppo", step, epoch)
+        now = self.updating(step, sums)
+        kl = 0.0
+        for epoch, age, experience in self._passes():
+            if epoch or age:
+                plan = plan_updates(experience.rollout, config, self.here, "ppo", step, epoch, age)
             for number, minibatch in enumerate(plan):
-                kl = update_policy(
-                    experience,
-                    minibatch,
-                    self._texts(experience, minibatch, step, epoch, number),
-                    self.actors,
-                    config,
-                    self.here,
-                    self.run,
-                    sums,
-                    step=step,
-                    first=epoch == 0 and number == 0,
-                )
-                update_critic(
-                    experience,
-                    minibatch,
-                    self.actors,
-                    config,
-                    self.here,
-                    self.run,
-                    sums,
-                    step=step,
-                    clip=config.loss.value_clip,
-                )
+                texts = self._texts(experience, minibatch, step, epoch, age, number)
+                first = epoch == 0 and age == 0 and number == 0
+                kl = update_policy(now, experience, minibatch, texts, first=first)
+                if self.actors.critic is not None:
+                    update_critic(now, experience, minibatch, clip=config.loss.value_clip)
                 if config.loss.target_kl is not None and kl > config.loss.target_kl:
                     self.run.event("target_kl", step=step, kl=kl, epoch=epoch, minibatch=number)
                     return
+        if self.penalty is not None:
+            sums.add("policy/penalty_coef", self.penalty.coef, 1.0)
+            self.penalty.update(kl)
+
+    def updating(self, step: int, sums: MetricSums) -> Updating:
+        """What this iteration's optimizer steps are made with."""
+        settings = self.config.loss
+        threshold = settings.entropy_threshold
+        if settings.entropy_fraction is not None:
+            assert self.first_entropy is not None
+            threshold = settings.entropy_fraction * self.first_entropy
+        return Updating(
+            self.actors,
+            self.config,
+            self.here,
+            self.run,
+            sums,
+            step,
+            penalty_coef=None if self.penalty is None else self.penalty.coef,
+            entropy_threshold=threshold,
+        )
+
+    def _passes(self) -> Iterator[tuple[int, int, Experience]]:
+        """Epoch, age in iterations, and experience: the newest first in every epoch."""
+        for epoch in range(self.config.epochs):
+            for age, experience in enumerate(self.buffer):
+                yield epoch, age, experience
 
     def pretrain_critic(self) -> None:
         """Fit the critic, policy frozen and value clip off, until it explains fresh returns."""
@@ -177,7 +205,8 @@ class PPO:
             step = self.critic_rollouts + 1
             _, experience, plan = self.collect("critic", step)
             values = observe(experience, self.config)
-            enough = values["value/explained_variance"] >= settings.explained_variance
+            wanted = settings.explained_variance
+            enough = wanted is not None and values["value/explained_variance"] >= wanted
             sums = MetricSums()
             with self.clock("update"):
                 for epoch in range(settings.epochs):
@@ -186,17 +215,7 @@ class PPO:
                             experience.rollout, self.config, self.here, "critic", step, epoch
                         )
                     for minibatch in plan:
-                        update_critic(
-                            experience,
-                            minibatch,
-                            self.actors,
-                            self.config,
-                            self.here,
-                            self.run,
-                            sums,
-                            step=step,
-                            clip=None,
-                        )
+                        update_critic(self.updating(step, sums), experience, minibatch, clip=None)
             values |= sums.merged(self.here) | timing(
                 self.seconds, experience, self.config, self.here
             )
@@ -204,6 +223,7 @@ class PPO:
             self.critic_ready = enough or step >= settings.max_rollouts
             self.run.log(step, values, total=settings.max_rollouts)
             if self.critic_ready:
+                assert self.actors.critic is not None
                 self.actors.critic.step_count = 0
                 found = values["value/explained_variance"]
                 self.run.event("critic_ready", step=step, explained_variance=found, reached=enough)
@@ -228,13 +248,23 @@ class PPO:
         return values.get("kl/ref_sequence" if per_sequence else "kl/ref_k1", 0.0)
 
     def _texts(
-        self, experience: Experience, minibatch: list[list[int]], step: int, epoch: int, number: int
+        self, experience: Experience, minibatch: list[list[int]], *parts: int
     ) -> list[list[int]]:
         if self.texts is None or self.config.ptx is None:
             return []
         rows = [index for micro in minibatch for index in micro]
-        tokens = self.config.ptx.tokens or int(experience.scored.mask[rows].sum())
-        return self.texts.take(tokens, step, epoch, number)
+        tokens = self.config.ptx.tokens or int(experience.mask[rows].sum())
+        return self.texts.take(tokens, *parts)
+
+    def _exact_kl(self, rollout: Rollout) -> float | None:
+        count = self.config.kl.exact_replies if self.config.kl is not None else None
+        if count is None:
+            return None
+        return exact_kl(rollout, self.actors, self.config, self.here, count)
+
+    def _trained(self) -> list[Trainable[Any]]:
+        critic = self.actors.critic
+        return [self.actors.policy, *([critic] if critic is not None else [])]
 
     def _save_if_due(self, last: bool) -> None:
         stop = self.run.stop_asked()
@@ -255,18 +285,30 @@ class PPO:
             "critic_ready": self.critic_ready,
             "moments": self.moments.state_dict(),
             "kl": self.kl.state_dict(),
+            "penalty": None if self.penalty is None else self.penalty.state_dict(),
+            "first_entropy": self.first_entropy,
         }
+        kept = self.buffer[: self.config.buffer_iterations - 1]
         self.run.save(
             self.iteration + self.critic_rollouts,
-            [self.actors.policy, self.actors.critic],
+            self._trained(),
             state,
             {"ppo": self.iteration, "critic": self.critic_rollouts},
+            {f"buffer_{age}": pack(experience) for age, experience in enumerate(kept)},
         )
 
     def _restore(self) -> None:
-        state = self.run.restore([self.actors.policy, self.actors.critic])
-        if state is None:
+        state = self.run.restore(self._trained())
+        if state is None or self.run.found is None:
             return
+        found = self.run.found
+        self.buffer = [
+            unpack(found.tensors(f"buffer_{age}"), self.here.device)
+            for age in range(found.count("buffer_"))
+        ]
+        self.first_entropy = state["first_entropy"]
+        if self.penalty is not None:
+            self.penalty.load_state_dict(state["penalty"])
         self.iteration, self.critic_rollouts = state["iteration"], state["critic_rollouts"]
         self.taken, self.critic_ready = state["taken"], state["critic_ready"]
         self.moments.load_state_dict(state["moments"])
@@ -293,21 +335,6 @@ class PPO:
                 generation=sampling,
                 state=state,
             )
-
-
-def kl_controller(config: PPOConfig) -> FixedKL | AdaptiveKL:
-    """Fixed or adaptive coefficient of the KL penalty."""
-    kl = config.kl
-    if kl is None:
-        return FixedKL(0.0)
-    if kl.target_per_token is None and kl.target_per_sequence is None:
-        return FixedKL(kl.coef)
-    return AdaptiveKL(
-        kl.coef,
-        target_per_token=kl.target_per_token,
-        target_per_sequence=kl.target_per_sequence,
-        horizon=kl.horizon,
-    )
 
 
 def merge_rollouts(parts: list[Rollout], count: int) -> Rollout:

@@ -3,7 +3,7 @@
 A trick is a value and null turns it off; a setting without effect in its combination is an error.
 """
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,14 @@ from ppomax.models.lora import LoraSettings
 from ppomax.rollout.engine import EngineSettings
 from ppomax.rollout.sampling import SamplingParams
 from ppomax.train.optim import OptimSettings
+from ppomax.train.ppo_settings import (
+    GROUPED,
+    AdvantageSettings,
+    CriticPretraining,
+    KLSettings,
+    LossSettings,
+    PtxSettings,
+)
 from ppomax.train.settings import StageSettings
 
 
@@ -45,97 +53,6 @@ class RewardSettings(Settings):
         return self
 
 
-class KLSettings(Settings):
-    """The token-level penalty -coef · (log π − log π_ref) in the reward (eq. 19); always k1."""
-
-    coef: float = Field(0.05, ge=0)
-    """η (paper §B.2: 0.05)."""
-    target_per_token: float | None = Field(None, gt=0)
-    """Adapt coef towards this KL in nats per response token; null keeps it fixed."""
-    target_per_sequence: float | None = Field(None, gt=0)
-    """The same with KL summed over a response."""
-    horizon: int = Field(10_000, ge=1)
-    """Replies over which an adaptive coef may change by up to 20% (Ziegler et al. 2019)."""
-
-    @model_validator(mode="after")
-    def _one_target(self) -> Self:
-        if self.target_per_token is not None and self.target_per_sequence is not None:
-            raise ValueError("give target_per_token or target_per_sequence, not both")
-        adaptive = self.target_per_token is not None or self.target_per_sequence is not None
-        if adaptive and self.coef == 0:
-            raise ValueError("an adaptive coefficient cannot start at 0: coef would stay 0")
-        if not adaptive and "horizon" in self.model_fields_set and self.horizon != 10_000:
-            raise ValueError(
-                "horizon has no effect without target_per_token or target_per_sequence"
-            )
-        return self
-
-
-class AdvantageSettings(Settings):
-    """Generalised advantage estimation (eq. 9) and what may follow it."""
-
-    gamma: float = Field(1.0, gt=0, le=1)
-    """Discount (released code: 1)."""
-    lam: float = Field(0.9, ge=0, le=1)
-    """λ of GAE (paper App. C.3: 0.9)."""
-    lam_critic: float | None = Field(None, ge=0, le=1)
-    """λ for the critic's targets; null takes `lam`."""
-    whiten: bool = False
-    """Mean 0, std 1 over the optimizer batch. Not in PPO-max: it conflicts with value clipping."""
-    clip: float | None = Field(None, gt=0)
-    """Bound on the advantages (paper tried 0.5 and 0.12)."""
-
-
-class LossSettings(Settings):
-    """Surrogate, critic and entropy terms."""
-
-    policy_clip: float | tuple[float, float] | None = 0.2
-    """ε of the clipped surrogate (eq. 15; released code: 0.2), or (below, above); null: no clip."""
-    dual_clip: float | None = Field(None, gt=1)
-    """Lower bound dual_clip · A for negative advantages (Ye et al. 2020)."""
-    value_clip: float | None = Field(0.2, gt=0)
-    """ε_v of the clipped value loss (paper: 0.2); off during critic pre-training."""
-    entropy_coef: float | None = Field(None, gt=0)
-    """Weight of the entropy bonus (paper tried 0.01; not recommended)."""
-    entropy_threshold: float | None = Field(None, gt=0)
-    """Nats per token: the bonus becomes -|mean entropy - threshold|."""
-    ratio_to: Literal["policy", "reference"] = "policy"
-    """Denominator of the ratio: the policy that sampled, or (Fig. 7, importance sampling) the
-    reference."""
-    target_kl: float | None = Field(None, gt=0)
-    """Leave an iteration's update when KL to the sampling policy passes this (nats per token)."""
-
-    @model_validator(mode="after")
-    def _entropy(self) -> Self:
-        if self.entropy_threshold is not None and self.entropy_coef is None:
-            raise ValueError("entropy_threshold has no effect without entropy_coef")
-        return self
-
-
-class CriticPretraining(Settings):
-    """Fit the critic to the SFT policy's returns before PPO begins (paper §5.3.2)."""
-
-    max_rollouts: int = Field(10, ge=1)
-    """Most rollouts spent (ours)."""
-    explained_variance: float = Field(0.5, le=1)
-    """Enough when a fresh rollout's returns are explained this well (ours)."""
-    epochs: int = Field(1, ge=1)
-    """Passes over each of these rollouts."""
-
-
-class PtxSettings(Settings):
-    """PPO-ptx (eq. 17): log-likelihood of plain text in the same optimizer step."""
-
-    data: Sources
-    """Plain text."""
-    coef: float = Field(1.0, gt=0)
-    """λ_ptx on the token-mean NLL (ours; InstructGPT's 27.8 belongs to another normalisation)."""
-    tokens: int | None = Field(None, ge=1)
-    """Text tokens per optimizer step; null takes as many as there are response tokens."""
-    length: int = Field(256, ge=8)
-    """Texts are cut into pieces of this many tokens."""
-
-
 class PPOConfig(StageSettings):
     """Align a policy with a reward by PPO-max."""
 
@@ -147,10 +64,14 @@ class PPOConfig(StageSettings):
     """Rollout-and-update rounds."""
     rollout_size: int = Field(128, ge=1)
     """Prompts per iteration, over all ranks (paper: 128)."""
+    samples_per_prompt: int = Field(1, ge=1)
+    """Replies to each of them (4 where the estimator compares replies to one prompt: ours)."""
     minibatch_size: int = Field(32, ge=1)
     """Replies per optimizer step, over all ranks (paper: 32)."""
     epochs: int = Field(1, ge=1)
     """Passes over a rollout before it is dropped (released code: 1)."""
+    buffer_iterations: int = Field(1, ge=1)
+    """Latest rollouts learned from in each iteration, newest first (paper: a small buffer, 1)."""
     max_prompt: int = Field(512, ge=1)
     """Longest prompt in tokens; older turns are dropped until it fits."""
     sampling: SamplingParams = SamplingParams(temperature=1.0, max_new_tokens=128)
@@ -158,12 +79,16 @@ class PPOConfig(StageSettings):
     default is plain temperature, for which the ratio is exact)."""
     engine: EngineSettings = EngineSettings()
     reward: RewardSettings = RewardSettings()
+    reference: str | None = None
+    """The reference where it is not `model` itself: a policy from the base model is held to the
+    SFT model (detail 9). In a recipe `start: base` sets both."""
     kl: KLSettings | None = KLSettings()
-    """Null: no reference model in the reward."""
+    """Null: no reference model at all."""
     advantage: AdvantageSettings = AdvantageSettings()
     loss: LossSettings = LossSettings()
-    critic: str = "reward"
-    """What the critic starts from: `reward`, `policy` (random head), a reward-model folder."""
+    critic: str | None = "reward"
+    """What the critic starts from: `reward`, `policy` (random head), a reward-model folder. Null,
+    as are the critic's other settings, where the estimator has no critic."""
     critic_pretraining: CriticPretraining | None = CriticPretraining()
     """Null: none."""
     ptx: PtxSettings | None = None
@@ -175,16 +100,28 @@ class PPOConfig(StageSettings):
     lora: LoraSettings | None = None
     """Adapters for policy and critic; the reference is the policy with adapters off."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_estimator(cls, data: Any) -> Any:  # noqa: ANN401 - whatever stands in the recipe
+        """Defaults that hang on the estimator; what is set by hand stays and is checked."""
+        advantage = data.get("advantage") if isinstance(data, dict) else None
+        estimator = advantage.get("estimator", "gae") if isinstance(advantage, dict) else "gae"
+        if estimator == "gae":
+            return data
+        loss = data.get("loss", {})
+        data = {"critic": None, "critic_pretraining": None, **data}
+        if isinstance(loss, dict):
+            data["loss"] = {"value_clip": None, **loss}
+        if estimator in GROUPED:
+            data.setdefault("samples_per_prompt", 4)
+        return data
+
     @model_validator(mode="after")
     def _sizes(self) -> Self:
-        if self.rollout_size % self.minibatch_size:
+        if self.replies % self.minibatch_size:
             raise ValueError(
-                f"rollout_size {self.rollout_size} must be a multiple of minibatch_size "
-                f"{self.minibatch_size}"
-            )
-        if self.critic == "reward" and self.reward.callable is not None:
-            raise ValueError(
-                "critic: reward needs a reward model; with a callable set critic to policy"
+                f"rollout_size {self.rollout_size} · samples_per_prompt {self.samples_per_prompt} "
+                f"must be a multiple of minibatch_size {self.minibatch_size}"
             )
         if self.max_prompt + self.sampling.max_new_tokens > self.max_length:
             raise ValueError(
@@ -193,13 +130,84 @@ class PPOConfig(StageSettings):
             )
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature 0 explores nothing; PPO needs a sampled reply")
+        if self.loss.penalty_target is not None and self.steps_per_iteration == 1:
+            raise ValueError(
+                "loss.penalty_target steers nothing with one optimizer step per iteration, which "
+                "starts at KL 0; take a smaller minibatch_size or more epochs"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _critic(self) -> Self:
+        estimator = self.advantage.estimator
+        if self.advantage.with_critic:
+            if self.critic is None:
+                raise ValueError(
+                    "critic: null, but advantage.estimator gae needs one; estimators without are "
+                    "reinforce, rloo, grpo and reinforce_baseline"
+                )
+            if self.critic == "reward" and self.reward.callable is not None:
+                raise ValueError(
+                    "critic: reward needs a reward model; with a callable set critic to policy"
+                )
+            return self
+        for name, given in {
+            "critic": self.critic is not None,
+            "critic_pretraining": self.critic_pretraining is not None,
+            "critic_optim": self.critic_optim != type(self).model_fields["critic_optim"].default,
+            "loss.value_clip": self.loss.value_clip is not None,
+        }.items():
+            if given:
+                raise ValueError(
+                    f"{name} has no effect: advantage.estimator {estimator} has no critic"
+                )
+        if estimator in GROUPED and self.samples_per_prompt == 1:
+            raise ValueError(
+                f"advantage.estimator {estimator} compares replies to one prompt; set "
+                "samples_per_prompt to 2 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reference(self) -> Self:
         if self.kl is None and self.loss.ratio_to == "reference":
             raise ValueError(
                 "loss.ratio_to: reference needs the reference model; set kl.coef (0 is allowed)"
             )
+        if self.kl is None and self.reference is not None:
+            raise ValueError("reference has no effect with kl: null")
         return self
 
     @property
+    def replies(self) -> int:
+        """Replies of one iteration."""
+        return self.rollout_size * self.samples_per_prompt
+
+    @property
     def steps_per_iteration(self) -> int:
-        """Optimizer steps of one iteration."""
-        return self.epochs * self.rollout_size // self.minibatch_size
+        """Optimizer steps on one rollout in one iteration."""
+        return self.epochs * self.replies // self.minibatch_size
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all iterations; the buffer fills up over the first ones."""
+        rollouts = sum(
+            min(iteration, self.buffer_iterations) for iteration in range(1, self.iterations + 1)
+        )
+        return rollouts * self.steps_per_iteration
+
+    def advice(self) -> list[str]:
+        """Combinations that the paper found to conflict (§B.1, Figure 14)."""
+        found = []
+        normalise, whiten = self.reward.normalise, self.advantage.whiten
+        if normalise == "standardize" and whiten and self.loss.value_clip is not None:
+            found.append(
+                "reward.normalise and advantage.whiten with loss.value_clip conflict "
+                "(Zheng et al. 2023, Figure 14); set loss.value_clip to null or drop one of them"
+            )
+        if normalise == "scale" and whiten:
+            found.append(
+                "reward.normalise: scale with advantage.whiten: two reparameterizations should not "
+                "be mixed (Zheng et al. 2023, Figure 14); keep one"
+            )
+        return found

@@ -7,7 +7,8 @@ from ppomax.data.formats import BadRow
 from ppomax.data.sources import Loaded, load_prompts, load_text, split_by_prompt
 from ppomax.data.template import ChatTemplate
 from ppomax.errors import DataError
-from ppomax.train.ppo_config import PPOConfig, PtxSettings
+from ppomax.train.ppo_config import PPOConfig
+from ppomax.train.ppo_settings import PtxSettings
 from ppomax.types import PromptRow
 
 

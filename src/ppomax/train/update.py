@@ -1,155 +1,188 @@
 """One optimizer step of policy and critic on one minibatch, whatever its cut into micro-batches."""
 
-import torch
+from dataclasses import dataclass
 
-from ppomax.data.batching import collate, plan_micro_batches
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ppomax.data.batching import TokenBatch, collate, plan_micro_batches
 from ppomax.distributed import World
-from ppomax.losses import clipped_policy_loss, clipped_value_loss, entropy_loss, lm_loss
-from ppomax.masked import masked_max, masked_mean, masked_whiten
+from ppomax.experience import kl_penalty
+from ppomax.losses import (
+    PolicyLoss,
+    clipped_policy_loss,
+    clipped_value_loss,
+    entropy_loss,
+    exact_kl_loss,
+    kl_penalty_policy_loss,
+    lm_loss,
+    ref_kl_loss,
+)
+from ppomax.masked import masked_max, masked_sum, masked_whiten
 from ppomax.metrics import MetricSums
-from ppomax.models.language import values_before_targets
+from ppomax.models.language import TargetReading, values_before_targets
 from ppomax.train.actors import Actors
 from ppomax.train.experience_batch import Experience, reply_batch, unflatten
 from ppomax.train.loop import StageRun, autocast, rank_micro_batches
 from ppomax.train.ppo_config import PPOConfig
 
 
+@dataclass(frozen=True, slots=True)
+class Updating:
+    """What every optimizer step of an iteration is made with."""
+
+    actors: Actors
+    config: PPOConfig
+    here: World
+    run: StageRun
+    sums: MetricSums
+    step: int
+    """The iteration."""
+    penalty_coef: float | None = None
+    """β of PPO-penalty now; None: the clipped surrogate."""
+    entropy_threshold: float | None = None
+    """Nats per token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One micro-batch of a minibatch, and what was found out about its replies."""
+
+    batch: TokenBatch
+    mask: Bool[Tensor, "batch response"]
+    """Tokens learned from."""
+    full: Bool[Tensor, "batch response"]
+    """All reply tokens, those of replies set aside included."""
+    rows: list[int]
+
+    def of(self, table: Float[Tensor, "replies longest"]) -> Float[Tensor, "batch response"]:
+        """The micro-batch's share of a table over the whole rollout."""
+        return table[self.rows, : self.mask.shape[1]]
+
+    def unflat(self, flat: Float[Tensor, " tokens"]) -> Float[Tensor, "batch response"]:
+        """Target tokens, row by row, in their places."""
+        return unflatten(flat, self.full)
+
+
 def update_policy(
+    now: Updating,
     experience: Experience,
     minibatch: list[list[int]],
     texts: list[list[int]],
-    actors: Actors,
-    config: PPOConfig,
-    here: World,
-    run: StageRun,
-    sums: MetricSums,
     *,
-    step: int,
     first: bool,
 ) -> float:
-    """Clipped surrogate, entropy and LM terms in one step; returns KL to the sampling policy.
+    """Surrogate, entropy, KL and LM terms in one step; returns KL to the sampling policy.
 
     Args:
         first: the parameters are still those that scored the rollout, so the ratio must be 1.
     """
-    scored, loss_settings = experience.scored, config.loss
+    config, sums, policy = now.config, now.sums, now.actors.policy
     rows = [index for micro in minibatch for index in micro]
-    num_tokens = max(1, int(scored.mask[rows].sum()))
+    num_tokens = max(1, int(experience.mask[rows].sum()))
     advantages = prepared_advantages(experience, rows, config)
-    entropy_mean = float(masked_mean(scored.entropy[rows], scored.mask[rows]))
-    old = scored.ref_logprobs if loss_settings.ratio_to == "reference" else scored.logprobs
-    assert old is not None
-    with_entropy = loss_settings.entropy_coef is not None
-    kl_old = 0.0
-    for indices, weight in rank_micro_batches(minibatch, here):
-        batch = reply_batch(experience.rollout, indices, actors.pad, here.device)
-        mask = scored.mask[indices][:, : int(batch.targets.sum(1).max())]
-        width = mask.shape[1]
-        with autocast(here, config.compute_dtype):
-            out = actors.policy.model(batch, config.sampling.temperature, entropy=with_entropy)
-        full = batch_mask(experience, indices, width)
-        logprobs = unflatten(out.logprobs, full)
-        surrogate = clipped_policy_loss(
-            logprobs,
-            old[indices, :width],
-            advantages[indices, :width],
-            mask,
-            clip=loss_settings.policy_clip,
-            dual_clip=loss_settings.dual_clip,
-            num_tokens=num_tokens,
-        )
+    entropy_mean = _entropy_mean(now, experience, minibatch, num_tokens)
+    steps_kl = MetricSums()
+    for indices, weight in rank_micro_batches(minibatch, now.here):
+        part = micro_batch(experience, indices, now)
+        with autocast(now.here, config.compute_dtype):
+            out = _policy_forward(part.batch, now)
+        logprobs = part.unflat(out.logprobs)
+        surrogate = _surrogate(logprobs, part, experience, advantages, num_tokens, now)
         loss = surrogate.loss
-        if loss_settings.entropy_coef is not None:
+        share = int(part.mask.sum()) * weight / num_tokens
+        if config.loss.entropy_coef is not None:
             bonus = entropy_loss(
-                unflatten(out.entropy, full),
-                mask,
-                threshold=loss_settings.entropy_threshold,
+                part.unflat(out.entropy),
+                part.mask,
+                threshold=now.entropy_threshold,
                 num_tokens=num_tokens,
                 batch_mean=entropy_mean,
             )
-            loss = loss + loss_settings.entropy_coef * bonus
-        actors.policy.backward(loss * weight)
-        tokens = int(mask.sum()) * weight
-        share = tokens / num_tokens
-        kl_old += float(surrogate.approx_kl) * weight
-        for key, value in {
-            "policy/loss": surrogate.loss.detach(),
-            "policy/clip_fraction": surrogate.clip_fraction,
-            "policy/ratio_mean": surrogate.ratio_mean,
-            "kl/old_k3": surrogate.approx_kl,
-        }.items():
-            sums.add(key, float(value) * weight, share)
+            loss = loss + config.loss.entropy_coef * bonus
+        if config.kl is not None and config.kl.where == "loss":
+            divergence = _ref_kl(out, logprobs, part, experience, num_tokens, config)
+            loss = loss + experience.kl_coef * divergence
+            sums.add("kl/loss", float(divergence.detach()) * weight, share)
+        policy.backward(loss * weight)
+        old_kl = _old_kl(logprobs.detach(), part, experience, num_tokens)
+        steps_kl.add("kl", old_kl * weight, share)
+        logged = {
+            "policy/loss": float(surrogate.loss.detach()),
+            "policy/clip_fraction": float(surrogate.clip_fraction),
+            "policy/ratio_mean": float(surrogate.ratio_mean),
+            "kl/old_k3": old_kl,
+        }
+        for key, value in logged.items():
+            sums.add(key, value * weight, share)
         sums.maximum("policy/ratio_max", float(surrogate.ratio_max))
-        if first and loss_settings.ratio_to == "policy":
-            error = (logprobs.detach() - old[indices, :width]).exp().sub(1).abs()
-            sums.maximum("policy/first_ratio_error", float(masked_max(error, mask, empty=0.0)))
-            sums.add("kl/first_old_k3", float(surrogate.approx_kl) * weight, share)
+        if first:
+            error = (logprobs.detach() - part.of(experience.scored.logprobs)).exp().sub(1).abs()
+            largest = masked_max(error, part.mask, empty=0.0)
+            sums.maximum("policy/first_ratio_error", float(largest))
+            sums.add("kl/first_old_k3", old_kl * weight, share)
     if texts:
-        _add_lm_term(texts, actors, config, here, sums)
-    sums.add("policy/lr", actors.policy.lr, 1.0)
-    norm, taken = actors.policy.step()
-    run.step_taken("policy", taken, step, rows)
+        _add_lm_term(texts, now)
+    sums.add("policy/lr", policy.lr, 1.0)
+    norm, taken = policy.step()
+    now.run.step_taken("policy", taken, now.step, rows)
     sums.add("policy/grad_norm", norm if taken else 0.0, float(taken))
-    total = MetricSums()
-    total.add("kl", kl_old, 1.0 / here.size)
-    return total.merged(here)["kl"]
+    return steps_kl.merged(now.here).get("kl", 0.0)
 
 
 def update_critic(
-    experience: Experience,
-    minibatch: list[list[int]],
-    actors: Actors,
-    config: PPOConfig,
-    here: World,
-    run: StageRun,
-    sums: MetricSums,
-    *,
-    step: int,
-    clip: float | None,
+    now: Updating, experience: Experience, minibatch: list[list[int]], *, clip: float | None
 ) -> None:
     """Clipped squared error to the returns, one step."""
-    scored = experience.scored
+    critic, sums = now.actors.critic, now.sums
+    assert critic is not None
+    assert experience.returns is not None
+    assert experience.scored.values is not None
     rows = [index for micro in minibatch for index in micro]
-    num_tokens = max(1, int(scored.mask[rows].sum()))
-    for indices, weight in rank_micro_batches(minibatch, here):
-        batch = reply_batch(experience.rollout, indices, actors.pad, here.device)
-        width = int(batch.targets.sum(1).max())
-        mask = scored.mask[indices, :width]
-        with autocast(here, config.compute_dtype):
-            flat = values_before_targets(actors.critic.model, batch)
+    num_tokens = max(1, int(experience.mask[rows].sum()))
+    for indices, weight in rank_micro_batches(minibatch, now.here):
+        part = micro_batch(experience, indices, now)
+        with autocast(now.here, now.config.compute_dtype):
+            flat = values_before_targets(critic.model, part.batch)
         found = clipped_value_loss(
-            unflatten(flat, batch_mask(experience, indices, width)),
-            scored.values[indices, :width],
-            experience.returns[indices, :width],
-            mask,
+            part.unflat(flat),
+            part.of(experience.scored.values),
+            part.of(experience.returns),
+            part.mask,
             clip=clip,
             num_tokens=num_tokens,
         )
-        actors.critic.backward(found.loss * weight)
-        share = int(mask.sum()) * weight / num_tokens
+        critic.backward(found.loss * weight)
+        share = int(part.mask.sum()) * weight / num_tokens
         sums.add("value/loss", float(found.loss.detach()) * weight, share)
         if clip is not None:
             sums.add("value/clip_fraction", float(found.clip_fraction) * weight, share)
-    sums.add("value/lr", actors.critic.lr, 1.0)
-    norm, taken = actors.critic.step()
-    run.step_taken("critic", taken, step, rows)
+    sums.add("value/lr", critic.lr, 1.0)
+    norm, taken = critic.step()
+    now.run.step_taken("critic", taken, now.step, rows)
     sums.add("value/grad_norm", norm if taken else 0.0, float(taken))
 
 
-def batch_mask(experience: Experience, indices: list[int], width: int) -> torch.Tensor:
-    """Where the micro-batch's target tokens stand, replies set aside included."""
-    lengths = torch.tensor([len(experience.rollout.responses[index]) for index in indices])
-    return (torch.arange(width)[None] < lengths[:, None]).to(experience.scored.mask.device)
+def micro_batch(experience: Experience, indices: list[int], now: Updating) -> Part:
+    """Replies as the models read them, with their masks cut to the longest."""
+    batch = reply_batch(experience.rollout, indices, now.actors.pad, now.here.device)
+    width = int(batch.targets.sum(1).max())
+    lengths = batch.targets.sum(1)
+    full = torch.arange(width, device=lengths.device)[None] < lengths[:, None]
+    return Part(batch, experience.mask[indices, :width], full, indices)
 
 
-def prepared_advantages(experience: Experience, rows: list[int], config: PPOConfig) -> torch.Tensor:
+def prepared_advantages(
+    experience: Experience, rows: list[int], config: PPOConfig
+) -> Float[Tensor, "replies longest"]:
     """Advantages of the minibatch's rows, whitened over it and clipped where asked (detail 6)."""
     settings = config.advantage
     if not settings.whiten and settings.clip is None:
         return experience.advantages
     part = experience.advantages[rows]
     if settings.whiten:
-        part = masked_whiten(part, experience.scored.mask[rows])
+        part = masked_whiten(part, experience.mask[rows])
     if settings.clip is not None:
         part = part.clamp(-settings.clip, settings.clip)
     result = experience.advantages.clone()
@@ -157,18 +190,104 @@ def prepared_advantages(experience: Experience, rows: list[int], config: PPOConf
     return result
 
 
-def _add_lm_term(
-    texts: list[list[int]], actors: Actors, config: PPOConfig, here: World, sums: MetricSums
-) -> None:
+def _policy_forward(batch: TokenBatch, now: Updating) -> TargetReading:
+    config = now.config
+    states = None
+    if config.kl is not None and config.kl.where == "loss" and config.kl.estimator == "exact":
+        with now.actors.as_reference() as reference:
+            states = reference.states(batch)
+    found: TargetReading = now.actors.policy.model(
+        batch,
+        config.sampling.temperature,
+        entropy=config.loss.entropy_coef is not None,
+        reference=states,
+    )
+    return found
+
+
+def _surrogate(
+    logprobs: Float[Tensor, "batch response"],
+    part: Part,
+    experience: Experience,
+    advantages: Float[Tensor, "replies longest"],
+    num_tokens: int,
+    now: Updating,
+) -> PolicyLoss:
+    """PPO-clip (eq. 15) or PPO-penalty (eq. 14)."""
+    settings = now.config.loss
+    scored = experience.scored
+    old = scored.ref_logprobs if settings.ratio_to == "reference" else scored.logprobs
+    assert old is not None
+    arguments = (logprobs, part.of(old), part.of(advantages), part.mask)
+    if now.penalty_coef is not None:
+        return kl_penalty_policy_loss(*arguments, kl_coef=now.penalty_coef, num_tokens=num_tokens)
+    return clipped_policy_loss(
+        *arguments, clip=settings.policy_clip, dual_clip=settings.dual_clip, num_tokens=num_tokens
+    )
+
+
+def _ref_kl(
+    out: TargetReading,
+    logprobs: Float[Tensor, "batch response"],
+    part: Part,
+    experience: Experience,
+    num_tokens: int,
+    config: PPOConfig,
+) -> Float[Tensor, ""]:
+    """KL to the reference as a loss term."""
+    assert config.kl is not None
+    if out.ref_kl is not None:
+        return exact_kl_loss(part.unflat(out.ref_kl), part.mask, num_tokens=num_tokens)
+    assert experience.scored.ref_logprobs is not None
+    return ref_kl_loss(
+        logprobs,
+        part.of(experience.scored.ref_logprobs),
+        part.mask,
+        estimator="k2" if config.kl.estimator == "k2" else "k3",
+        num_tokens=num_tokens,
+    )
+
+
+def _old_kl(
+    logprobs: Float[Tensor, "batch response"], part: Part, experience: Experience, num_tokens: int
+) -> float:
+    """KL from the sampling policy (k3), whatever the ratio's denominator is."""
+    old = part.of(experience.scored.logprobs)
+    return float(masked_sum(kl_penalty(old, logprobs, part.mask, estimator="k3"), part.mask)) / (
+        num_tokens
+    )
+
+
+@torch.no_grad()
+def _entropy_mean(
+    now: Updating, experience: Experience, minibatch: list[list[int]], num_tokens: int
+) -> float | None:
+    """Mean entropy of the minibatch under the policy as it is, where a threshold needs its side."""
+    if now.entropy_threshold is None:
+        return None
+    sums = MetricSums()
+    for indices, weight in rank_micro_batches(minibatch, now.here):
+        part = micro_batch(experience, indices, now)
+        with autocast(now.here, now.config.compute_dtype):
+            out = now.actors.policy.model(part.batch, now.config.sampling.temperature, entropy=True)
+        loss = entropy_loss(part.unflat(out.entropy), part.mask, num_tokens=num_tokens)
+        share = int(part.mask.sum()) * weight / num_tokens
+        sums.add("entropy", -float(loss) * weight, share)
+    return sums.merged(now.here).get("entropy", 0.0)
+
+
+def _add_lm_term(texts: list[list[int]], now: Updating) -> None:
     """PPO-ptx, eq. 17: gradients of the plain text's NLL beside those of the surrogate."""
+    config, policy = now.config, now.actors.policy
     assert config.ptx is not None
     num_tokens = sum(len(piece) - 1 for piece in texts)
-    plan = plan_micro_batches([len(piece) for piece in texts], config.micro_tokens, here.size)
-    for indices, weight in rank_micro_batches(plan, here):
+    plan = plan_micro_batches([len(piece) for piece in texts], config.micro_tokens, now.here.size)
+    for indices, weight in rank_micro_batches(plan, now.here):
         rows = [(texts[i], [False] + [True] * (len(texts[i]) - 1)) for i in indices]
-        batch = collate(rows, actors.pad, here.device)
-        with autocast(here, config.compute_dtype):
-            logprobs = actors.policy.model(batch).logprobs[None]
+        batch = collate(rows, now.actors.pad, now.here.device)
+        with autocast(now.here, config.compute_dtype):
+            logprobs = policy.model(batch).logprobs[None]
         loss = lm_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), num_tokens=num_tokens)
-        actors.policy.backward(config.ptx.coef * loss * weight)
-        sums.add("ptx/loss", float(loss.detach()) * weight, batch.num_targets * weight / num_tokens)
+        policy.backward(config.ptx.coef * loss * weight)
+        share = batch.num_targets * weight / num_tokens
+        now.sums.add("ptx/loss", float(loss.detach()) * weight, share)
