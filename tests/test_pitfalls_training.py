@@ -459,6 +459,10 @@ def test_13_slots_kind_and_checkpointing_reach_what_reads_them(small, tmp_path, 
         ({"advantage": {"estimator": "grpo", "missing_eos": "bootstrap"}}, "needs a critic"),
         ({"advantage": {"estimator": "rloo", "gamma": 0.5}}, "gamma has no effect"),
         ({"advantage": {"estimator": "reinforce", "whiten": True}}, "whitens the rollout"),
+        (
+            {"advantage": {"missing_eos": "drop"}, "reward": {"missing_eos_penalty": 1.0}},
+            "missing_eos_penalty has no effect with",
+        ),
         ({"advantage": {"scale_std": False}}, "scale_std has no effect without"),
         (
             {"advantage": {"estimator": "grpo"}, "samples_per_prompt": 1},

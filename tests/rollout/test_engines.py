@@ -20,10 +20,11 @@ from ppomax.data.batching import collate, derived_seed
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World
 from ppomax.models.language import LanguageModel
-from ppomax.models.lora import LoraSettings, add_lora, merged_copy
+from ppomax.models.lora import Factors, LoraSettings, add_lora, merged_copy
 from ppomax.models.tiny import tiny_tokenizer
 from ppomax.rollout import EngineSettings, SamplingParams, build_engine, native
 from ppomax.rollout.native import NativeEngine, supports
+from ppomax.rollout.product import pack
 from ppomax.rollout.transformers_engine import TransformersEngine
 
 CPU = torch.device("cpu")
@@ -553,6 +554,51 @@ def test_adapters_are_merged_into_the_engines_weights(kind, name):
         torch.testing.assert_close(torch.tensor(got), wanted, rtol=0, atol=1e-4)
     merged = engine_of(merged_copy(model), kind).generate(prompts_of(6), PARAMS, seeds_of(6))
     agree(adapted, merged)
+
+
+def test_in_bf16_the_native_engine_keeps_a_young_update_that_merging_would_round_away():
+    base = make("llama").to(torch.bfloat16)
+    model = add_lora(copy.deepcopy(base), LoraSettings(rank=3, alpha=3.0), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 2e-3)
+    gaps = []
+    for engine, trainer in ((base, base), (model, model), (merged_copy(model), model)):
+        rollout = engine_of(engine, dtype=torch.bfloat16).generate(
+            prompts_of(24), PARAMS, seeds_of(24)
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            wanted = torch.cat(teacher_forced(trainer, rollout))
+        found = torch.tensor(list(chain.from_iterable(rollout.logprobs)))
+        gaps.append(float((found - wanted).abs().mean()))
+    rounding, beside, merged = gaps
+    assert beside < 1.15 * rounding
+    assert merged > 1.25 * rounding
+
+
+def test_a_packed_product_is_its_layers_side_by_side_with_their_updates():
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    sizes = {"a": 4, "b": 6, "c": 2}
+    state = {f"{name}.weight": draw(size, 5) for name, size in sizes.items()}
+    state |= {f"{name}.bias": draw(size) for name, size in sizes.items()}
+    factors = {name: Factors(draw(3, 5), draw(sizes[name], 3), False) for name in "ac"}
+    product = pack([*sizes], state, factors, torch.device("cpu"), torch.float32)
+    x = draw(2, 7, 5)
+    parts = []
+    for name in sizes:
+        weight = state[f"{name}.weight"]
+        if name in factors:
+            weight = weight + factors[name].up @ factors[name].down
+        parts.append(x @ weight.T + state[f"{name}.bias"])
+    torch.testing.assert_close(product(x), torch.cat(parts, -1))
+    plain = pack(["b"], state, factors, torch.device("cpu"), torch.float32)
+    assert plain.down is None
 
 
 # --- settings

@@ -7,9 +7,10 @@ never merged into the live weights: merged weights are computed apart, for engin
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
@@ -136,21 +137,49 @@ def effective_state_dict(
         merged_dtype: dtype of merged weights instead of W's; a bf16 sum would lose small updates.
         state: the model's full state dict where its own tensors are sharded; default its own.
     """
-    state = model.state_dict() if state is None else state
-    layers = dict(_lora_layers(model))
-    result: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if ".lora_" in name or name.startswith("lora_"):
-            continue
-        result[name.replace("base_layer.", "")] = tensor
-    for name, layer in layers.items():
-        weight = state[f"{name}.base_layer.weight"]
-        up = state[f"{name}.lora_B.{ADAPTER}.weight"].float()
-        down = state[f"{name}.lora_A.{ADAPTER}.weight"].float()
-        delta = (up @ down) * layer.scaling[ADAPTER]
-        delta = delta.T if layer.fan_in_fan_out else delta
+    result, factors = split_state_dict(model, state)
+    for name, factor in factors.items():
+        weight = result[f"{name}.weight"]
+        delta = factor.up @ factor.down
+        delta = delta.T if factor.fan_in_fan_out else delta
         result[f"{name}.weight"] = (weight.float() + delta).to(merged_dtype or weight.dtype)
     return result
+
+
+class Factors(NamedTuple):
+    """A layer's update up @ down, fp32."""
+
+    down: Float[Tensor, "rank in"]
+    up: Float[Tensor, "out rank"]
+    """Scaled by alpha / rank."""
+    fan_in_fan_out: bool
+    """The layer keeps its weight transposed."""
+
+
+@torch.no_grad()
+def split_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Factors]]:
+    """The base's weights under the names they have without adapters, and each layer's update.
+
+    Args:
+        state: as in `effective_state_dict`.
+    """
+    state = model.state_dict() if state is None else state
+    base = {
+        name.replace("base_layer.", ""): tensor
+        for name, tensor in state.items()
+        if ".lora_" not in name and not name.startswith("lora_")
+    }
+    factors = {
+        name: Factors(
+            state[f"{name}.lora_A.{ADAPTER}.weight"].float(),
+            state[f"{name}.lora_B.{ADAPTER}.weight"].float() * layer.scaling[ADAPTER],
+            bool(layer.fan_in_fan_out),
+        )
+        for name, layer in _lora_layers(model)
+    }
+    return base, factors
 
 
 def merged_copy(model: M) -> M:

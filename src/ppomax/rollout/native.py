@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World, full_state
-from ppomax.models.lora import effective_state_dict
+from ppomax.models.lora import Factors, effective_state_dict, split_state_dict
 from ppomax.rollout.engine import EngineSettings, Rollout, check_prompts
+from ppomax.rollout.product import Product, pack
 from ppomax.rollout.sampling import SamplingParams, sample
 from ppomax.rollout.stops import StopStrings
 
@@ -46,12 +47,10 @@ def supports(model: PreTrainedModel) -> bool:
 class Layer:
     """Packed weights of one decoder layer, in the compute dtype (norms in fp32)."""
 
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    out: Tensor
-    out_bias: Tensor | None
-    gate_up: Tensor
-    down: Tensor
+    qkv: Product
+    out: Product
+    gate_up: Product
+    down: Product
     attention_norm: Tensor
     mlp_norm: Tensor
     q_norm: Tensor | None
@@ -102,18 +101,27 @@ class NativeEngine:
 
     @torch.no_grad()
     def sync(self, model: PreTrainedModel) -> None:
-        """Pack the model's present weights (gathered where sharded, adapters merged)."""
-        state = effective_state_dict(model, full_state(model))
+        """Pack the model's present weights, gathered where sharded.
+
+        In fp32 adapters are merged; in bf16, where that would round them away, they stand beside.
+        """
+        whole = full_state(model)
+        factors: dict[str, Factors] = {}
+        if self.dtype == torch.float32:
+            state = effective_state_dict(model, whole)
+        else:
+            state, factors = split_state_dict(model, whole)
+            merged = effective_state_dict(model, whole)
+            for name in [name for name in factors if not name.endswith("_proj")]:
+                state[f"{name}.weight"] = merged[f"{name}.weight"]  # of head and embedding
         prefix = next(n for n in state if n.endswith("embed_tokens.weight"))[
             : -len("embed_tokens.weight")
         ]
 
-        def matrix(*names: str) -> Tensor:
-            parts = [state[f"{prefix}{name}"] for name in names]
-            return torch.cat([part.to(self.device, self.dtype) for part in parts])
-
-        def optional(*names: str) -> Tensor | None:
-            return matrix(*names) if f"{prefix}{names[0]}" in state else None
+        def product(*names: str) -> Product:
+            return pack(
+                [f"{prefix}{name}" for name in names], state, factors, self.device, self.dtype
+            )
 
         def norm(name: str) -> Tensor:
             return state[f"{prefix}{name}"].to(self.device, torch.float32, copy=True)
@@ -124,15 +132,13 @@ class NativeEngine:
         self.layers = []
         for index in range(sum(n.endswith("input_layernorm.weight") for n in state)):
             at = f"layers.{index}."
-            attention = [f"{at}self_attn.{name}_proj." for name in "qkv"]
+            attention = [f"{at}self_attn.{name}_proj" for name in "qkv"]
             self.layers.append(
                 Layer(
-                    qkv=matrix(*[f"{name}weight" for name in attention]),
-                    qkv_bias=optional(*[f"{name}bias" for name in attention]),
-                    out=matrix(f"{at}self_attn.o_proj.weight"),
-                    out_bias=optional(f"{at}self_attn.o_proj.bias"),
-                    gate_up=matrix(f"{at}mlp.gate_proj.weight", f"{at}mlp.up_proj.weight"),
-                    down=matrix(f"{at}mlp.down_proj.weight"),
+                    qkv=product(*attention),
+                    out=product(f"{at}self_attn.o_proj"),
+                    gate_up=product(f"{at}mlp.gate_proj", f"{at}mlp.up_proj"),
+                    down=product(f"{at}mlp.down_proj"),
                     attention_norm=norm(f"{at}input_layernorm.weight"),
                     mlp_norm=norm(f"{at}post_attention_layernorm.weight"),
                     q_norm=optional_norm(f"{at}self_attn.q_norm.weight"),
@@ -140,7 +146,9 @@ class NativeEngine:
                 )
             )
         self.final_norm = norm("norm.weight")
-        self.embedding = matrix("embed_tokens.weight")
+        self.embedding = state[f"{prefix}embed_tokens.weight"].to(
+            self.device, self.dtype, copy=True
+        )
         self.head = self.embedding
         if not model.config.tie_word_embeddings:
             self.head = state["lm_head.weight"].to(self.device, self.dtype, copy=True)
@@ -162,7 +170,7 @@ class NativeEngine:
         """
         rows, length, _ = x.shape
         normed = F.rms_norm(x, (self.hidden,), layer.attention_norm, self.eps).to(self.dtype)
-        packed = F.linear(normed, layer.qkv, layer.qkv_bias)
+        packed = layer.qkv(normed)
         packed = packed.view(rows, length, self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = torch.split(packed, [self.heads, self.kv_heads, self.kv_heads], dim=2)
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -179,8 +187,8 @@ class NativeEngine:
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
         normed = F.rms_norm(x, (self.hidden,), layer.mlp_norm, self.eps).to(self.dtype)
-        gate, up = F.linear(normed, layer.gate_up).chunk(2, -1)
-        return x + F.linear(F.silu(gate) * up, layer.down)
+        gate, up = layer.gate_up(normed).chunk(2, -1)
+        return x + layer.down(F.silu(gate) * up)
 
     def _logits(self, x: Tensor) -> Tensor:
         x = F.rms_norm(x, (self.hidden,), self.final_norm, self.eps).to(self.dtype)
@@ -206,7 +214,7 @@ class NativeEngine:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             mixed = mixed.transpose(1, 2).flatten(2)
-            x = self._mlp(layer, x + F.linear(mixed, layer.out, layer.out_bias))
+            x = self._mlp(layer, x + layer.out(mixed))
         return self._logits(x[torch.arange(len(replies), device=self.device), lengths - 1])
 
     def _decode(
@@ -235,7 +243,7 @@ class NativeEngine:
             weights = scores.masked_fill_(beyond, float("-inf")).softmax(-1).to(self.dtype)
             mixed = torch.matmul(weights, values[:count, :, :longest])
             mixed = mixed.reshape(count, 1, self.heads * self.head_dim)
-            x = self._mlp(layer, x + F.linear(mixed, layer.out, layer.out_bias))
+            x = self._mlp(layer, x + layer.out(mixed))
         return self._logits(x[:, 0])
 
     # --- the loop -----------------------------------------------------------------------------

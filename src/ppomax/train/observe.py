@@ -121,15 +121,19 @@ def engine_gap(rollout: Rollout, scored: Scored) -> dict[str, float]:
 
 
 def timing(
-    seconds: Mapping[str, float], experience: Experience, config: PPOConfig, here: World
+    seconds: Mapping[str, float], experience: Experience, passes: int, here: World
 ) -> dict[str, float]:
-    """Seconds by phase, tokens per second, memory."""
+    """Seconds by phase, tokens per second, memory.
+
+    Args:
+        passes: how often the update went over a rollout.
+    """
     new = sum(map(len, experience.rollout.responses))
     trained = new + sum(map(len, experience.rollout.prompts))
     return {
         **{f"time/{phase}": value for phase, value in seconds.items()},
         "throughput/rollout_tokens_per_s": new / max(seconds["rollout"], 1e-9),
-        "throughput/train_tokens_per_s": trained * config.epochs / max(seconds["update"], 1e-9),
+        "throughput/train_tokens_per_s": trained * passes / max(seconds["update"], 1e-9),
         "memory/peak_gb": peak_memory_gb(here),
     }
 

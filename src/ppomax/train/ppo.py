@@ -97,7 +97,8 @@ class PPO:
                 self.update(plan, step, sums)
                 self.actors.engine.sync(self.policy.lm)
             values = observe(experience, self.config) | sums.merged(self.here)
-            values |= timing(self.seconds, experience, self.config, self.here)
+            passes = self.config.epochs * len(self.buffer)
+            values |= timing(self.seconds, experience, passes, self.here)
             self.kl.update(self._kl_in_unit(values), self.config.replies)
             self.iteration = step
             self.run.log(step, values, total=self.config.iterations)
@@ -216,9 +217,8 @@ class PPO:
                         )
                     for minibatch in plan:
                         update_critic(self.updating(step, sums), experience, minibatch, clip=None)
-            values |= sums.merged(self.here) | timing(
-                self.seconds, experience, self.config, self.here
-            )
+            values |= sums.merged(self.here)
+            values |= timing(self.seconds, experience, settings.epochs, self.here)
             self.critic_rollouts = step
             self.critic_ready = enough or step >= settings.max_rollouts
             self.run.log(step, values, total=settings.max_rollouts)

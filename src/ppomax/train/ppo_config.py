@@ -130,6 +130,11 @@ class PPOConfig(StageSettings):
             )
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature 0 explores nothing; PPO needs a sampled reply")
+        if self.advantage.missing_eos is not None and self.reward.missing_eos_penalty is not None:
+            raise ValueError(
+                "reward.missing_eos_penalty has no effect with advantage.missing_eos: "
+                f"{self.advantage.missing_eos}, which leaves a cut reply's score out"
+            )
         if self.loss.penalty_target is not None and self.steps_per_iteration == 1:
             raise ValueError(
                 "loss.penalty_target steers nothing with one optimizer step per iteration, which "
