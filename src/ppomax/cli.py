@@ -132,11 +132,7 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     typer.echo(dump(found))
     stages = planning.plan(found)
     for stage in stages:
-        typer.echo(f"{stage.stage}")
-        for name, value in stage.lines:
-            typer.echo(f"  {name:<20} {value}")
-        typer.echo(f"  {'memory':<20} about {stage.memory_gb:.1f} GB")
-        typer.echo(f"  {'disk':<20} about {stage.disk_gb:.1f} GB\n")
+        typer.echo(stage.text())
     for line in planning.advice(stages, planning.available_memory_gb()):
         typer.echo(line)
 
@@ -262,6 +258,11 @@ def _run(recipe: object, *, only: str | None, resume: bool) -> None:
 
     if not isinstance(recipe, Recipe):
         raise ConfigError("not a recipe")
+    if not resume and os.environ.get("RANK", "0") == "0":
+        from ppomax import planning
+
+        for stage in planning.plan(recipe, only):
+            say(stage.text())
     done = run_recipe(recipe, only=only, resume=resume, say=say)
     say("")
     say(f"report: {done.report}")

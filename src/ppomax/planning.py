@@ -47,6 +47,12 @@ class StagePlan:
     memory_gb: float = 0.0
     disk_gb: float = 0.0
 
+    def text(self) -> str:
+        """For the terminal."""
+        memory, disk = f"about {self.memory_gb:.1f} GB", f"about {self.disk_gb:.1f} GB"
+        rows = [*self.lines, ("memory", memory), ("disk", disk)]
+        return "\n".join([self.stage, *[f"  {name:<20} {value}" for name, value in rows], ""])
+
 
 def model_size(name: str, *, trust_remote_code: bool = False) -> Size:
     """Size from the config alone; no weights are read.
@@ -74,17 +80,20 @@ def model_size(name: str, *, trust_remote_code: bool = False) -> Size:
     )
 
 
-def plan(recipe: Recipe) -> list[StagePlan]:
+def plan(recipe: Recipe, only: str | None = None) -> list[StagePlan]:
     """The plan of every stage.
+
+    Args:
+        only: one stage's name; default all.
 
     Raises:
         ConfigError, DataError, ModelError: as the run itself would.
     """
     sizes: dict[str, Size] = {}
     stages = []
-    for name in recipe.stages():
+    for name in [only] if only else recipe.stages():
         config = getattr(recipe, name)
-        if name == "eval":
+        if name == "eval" or config is None:
             continue
         source = _first_model(recipe, config.model)
         sizes.setdefault(source, model_size(source, trust_remote_code=config.trust_remote_code))
@@ -212,7 +221,7 @@ def _plan_ppo(config: PPOConfig, shape: Size) -> StagePlan:
             f"{config.samples_per_prompt} replies to each",
         ),
         ("estimator", config.advantage.estimator),
-        ("critic pre-training", f"at most {critic_rollouts} rollouts"),
+        *([("critic pre-training", f"at most {critic_rollouts} rollouts")] * bool(critic_rollouts)),
         (
             "iterations",
             f"{config.iterations}, each {config.steps_per_iteration} optimizer steps of "
@@ -220,7 +229,7 @@ def _plan_ppo(config: PPOConfig, shape: Size) -> StagePlan:
         ),
         ("replies", f"{replies}, at most {replies * config.sampling.max_new_tokens} new tokens"),
         ("policy", f"{policy:.2f} GB"),
-        ("critic", f"{critic:.2f} GB"),
+        *([("critic", f"{critic:.2f} GB")] * bool(config.critic)),
         *[(name, f"{value:.2f} GB") for name, value in frozen.items()],
         ("cache", f"{cache:.2f} GB ({slots} slots of {length} tokens)"),
         ("activations", f"{activations:.2f} GB (micro_tokens {config.micro_tokens})"),

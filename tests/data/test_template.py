@@ -3,6 +3,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from ppomax.data.template import FALLBACK_TEMPLATE, ChatTemplate, Encoded
 from ppomax.errors import ModelError
@@ -445,3 +446,22 @@ def test_decoding_leaves_spaces_before_punctuation_alone():
 def test_the_number_of_targets_is_that_of_assistant_tokens():
     assert Encoded([1, 2, 3], [False, True, True]).num_targets == 2
     assert Encoded([], []).num_targets == 0
+
+
+def test_a_template_that_prints_today_s_date_gives_the_same_ids_every_day():
+    dated = "{{ 'Today is ' + strftime_now('%d %b %Y') + '\n' }}" + CHAT_TEMPLATE
+    template = chat(dated)
+    assert text_of(template, template.prompt(talk("hello"))).startswith("Today is 26 Jul 2024")
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_without_a_template_a_dialogue_starts_as_the_tokenizer_starts_a_text(adds):
+    tokenizer = tokenizer_with(None)
+    tokenizer.bos_token = "<|bos|>"
+    if adds:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos_token_id)]
+        )
+    ids = ChatTemplate(tokenizer).prompt(talk("hello"))
+    assert (ids[0] == tokenizer.bos_token_id) == adds
+    assert ids.count(tokenizer.bos_token_id) == adds

@@ -8,6 +8,7 @@ and nothing after it; what the template writes behind that token belongs to the 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from jinja2 import TemplateError
@@ -24,6 +25,26 @@ FALLBACK_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant: ' }}{% endif %}"
 )
 """For tokenizers that ship no chat template: the dialogue form of Anthropic's HH data."""
+
+
+_CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_DATE = datetime(2024, 7, 26, tzinfo=UTC)
+"""The date that Llama 3's own template falls back to."""
+
+
+def settle_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer a chat template whose ids are the same every day.
+
+    Without one it gets the fallback, beginning as the tokenizer begins a text. Where one prints
+    today's date, a fixed date takes its place. Exports carry the settled template.
+    """
+    template = tokenizer.chat_template
+    if not template:
+        tokenizer.chat_template = _own_start(tokenizer) + FALLBACK_TEMPLATE
+    elif isinstance(template, str):
+        tokenizer.chat_template = _CLOCK.sub(
+            lambda found: repr(_DATE.strftime(found.group(2))), template
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +72,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
         self.tokenizer = tokenizer
         self.system = system
-        if not tokenizer.chat_template:
-            tokenizer.chat_template = FALLBACK_TEMPLATE
+        settle_template(tokenizer)
         self.end_id, self.writes_end = self._find_end()
         self.end_ids = frozenset({self.end_id, *_ids(tokenizer.eos_token_id)})
         """Every id that ends a reply: the template's end-of-turn token and the tokenizer's eos."""
@@ -160,6 +180,12 @@ class ChatTemplate:
         if self.tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no end-of-text token and its template writes none")
         return int(self.tokenizer.eos_token_id), False
+
+
+def _own_start(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the tokenizer puts before plain text, for a template that knows nothing of it."""
+    starts = list(tokenizer("a")["input_ids"])[:1] == _ids(tokenizer.bos_token_id)
+    return "{{ bos_token }}" if starts and tokenizer.bos_token_id is not None else ""
 
 
 def _ids(found: int | None) -> list[int]:

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ppomax.data.template import settle_template
 from ppomax.errors import ModelError
 from ppomax.models.export import generation_config
 from ppomax.models.folders import quiet
@@ -73,6 +74,7 @@ def load_tokenizer(
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model {name!r}: its tokenizer names no eos token; replies need an end")
     tokenizer.padding_side = "right"
+    settle_template(tokenizer)
     ensure_pad(tokenizer, _generation_ends(source))
     result: PreTrainedTokenizerBase = tokenizer
     return result
