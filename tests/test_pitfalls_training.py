@@ -267,6 +267,20 @@ ELSEWHERE = {
     "reference": "train/test_options.py",
     "reward.model": "every run",
     "reward.callable": "train/test_rewards.py",
+    **{
+        f"reward.{key}": "train/test_reward_sources.py"
+        for key in (
+            "models.model",
+            "models.weight",
+            "models.retokenize",
+            "callables.callable",
+            "callables.weight",
+            "ensemble",
+            "variance_coef",
+            "process",
+            "step_separator",
+        )
+    },
     "reward.timeout": "train/test_rewards.py",
     "reward.retries": "train/test_rewards.py",
     "lora.dropout": "refused unless 0: models/test_lora.py",
@@ -503,17 +517,18 @@ def test_13_keys_that_are_refused_say_why(change, text, small, tmp_path, monkeyp
 
 
 def test_13_trust_reaches_every_loader(small, tmp_path, monkeypatch):
-    from ppomax.train import actors
+    from ppomax.train import actors, reward_sources
 
     seen = []
-    for name in ("load_policy", "load_tokenizer", "load_reward_model", "load_value_model"):
-        plain = getattr(actors, name)
+    homes = {"load_policy": actors, "load_tokenizer": actors, "load_value_model": actors}
+    for name, home in (homes | {"load_reward_model": reward_sources}).items():
+        plain = getattr(home, name)
 
         def spy(*args, plain=plain, name=name, trust_remote_code=False, **more):
             seen.append((name, trust_remote_code))
             return plain(*args, trust_remote_code=trust_remote_code, **more)
 
-        monkeypatch.setattr(actors, name, spy)
+        monkeypatch.setattr(home, name, spy)
     train_ppo(small("ppo", tmp_path / "a", {"iterations": 1, "trust_remote_code": True}))
     assert len({name for name, _ in seen}) == 4
     assert all(trust for _, trust in seen)
@@ -819,6 +834,9 @@ CONDITIONS = {
     "absent when every step was skipped": lambda c: True,
     "with ppo.ptx": lambda c: c.ptx is not None,
     "with plain temperature sampling": lambda c: c.sampling.is_plain,
+    "with several reward models in ensemble (ppo.reward.ensemble, or a folder of members)": (
+        lambda c: c.reward.ensemble is not None
+    ),
     "": lambda c: True,
 }
 

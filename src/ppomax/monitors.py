@@ -50,6 +50,13 @@ DECLARED: tuple[Metric, ...] = (
         for q in (5, 25, 50, 75, 95)
     ),
     Metric(
+        "reward/ensemble_std",
+        "score",
+        "Std of the members' standardized scores of a reply (÷ their number), mean over replies",
+        "rises: the policy goes where the reward models disagree",
+        "with several reward models in ensemble (ppo.reward.ensemble, or a folder of members)",
+    ),
+    Metric(
         "reward/total_mean",
         "reward",
         "Mean over replies of the summed token rewards: reparameterized score, KL penalty included",

@@ -165,7 +165,8 @@ def _wire(data: dict[str, Any], model: object, present: list[str], source: str) 
         raise ConfigError(
             f"{source}: setting ppo.reward: a section of settings is wanted, found {settings!r}"
         )
-    if "ppo" in present and reward and not settings.get("model") and not settings.get("callable"):
+    sources = ("model", "models", "callable", "callables", "process")
+    if "ppo" in present and reward and not any(settings.get(name) for name in sources):
         settings["model"] = reward
     if "eval" in present:
         section = data["eval"]
@@ -174,12 +175,21 @@ def _wire(data: dict[str, Any], model: object, present: list[str], source: str) 
             section["baseline"] = ppo.get("model") or sft
         if not section.get("policy"):
             section["policy"] = str(out / "ppo" / "export")
-        proxy = settings.get("model") or reward
+        proxy = settings.get("model") or _first_of(settings.get("models")) or reward
         scorers = section.get("scorers") or []
         listed = isinstance(scorers, list) and all(isinstance(item, dict) for item in scorers)
         if proxy and listed and not any(item.get("role") == "proxy" for item in scorers):
             own = {"model": proxy, "name": "reward model", "role": "proxy"}
             section["scorers"] = [own, *scorers]
+
+
+def _first_of(models: object) -> str | None:
+    """The first of `ppo.reward.models` that the evaluation can read, before they are checked."""
+    for item in models if isinstance(models, list) else []:
+        entry = {"model": item} if isinstance(item, str) else item
+        if isinstance(entry, dict) and not entry.get("retokenize") and entry.get("model"):
+            return str(entry["model"])
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ activations.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ppomax.data.sources import load_prompts
 from ppomax.data.template import ChatTemplate
 from ppomax.errors import ModelError, PpomaxError
+from ppomax.models.ensembles import members
 from ppomax.models.load import load_tokenizer, resolve
 from ppomax.models.lora import LoraSettings
 from ppomax.pipeline import Recipe
@@ -192,8 +194,10 @@ def _plan_ppo(config: PPOConfig, shape: Size) -> StagePlan:
     compute = torch.finfo(config.compute_dtype).bits / 8
     backbone = shape.parameters
     frozen = {"engine": compute * shape.parameters / GB}
-    if config.reward.callable is None:
-        frozen["reward model"] = compute * backbone / GB
+    judges = _reward_models(config, shape)
+    if judges:
+        name = "reward model" if len(judges) == 1 else f"{len(judges)} reward models"
+        frozen[name] = compute * sum(judges) / GB
     if config.kl is not None and (config.reference or not config.lora):
         frozen["reference"] = compute * shape.parameters / GB
     policy = _trained(shape.parameters, config.lora, shape, config.compute_dtype)
@@ -236,6 +240,18 @@ def _plan_ppo(config: PPOConfig, shape: Size) -> StagePlan:
         *[("advice", note) for note in config.advice()],
     ]
     return result
+
+
+def _reward_models(config: PPOConfig, shape: Size) -> list[int]:
+    """Parameters of each reward model; one that the run has yet to train has the policy's."""
+    names = [name for source in config.reward.all_models for name in members(source.model)]
+    trust = config.trust_remote_code
+    return [
+        shape.parameters
+        if Path(name).is_relative_to(config.out.parent) and not Path(name).exists()
+        else model_size(name, trust_remote_code=trust).parameters
+        for name in names
+    ]
 
 
 def _disk(models: int, keep: int, shape: Size) -> float:

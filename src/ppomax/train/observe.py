@@ -35,6 +35,8 @@ def observe(experience: Experience, config: PPOConfig) -> dict[str, float]:
         "advantage/std": unbiased_std(moments),
     }
     values |= critic_metrics(experience) | reference_metrics(scored)
+    if scored.spread is not None:
+        values["reward/ensemble_std"] = float(scored.spread[alive].mean())
     if config.kl is not None:
         values["kl/coef"] = experience.kl_coef
     if experience.exact_kl is not None:
