@@ -64,11 +64,11 @@ def model_size(name: str, *, trust_remote_code: bool = False) -> Size:
     """
     try:
         config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         first = str(error).partition("\n")[0]
         raise ModelError(f"model {name!r}: its config cannot be read ({first[:200]})") from None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # theirs
     heads = config.num_attention_heads
     kv = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from ppomax.data.template import ChatTemplate
+from ppomax.data.template import FALLBACK_TEMPLATE, ChatTemplate
 from ppomax.distributed import World
 from ppomax.errors import ConfigError
 from ppomax.models.ensembles import members
@@ -202,7 +202,7 @@ def _own_reading(
             f"setting {setting}: retokenize has no use: {name} has the tokenizer and chat template "
             f"of {config.model}; leave it out"
         )
-    if not own.chat_template:
+    if not own_form and str(own.chat_template).endswith(FALLBACK_TEMPLATE):
         raise ConfigError(
             f"setting {setting}: {name} ships no chat template to write replies in; put its "
             "chat_template.jinja into the folder"
