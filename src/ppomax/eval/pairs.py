@@ -155,6 +155,8 @@ def append_line(path: Path, line: str) -> None:
 def read_verdicts(path: Path) -> list[Verdict]:
     """The verdicts of a file in the order written, replaced ones left out, skips kept.
 
+    A line `{pair, annotator, undo: true, time}` takes back what the annotator said of the pair.
+
     A last line cut short is left out: its vote was never confirmed.
 
     Raises:
@@ -162,6 +164,10 @@ def read_verdicts(path: Path) -> list[Verdict]:
     """
     last: dict[tuple[str, str, str], Verdict] = {}
     for where, row in _rows(path, torn_end=True):
+        if row.get("undo") is True:
+            undone = (_text(row, "pair", where), _text(row, "annotator", where))
+            last = {key: vote for key, vote in last.items() if (key[0], key[2]) != undone}
+            continue
         verdict = _verdict(row, where)
         key = (verdict.pair, verdict.question, verdict.annotator)
         last.pop(key, None)  # the later one stands where it was given
