@@ -21,7 +21,6 @@ FLAGS = [
     "--disable-sync",
 ]
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
-ESCAPE = "\ue00c"
 
 
 def programs() -> tuple[str, str]:

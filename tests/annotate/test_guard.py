@@ -240,3 +240,33 @@ def test_behind_a_proxy_its_name_is_the_origin():
 def test_two_host_headers_are_refused():
     raw = [(b"host", b"localhost:1"), (b"host", b"localhost:1")]
     assert refusal(Access(port=1), "GET", "/", Headers(raw=raw)).status == 421
+
+
+def luminance(colour):
+    """Of an sRGB colour, WCAG 2.2."""
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_text_stands_out_in_light_and_in_dark(site):
+    style = site.send("GET", "/style.css")[2].decode()
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#\w{6});", part))
+        for part in (style.partition("@media")[0], style.split("@media")[1])
+    )
+    pairs = [
+        (ink, paper) for ink in ("ink", "soft", "accent", "bad") for paper in ("paper", "card")
+    ]
+    pairs += [
+        ("on-accent", "accent"),
+        ("on-accent", "accent-hover"),
+        ("soft", "wash"),
+        ("accent", "wash"),
+    ]
+    for colours in (light, dark):
+        for ink, paper in pairs:
+            low, high = sorted((luminance(colours[ink]), luminance(colours[paper])))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, paper)
