@@ -226,25 +226,22 @@ MARKED = (
 )
 
 
+def by_name(found):
+    """How the page shows a character that cannot be seen."""
+    return f"U+{ord(found[0]):04X}"
+
+
 def test_fifty_hostile_replies_do_not_execute(browse, served, make, tmp_path):
     assert len(HOSTILE) == 50
-    dialogue = ({"role": "user", "content": HOSTILE[0]},)
-    pairs = [
-        make_pair(
-            f"{number} {text[:20]}",
-            ({"role": "user", "content": f"{number} {text}"},),
-            Reply("sft", text),
-            Reply(HOSTILE[2], f"fine {number}"),
-            kind="",
-            lang="en",
-        )
-        for number, text in enumerate(HOSTILE)
-    ]
-    pairs[0] = make_pair(HOSTILE[2], dialogue, Reply("sft", HOSTILE[0]), Reply("x", "fine 0"))
+    pairs = []
+    for number, (one, two) in enumerate(zip(HOSTILE[::2], HOSTILE[1::2], strict=True)):
+        question = ({"role": "user", "content": f"{number} {one}"},)
+        sides = Reply("<img src=x onerror=window.pwned=1>", one), Reply("ppo", two)
+        pairs.append(make_pair(f"{number} {two}", question, *sides, kind=one, lang='"><b>'))
     server = served(pairs)
     browser = browse(server.address, "<img src=x onerror=window.pwned=1>")
-    seen = set()
-    for _ in range(50):
+    seen, named = set(), {re.sub(MARKED, by_name, text): text for text in HOSTILE}
+    for _ in range(25):
         state = browser.run(
             """const texts = [...document.querySelectorAll('.text')];
             return {pwned: window.pwned ?? null, title: document.title, url: location.href,
@@ -258,18 +255,10 @@ def test_fifty_hostile_replies_do_not_execute(browse, served, make, tmp_path):
         assert (state["pwned"], state["odd"], state["foreign"]) == (None, 0, 0)
         assert (state["title"], state["url"]) == ("ppomax", server.address)
         assert not state["wide"]
-        reply, marks = next(
-            (text, count)
-            for text, count in zip(state["texts"][1:], state["marks"][1:], strict=True)
-            if not text.startswith("fine")
-        )
-        source = next(
-            text
-            for text in HOSTILE
-            if re.sub(MARKED, lambda m: f"U+{ord(m[0]):04X}", text) == reply
-        )
-        assert marks == len(re.findall(MARKED, source))
-        seen.add(source)
+        for reply, marks in zip(state["texts"][1:], state["marks"][1:], strict=True):
+            source = named[reply]
+            assert marks == len(re.findall(MARKED, source))
+            seen.add(source)
         press_for_next(browser, "t")
     assert len(seen) == 50
     assert browser.run("return window.pwned ?? null") is None
@@ -293,7 +282,7 @@ def test_the_browser_itself_would_refuse_a_script(browse, served, make):
     assert browser.run("return window.pwned ?? null") is None
 
 
-@pytest.mark.parametrize("size", [(360, 740), (390, 844), (820, 1180)])
+@pytest.mark.parametrize("size", [(360, 740), (820, 1180)])
 def test_on_a_phone_everything_fits_and_fingers_hit(browse, served, make, size):
     long = make(0, a="plain " + "word " * 400, b="better " + "字" * 900 + " " + "W" * 300)
     browser = browse(served([long]).address, "ann", size=size, phone=True)

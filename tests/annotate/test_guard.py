@@ -118,6 +118,7 @@ def test_an_oversized_body_is_refused_whether_or_not_it_says_so(site):
     fits = NEXT + b" " * (MAX_BODY - len(NEXT))
     assert ask(site, body=fits) == 200
     assert ask(site, body=fits + b" ") == 413
+    assert ask(site, content_length=str(MAX_BODY + 1)) == 413  # at once, not waiting for the rest
     chunk = b"%x\r\n%s\r\n" % (MAX_BODY, b" " * MAX_BODY)
     head = (
         f"POST /api/next HTTP/1.1\r\nHost: {site.host}\r\nOrigin: http://{site.host}\r\n"
