@@ -206,6 +206,47 @@ def chat(
         typer.echo(partner.reply(text))
 
 
+@app.command()
+def annotate(
+    pairs: Annotated[Path, typer.Argument(help="Pair file (JSONL).")],
+    out: Annotated[Path, typer.Option(help="Vote file; gone on with if it is there.")],
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Write preference pairs made of the votes to this file, and end."),
+    ] = None,
+    quota: Annotated[int | None, typer.Option(help="Votes wanted of each pair (1).")] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address to listen on (127.0.0.1); another one gets a token."),
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="8765; 0 takes any free one.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="https://name, where a proxy in front is reached.")
+    ] = None,
+) -> None:
+    """A page on which people compare replies, blind; their votes become preference pairs."""
+    from ppomax.config import parse
+
+    given = {"quota": quota, "host": host, "port": port, "url": url}
+    settings = {name: value for name, value in given.items() if value is not None}
+    if export is not None:
+        from ppomax.annotate.export import export_preferences
+
+        if settings:
+            raise ConfigError(f"option {next(iter(settings))}: has no effect with --export")
+        for line in export_preferences(pairs, out, export):
+            typer.echo(line)
+        return
+    try:
+        from ppomax.annotate.serve import AnnotateConfig, serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn"):
+            raise
+        raise ConfigError('the page needs: pip install "ppomax[ui]"') from None
+    config = parse(AnnotateConfig, settings, "options")
+    serve(pairs, out, config, token=os.environ.get("PPOMAX_ANNOTATE_TOKEN"), say=say)
+
+
 @data_app.command("check")
 def data_check(files: Annotated[list[str], typer.Argument(help="Data files.")]) -> None:
     """Rows, format found, defects with line numbers; exit 1 if any row would be refused."""
