@@ -224,7 +224,9 @@ def data_check(files: Annotated[list[str], typer.Argument(help="Data files.")]) 
 
 @eval_app.command("reward")
 def eval_reward(
-    model: Annotated[str, typer.Argument(help="Reward-model folder or hub id.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Reward-model folders or hub ids; several are compared.")
+    ],
     data: Annotated[list[str], typer.Option(help="Preference file; may be given several times.")],
     out: Annotated[Path | None, typer.Option(help="Folder; default the current one.")] = None,
     dtype: str = "float32",
@@ -233,13 +235,44 @@ def eval_reward(
     heldout: Annotated[
         float | None, typer.Option(help="Only the pairs that training holds out with this share.")
     ] = None,
+    by: Annotated[
+        list[str] | None, typer.Option(help="Column to give numbers by, beside lang, kind, source.")
+    ] = None,
+    lm: Annotated[
+        str,
+        typer.Option(
+            help="Language model whose likelihood of an answer is a baseline; base: what the first "
+            "model started from; none: leave it out."
+        ),
+    ] = "base",
+    gold: Annotated[
+        str | None,
+        typer.Option(help="Second reward model, the judge of a best-of-n curve."),
+    ] = None,
+    candidates: Annotated[
+        list[str] | None,
+        typer.Option(help="File of several replies to each prompt; default the pairs' answers."),
+    ] = None,
 ) -> None:
     """Accuracy with intervals, calibration, length bias, worst pairs: a report as JSON and HTML."""
+    from ppomax.eval.reward import evaluate_reward
     from ppomax.pipeline import write_reward_evaluation
 
-    for line in write_reward_evaluation(
-        model, data, out or Path(), dtype=dtype, max_length=max_length, limit=limit, heldout=heldout
-    ):
+    if candidates and gold is None:
+        raise ConfigError("option candidates: has no effect without --gold, who judges them")
+    found = evaluate_reward(
+        models,
+        data,
+        dtype=dtype,
+        max_length=max_length,
+        limit=limit,
+        heldout=heldout,
+        by=by or (),
+        language_model=None if lm == "none" else lm,
+        gold=gold,
+        candidates=candidates or (),
+    )
+    for line in write_reward_evaluation(found, out or Path()):
         typer.echo(line)
 
 

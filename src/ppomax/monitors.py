@@ -19,6 +19,8 @@ class Metric:
     condition: str = ""
     """Where it is logged; empty: in every row of its stages."""
     stages: tuple[str, ...] = ("ppo", "critic")
+    family: bool = False
+    """Also logged as `key_VALUE`, for values found in the data."""
 
 
 _UPDATE = ("ppo",)
@@ -238,6 +240,14 @@ DECLARED: tuple[Metric, ...] = (
         ("reward",),
     ),
     Metric(
+        "reward/centre_loss",
+        "score²",
+        "Squared sum of a pair's scores, mean over pairs",
+        "",
+        "with centre_coef",
+        ("reward",),
+    ),
+    Metric(
         "reward/accuracy",
         "share",
         "Pairs of the step ranked as the annotator did",
@@ -274,6 +284,15 @@ DECLARED: tuple[Metric, ...] = (
         "every eval_every steps, with held-out rows",
         ("reward", "sft"),
     ),
+    Metric(
+        "eval/perplexity",
+        "1",
+        "exp of the held-out loss; also as `eval/perplexity_VALUE` for each value of `eval_by`",
+        "rising: over-fitting",
+        "every eval_every steps, with held-out rows",
+        ("sft",),
+        family=True,
+    ),
     Metric("sft/loss", "nats/token", "NLL of assistant tokens", "", "", ("sft",)),
     Metric("sft/perplexity", "1", "exp of it", "", "", ("sft",)),
     Metric("sft/grad_norm", "1", "Global gradient norm before the clip", "spikes", "", ("sft",)),
@@ -287,8 +306,10 @@ def check_keys(stage: str, values: Mapping[str, float]) -> None:
     Raises:
         KeyError: a programming mistake, not a user's.
     """
-    known = {metric.key for metric in DECLARED if stage in metric.stages}
-    unknown = sorted(set(values) - known)
+    own = [metric for metric in DECLARED if stage in metric.stages]
+    known = {metric.key for metric in own}
+    families = tuple(f"{metric.key}_" for metric in own if metric.family)
+    unknown = sorted(key for key in set(values) - known if not key.startswith(families))
     if unknown:
         raise KeyError(f"metric keys not declared for stage {stage}: {', '.join(unknown)}")
 

@@ -15,14 +15,9 @@ from ppomax.distributed import World
 from ppomax.errors import ConfigError, DataError
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
 from ppomax.train import reward
-from ppomax.train.reward import (
-    RewardConfig,
-    encode_pair,
-    load_data,
-    probe_messages,
-    stack,
-    train_reward,
-)
+from ppomax.train.pairs import encode_pair, stack
+from ppomax.train.probes import probe_messages
+from ppomax.train.reward import RewardConfig, load_data, train_reward
 from ppomax.train.settings import StageSettings
 from ppomax.types import Message, PreferenceRow
 

@@ -119,7 +119,8 @@ def test_dialogues_that_cannot_fit_are_set_aside_with_their_line(small, tmp_path
     path = tmp_path / "rows.jsonl"
     lines = [{"prompt": "A?", "completion": "B"}, {"prompt": "C?", "completion": "D " * 300}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = train_sft(small("sft", tmp_path / "run", {"data": str(path), "heldout": 0.0}))
+    change = {"data": str(path), "heldout": 0.0, "max_bad_rows": 0.5}
+    run = train_sft(small("sft", tmp_path / "run", change))
     events = [row for row in jsonl(run / "events.jsonl") if row["kind"] == "quarantined_row"]
     assert [(row["where"], row["defect"]) for row in events] == [(f"{path}:2", "too-long")]
     assert "eval/loss" not in rows(run)[-1]

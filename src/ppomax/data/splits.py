@@ -96,7 +96,7 @@ class Overlap(NamedTuple):
     """`file:line` of the first such training row."""
     heldout: str
     how: Literal["exact", "normalised"]
-    """Whether the prompts are equal, or equal but for case, spaces and character width."""
+    """Whether the texts are equal, or equal but for case, spaces and character width."""
 
 
 def overlap(
@@ -104,19 +104,49 @@ def overlap(
     heldout: Sequence[PreferenceRow | SFTRow | PromptRow],
 ) -> list[Overlap]:
     """Every held-out row whose prompt stands among the training rows too."""
+    return _shared(
+        [(_text(prompt_of(row)), row.where) for row in train],
+        [(_text(prompt_of(row)), row.where) for row in heldout],
+    )
+
+
+def exchange_overlap(
+    train: Sequence[PreferenceRow | SFTRow], heldout: Sequence[PreferenceRow | SFTRow]
+) -> list[Overlap]:
+    """Every held-out row whose last question and answers stand in a training row too.
+
+    A split by prompt cannot see these: the dialogues part in an earlier turn. The answers of a pair
+    count in either order.
+    """
+    return _shared(
+        [(_exchange(row), row.where) for row in train],
+        [(_exchange(row), row.where) for row in heldout],
+    )
+
+
+def _shared(train: list[tuple[str, str]], heldout: list[tuple[str, str]]) -> list[Overlap]:
+    """Held-out (text, place) whose text is a training text, as it is or evened out."""
     exact: dict[str, str] = {}
     near: dict[str, str] = {}
-    for row in train:
-        exact.setdefault(_text(prompt_of(row)), row.where)
-        near.setdefault(_normalised(row), row.where)
+    for text, where in train:
+        exact.setdefault(text, where)
+        near.setdefault(_even(text), where)
     found = []
-    for row in heldout:
-        text, rough = _text(prompt_of(row)), _normalised(row)
+    for text, where in heldout:
         if text in exact:
-            found.append(Overlap(exact[text], row.where, "exact"))
-        elif rough in near:
-            found.append(Overlap(near[rough], row.where, "normalised"))
+            found.append(Overlap(exact[text], where, "exact"))
+        elif _even(text) in near:
+            found.append(Overlap(near[_even(text)], where, "normalised"))
     return found
+
+
+def _exchange(row: PreferenceRow | SFTRow) -> str:
+    """The last question and what answers it."""
+    if isinstance(row, PreferenceRow):
+        answers = sorted([row.chosen, row.rejected])
+    else:
+        answers = [row.messages[-1]["content"]]
+    return "\x1e".join([prompt_of(row)[-1]["content"], *answers])
 
 
 def _stream(seed: int, source: int, length: int, *, first: int, count: int) -> list[int]:
@@ -154,9 +184,16 @@ def _text(messages: Messages) -> str:
 def _normalised(row: PreferenceRow | SFTRow | PromptRow) -> str:
     """The prompt with case, white space and character width (NFKC) evened out."""
     turns = (f"{message['role']} {message['content']}" for message in prompt_of(row))
-    return "\n".join(
-        " ".join(unicodedata.normalize("NFKC", turn).casefold().split()) for turn in turns
-    )
+    return "\n".join(map(_flat, turns))
+
+
+def _even(text: str) -> str:
+    """The same of a text of several parts."""
+    return "\n".join(map(_flat, text.split("\x1e")))
+
+
+def _flat(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _place(salt: str, key: str) -> float:

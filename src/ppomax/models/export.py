@@ -52,8 +52,26 @@ class RewardCard:
     score_std: float
     accuracy: dict[str, float]
     """Held-out accuracy: `all`, then per subset."""
+    accuracy_pairs: dict[str, int] = field(default_factory=dict)
+    """Held-out pairs behind each accuracy."""
+    length_correlation: dict[str, float] = field(default_factory=dict)
+    """Of held-out scores with length, over all answers and within pairs given the preference."""
     counts: dict[str, int] = field(default_factory=dict)
     """Pairs trained on, held out, quarantined."""
+    quarantined: dict[str, int] = field(default_factory=dict)
+    """Rows set aside by kind of defect."""
+    notes: list[str] = field(default_factory=list)
+    """What the run warned of in its data."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Source to SHA-256."""
+    heldout: float | None = None
+    """Share of prompts that training held out."""
+    system: str | None = None
+    """System prompt that training put before dialogues without one."""
+    template: str = ""
+    """The chat template itself."""
+    exported: str = ""
+    """Which step's weights these are."""
     licence: str | None = None
     source_model: str | None = None
 
