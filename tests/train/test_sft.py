@@ -206,3 +206,46 @@ def test_it_overfits_a_small_set(small, tmp_path):
 def test_settings_have_the_papers_defaults():
     config = SFTConfig(model="m", data=["d"], out="o")
     assert (config.epochs, config.optim.schedule, config.optim.floor) == (2, "cosine", 0.1)
+
+
+def test_held_out_perplexity_is_given_by_language(small, tmp_path, template):
+    path = tmp_path / "rows.jsonl"
+    lines = [
+        {
+            "prompt": f"Say {i}.",
+            "completion": f"{i} and {i}" * (1 + i % 3),
+            "lang": ("en", "zh-CN")[i % 2],
+        }
+        for i in range(16)
+    ]
+    del lines[0]["lang"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    change = {"data": str(path), "heldout": 0.6, "max_steps": 1, "micro_tokens": 70}
+    config = small("sft", tmp_path / "run", change)
+    found = rows(train_sft(config))[0]
+    data = load_data(config, template)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export")
+    for key, lang in (("en", "en"), ("zh_cn", "zh-CN")):
+        own = [
+            encoded
+            for encoded, row in zip(data.heldout, data.heldout_rows, strict=True)
+            if row.meta.get("lang") == lang
+        ]
+        total, count = nll(trained, own)
+        assert found[f"eval/perplexity_{key}"] == pytest.approx(math.exp(total / count), rel=1e-3)
+    assert found["eval/perplexity"] == pytest.approx(math.exp(found["eval/loss"]))
+    plain = rows(train_sft(small("sft", tmp_path / "plain", change | {"eval_by": None})))[0]
+    assert set(found) - set(plain) == {"eval/perplexity_en", "eval/perplexity_zh_cn"}
+
+
+def test_the_log_holds_replies_to_held_out_prompts(small, tmp_path, template):
+    change = {"log": {"samples": 2}, "heldout": 0.5, "max_steps": 1}
+    config = small("sft", tmp_path / "run", change)
+    found = jsonl(train_sft(config) / "samples.jsonl")
+    heldout = load_data(config, template).heldout_rows
+    assert [row["id"] for row in found] == [row.id for row in heldout[:2]]
+    for row, said in zip(heldout, found, strict=False):
+        assert said["prompt"] == list(row.messages[:-1])
+        assert said["wanted"] == row.messages[-1]["content"]
+        assert said["response"] != ""
+        assert 0 < said["length"] <= 64

@@ -6,87 +6,30 @@ ranking term is a mean over pairs, the imitation term a mean over the preferred 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from ppomax.data.batching import plan_micro_batches
-from ppomax.data.sources import load_preferences
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World, gather, world
-from ppomax.errors import DataError, TrainingError
+from ppomax.errors import TrainingError
 from ppomax.losses import centring_loss, lm_loss, pairwise_ranking_loss
 from ppomax.metrics import MetricSums
 from ppomax.models.heads import ScalarModel
 from ppomax.models.language import freeze_embeddings, place
 from ppomax.models.load import load_reward_model, load_tokenizer
 from ppomax.models.lora import add_lora
+from ppomax.train.ensemble import train_members
 from ppomax.train.loop import StageRun, Trainable, autocast, check_positions, rank_micro_batches
-from ppomax.train.optim import OptimSettings
 from ppomax.train.pair_forward import PairOutput, check_sharing, forward_pairs, width
-from ppomax.train.pairs import Pair, encode_pair, length_note
+from ppomax.train.pairs import Pair
+from ppomax.train.reward_card import export
+from ppomax.train.reward_data import RewardConfig, load_data
 from ppomax.train.scoring import score_pairs
-from ppomax.train.supervised import StageData, SupervisedSettings, build_data, fit
-from ppomax.types import PreferenceRow
+from ppomax.train.supervised import fit
 
-RewardData = StageData[PreferenceRow, Pair]
-
-
-class RewardConfig(SupervisedSettings):
-    """Learn a score from preferences."""
-
-    lm_coef: float = Field(1.0, ge=0)
-    """β_rm of eq. 2: weight of the imitation loss (paper: 1; its released scripts: 0)."""
-    ranking_coef: float = Field(1.0, gt=0)
-    """λ of eq. 2 (paper: 1)."""
-    margin: float = Field(0.0, ge=0)
-    """Score difference asked for (Touvron et al. 2023, 2307.09288, eq. 2)."""
-    strength: Literal["margin", "weight"] = "margin"
-    """What a pair's own strength does where the data has one: multiply `margin`, or be the pair's
-    weight in the ranking loss. Ours."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Assumed share of wrong labels."""
-    centre_coef: float | None = Field(None, gt=0)
-    """Weight of a term that pulls the mean of a pair's scores to 0 (Eisenstein et al. 2023,
-    2312.09244); PPO's normalisation makes up for a shifted score, so null. Others take 0.01."""
-    min_pairs: int = Field(4, ge=1)
-    """Fewest pairs in a step (paper: 4)."""
-    max_pairs: int = Field(128, ge=1)
-    """Most pairs in a step (paper: 128)."""
-    eval_pairs: int | None = Field(500, ge=1)
-    """Held-out pairs in each evaluation, the first of them; null takes all."""
-    share_prompts: bool = False
-    """Compute a pair's prompt once, behind it both answers. Changes no result beyond rounding."""
-    optim: OptimSettings = OptimSettings(lr=5e-6, schedule="inverse_sqrt", warmup=0.1)
-    """The paper's 5e-6 is for 7B; small models need more."""
-
-
-def load_data(config: RewardConfig, template: ChatTemplate) -> RewardData:
-    """Read, split and encode; plan every step.
-
-    Raises:
-        DataError: no pair fits `max_length`, or no pair has the strength that is to weigh it.
-    """
-    loaded = load_preferences(config.data, max_bad_rows=config.max_bad_rows)
-    data = build_data(
-        config,
-        loaded,
-        lambda row: encode_pair(row, template, config.max_length),
-        lambda pair: pair.tokens,
-        "pair",
-        least=config.min_pairs,
-        most=config.max_pairs,
-    )
-    if config.strength == "weight" and not any(pair.row.strength for pair in data.train):
-        raise DataError(
-            "setting reward.strength: no pair has a strength above 0; name its column in "
-            "data.strength, or set reward.strength to margin"
-        )
-    data.notes.extend(filter(None, [length_note(data.train)]))
-    del data.heldout[config.eval_pairs or len(data.heldout) :]
-    return data
+__all__ = ["RewardConfig", "load_data", "train_reward"]
 
 
 def train_reward(config: RewardConfig, *, resume: bool = False) -> Path:
@@ -96,12 +39,16 @@ def train_reward(config: RewardConfig, *, resume: bool = False) -> Path:
             torch.set_num_threads(config.threads)
         run = StageRun("reward", config, here, resume=resume)
         with run.signals():
-            return _train(config, here, run)
+            if config.ensemble is None:
+                return _train(config, here, run)
+            return train_members(config, here, run, _train_one, resume=resume)
+
+
+def _train_one(config: RewardConfig, resume: bool) -> Path:
+    return train_reward(config, resume=resume)
 
 
 def _train(config: RewardConfig, here: World, run: StageRun) -> Path:
-    from ppomax.train.reward_card import export
-
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     template = ChatTemplate(tokenizer, config.system)
     base = config.compute_dtype if config.lora else torch.float32

@@ -21,7 +21,7 @@ from ppomax.models.load import licence_of
 from ppomax.models.lora import merged_copy
 from ppomax.train.pairs import Pair
 from ppomax.train.probes import probe_messages, score_dialogues
-from ppomax.train.reward import RewardConfig, RewardData
+from ppomax.train.reward_data import RewardConfig, RewardData
 from ppomax.train.scoring import score_pairs
 from ppomax.train.supervised import Fitted
 
