@@ -474,3 +474,17 @@ def test_the_card_says_what_the_model_was_made_of(small, tmp_path, small_data):
     readme = (run / "export" / "README.md").read_text()
     assert "license: mit" in readme
     assert "held-out accuracy (lang: en)" in readme
+
+
+@pytest.mark.slow
+def test_thirty_steps_do_not_depend_on_micro_tokens(small, tmp_path):
+    found = {}
+    for micro in (1, 130, 260, 100_000):
+        more = {"micro_tokens": micro, "max_steps": 30, "epochs": 30, "eval_every": 1000}
+        more |= {"checkpoint": {"every": 1000}, "optim": {"lr": 1e-4}}
+        found[micro] = rows(train_reward(small("reward", tmp_path / str(micro), more)))
+    assert all(len(steps) == 30 for steps in found.values())
+    for key in ("reward/loss", "reward/pair_loss", "reward/lm_loss", "reward/grad_norm"):
+        expected = [row[key] for row in found[100_000]]
+        for micro, steps in found.items():
+            assert [row[key] for row in steps] == pytest.approx(expected, rel=1e-5), (micro, key)
