@@ -2,9 +2,10 @@
 
     python benchmarks/shared_prompts.py [--layers 4] [--hidden 576] [--threads N]
 
-A model of SmolLM2-135M's width with few layers and random weights; forward and backward of micro-batches
-of pairs, both ways in turn on the same pairs. Prints one line per shape: prompt and answer tokens,
-the share of tokens saved, seconds each way, and the ratio (above 1: sharing is faster).
+A model of SmolLM2-135M's width with few layers and random weights; forward and backward of
+micro-batches of pairs, both ways in turn on the same pairs. Prints one line per shape: prompt and
+answer tokens, the share of tokens saved, seconds each way, and the ratio (above 1: sharing is
+faster).
 """
 
 import argparse
@@ -83,10 +84,8 @@ def main():
                 times[share] += [took] if turn else []  # the first turn warms up
         apart, shared = (statistics.median(times[share]) for share in (False, True))
         saved = prompt / (2 * (prompt + answer))
-        print(
-            f"{prompt:6d} {answer:6d} {saved:5.0%} {apart:6.2f} {shared:6.2f} {apart / shared:6.2f}",
-            flush=True,
-        )
+        line = f"{prompt:6d} {answer:6d} {saved:5.0%} {apart:6.2f} {shared:6.2f}"
+        print(f"{line} {apart / shared:6.2f}", flush=True)
 
 
 if __name__ == "__main__":
