@@ -166,6 +166,9 @@ def generate(
     seed: int = 0,
     dtype: str = "float32",
     limit: Annotated[int | None, typer.Option(help="First so many prompts.", min=1)] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt; default that of the model's training.")
+    ] = None,
 ) -> None:
     """One reply per prompt; the paper's sampling (section 6.1) by default."""
     from ppomax.config import parse
@@ -179,7 +182,9 @@ def generate(
         "max_new_tokens": max_new_tokens,
     }
     params = parse(SamplingParams, settings, "options")
-    count = generate_file(model, prompts, out, params, seed=seed, dtype=dtype, limit=limit)
+    count = generate_file(
+        model, prompts, out, params, seed=seed, dtype=dtype, limit=limit, system=system
+    )
     typer.echo(f"{count} replies in {out}")
 
 
@@ -190,7 +195,9 @@ def chat(
     top_p: float = 0.9,
     max_new_tokens: int = 256,
     seed: int = 0,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt; default that of the model's training.")
+    ] = None,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends."""
     from ppomax.config import parse

@@ -249,3 +249,31 @@ def test_the_log_holds_replies_to_held_out_prompts(small, tmp_path, template):
         assert said["wanted"] == row.messages[-1]["content"]
         assert said["response"] != ""
         assert 0 < said["length"] <= 64
+
+
+def test_the_system_prompt_of_training_is_the_default_when_it_writes(
+    small, tmp_path, small_data, monkeypatch
+):
+    from ppomax.eval import generate
+    from ppomax.rollout import SamplingParams
+
+    used = []
+
+    class Noted(ChatTemplate):
+        def __init__(self, tokenizer, system=None):
+            used.append(system)
+            super().__init__(tokenizer, system)
+
+    monkeypatch.setattr(generate, "ChatTemplate", Noted)
+    run = train_sft(small("sft", tmp_path / "run", {"system": "Answer in rhyme.", "max_steps": 1}))
+    plain = train_sft(small("sft", tmp_path / "plain", {"max_steps": 1}))
+    params = SamplingParams(temperature=0, max_new_tokens=2)
+    for model in (run, plain):
+        for system in (None, "No."):
+            options = {"seed": 0, "dtype": "float32", "limit": 1, "system": system}
+            out = tmp_path / "replies.jsonl"
+            generate.generate_file(
+                str(model / "export"), small_data["prompts"], out, params, **options
+            )
+            generate.Chat(str(model / "export"), params, seed=0, system=system)
+    assert used[::2] == used[1::2] == ["Answer in rhyme.", "No.", None, "No."]

@@ -43,7 +43,7 @@ def paired_accuracy(
     error = clustered_standard_error(gap, clusters) if len(set(clusters)) > 1 else None
     mean = float(gap.mean())
     half = None if error is None else NormalDist().inv_cdf(0.975) * error
-    interval = None if half is None else Interval(mean - half, mean + half)
+    interval = None if half is None else Interval(max(mean - half, -1.0), min(mean + half, 1.0))
     wins, losses = int((gap > 0).sum()), int((gap < 0).sum())
     return PairedAccuracy(mean, error, interval, sign_test_p(wins, losses), wins, losses, len(gap))
 

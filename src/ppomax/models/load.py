@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from ppomax.errors import ModelError
-from ppomax.models.export import generation_config, source_licence
+from ppomax.models.export import generation_config, source_licence, trained_system
 from ppomax.models.folders import quiet
 from ppomax.models.heads import LM_HEAD_FILE, ScalarModel, hidden_states, output_weight, set_pad
 from ppomax.models.pull import NAME, cache_dir, pull
@@ -61,6 +61,12 @@ def licence_of(name: str) -> str | None:
     """What a model says of its licence, where it is a folder here."""
     place = Path(resolve(name))
     return source_licence(place) if place.is_dir() else None
+
+
+def system_of(name: str) -> str | None:
+    """The system prompt of a policy's training, where it is a folder that says so."""
+    place = Path(resolve(name))
+    return trained_system(place) if place.is_dir() else None
 
 
 def load_tokenizer(

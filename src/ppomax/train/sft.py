@@ -235,4 +235,6 @@ def _export(
             datasets=[source.path for source in config.data],
             **({"licence": licence} if licence else {}),
         )
-        export_policy(lm, tokenizer, run.path / "export", card=card, state=state)
+        export_policy(
+            lm, tokenizer, run.path / "export", card=card, state=state, system=config.system
+        )
