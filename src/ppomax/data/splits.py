@@ -105,8 +105,8 @@ def overlap(
 ) -> list[Overlap]:
     """Every held-out row whose prompt stands among the training rows too."""
     return _shared(
-        [(_text(prompt_of(row)), row.where) for row in train],
-        [(_text(prompt_of(row)), row.where) for row in heldout],
+        [Text(_text(prompt_of(row)), _normalised(row), row.where) for row in train],
+        [Text(_text(prompt_of(row)), _normalised(row), row.where) for row in heldout],
     )
 
 
@@ -118,35 +118,42 @@ def exchange_overlap(
     A split by prompt cannot see these: the dialogues part in an earlier turn. The answers of a pair
     count in either order.
     """
-    return _shared(
-        [(_exchange(row), row.where) for row in train],
-        [(_exchange(row), row.where) for row in heldout],
-    )
+    return _shared([_exchange(row) for row in train], [_exchange(row) for row in heldout])
 
 
-def _shared(train: list[tuple[str, str]], heldout: list[tuple[str, str]]) -> list[Overlap]:
-    """Held-out (text, place) whose text is a training text, as it is or evened out."""
+class Text(NamedTuple):
+    """What a row is compared by."""
+
+    exact: str
+    normalised: str
+    where: str
+
+
+def _shared(train: list[Text], heldout: list[Text]) -> list[Overlap]:
+    """Held-out texts that are training texts, as they are or evened out."""
     exact: dict[str, str] = {}
     near: dict[str, str] = {}
-    for text, where in train:
-        exact.setdefault(text, where)
-        near.setdefault(_even(text), where)
+    for text in train:
+        exact.setdefault(text.exact, text.where)
+        near.setdefault(text.normalised, text.where)
     found = []
-    for text, where in heldout:
-        if text in exact:
-            found.append(Overlap(exact[text], where, "exact"))
-        elif _even(text) in near:
-            found.append(Overlap(near[_even(text)], where, "normalised"))
+    for text in heldout:
+        if text.exact in exact:
+            found.append(Overlap(exact[text.exact], text.where, "exact"))
+        elif text.normalised in near:
+            found.append(Overlap(near[text.normalised], text.where, "normalised"))
     return found
 
 
-def _exchange(row: PreferenceRow | SFTRow) -> str:
+def _exchange(row: PreferenceRow | SFTRow) -> Text:
     """The last question and what answers it."""
     if isinstance(row, PreferenceRow):
-        answers = sorted([row.chosen, row.rejected])
+        answers = [row.chosen, row.rejected]
     else:
         answers = [row.messages[-1]["content"]]
-    return "\x1e".join([prompt_of(row)[-1]["content"], *answers])
+    question = prompt_of(row)[-1]["content"]
+    exact = "\x1e".join([question, *sorted(answers)])
+    return Text(exact, "\x1e".join([_flat(question), *sorted(map(_flat, answers))]), row.where)
 
 
 def _stream(seed: int, source: int, length: int, *, first: int, count: int) -> list[int]:
@@ -185,11 +192,6 @@ def _normalised(row: PreferenceRow | SFTRow | PromptRow) -> str:
     """The prompt with case, white space and character width (NFKC) evened out."""
     turns = (f"{message['role']} {message['content']}" for message in prompt_of(row))
     return "\n".join(map(_flat, turns))
-
-
-def _even(text: str) -> str:
-    """The same of a text of several parts."""
-    return "\n".join(map(_flat, text.split("\x1e")))
 
 
 def _flat(text: str) -> str:

@@ -4,53 +4,39 @@ Several models are judged on the same pairs, those that fit all of them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
+from typing import Any, NamedTuple
 
 from ppomax.config import parse
-from ppomax.data.batching import collate, plan_micro_batches
 from ppomax.data.sources import (
     SourceConfig,
     exchange_overlap,
+    file_sha256,
     load_preferences,
     locate,
     overlap,
     split_by_prompt,
 )
-from ppomax.data.sources import file_sha256 as digest_of
-from ppomax.data.template import ChatTemplate
-from ppomax.distributed import World, sum_tensor, world
+from ppomax.distributed import World, world
 from ppomax.errors import DataError, PpomaxError
-from ppomax.eval.best_of_n import Candidates, best_of_n_curve, load_candidates
+from ppomax.eval.best_of_n import best_of_n_curve, load_candidates
+from ppomax.eval.judges import (
+    Judge,
+    JudgedPairs,
+    encode_for_all,
+    judge_pairs,
+    load_judge,
+    log_likelihoods,
+    score_candidates,
+)
 from ppomax.eval.preference import SUBSET_COLUMNS, compare, evaluate_pairs
 from ppomax.eval.statistics import Floats
-from ppomax.models.export import REWARD_CARD_FILE, RewardCard, read_reward_card
-from ppomax.models.folders import ensemble_members
-from ppomax.models.language import LanguageModel
-from ppomax.models.load import load_policy, load_reward_model, load_tokenizer, resolve
-from ppomax.train.loop import autocast, rank_micro_batches
-from ppomax.train.pairs import Pair, encode_pair
-from ppomax.train.scoring import score_pairs, score_rows
+from ppomax.train.pairs import Pair
 from ppomax.train.settings import StageSettings
 from ppomax.types import PreferenceRow
 
 BASE = "base"
 """As language model: the one the first reward model's card says it started from."""
-
-
-@dataclass(frozen=True, slots=True)
-class Judge:
-    """A reward model to be judged: where it is, how it reads dialogues, what it says of itself."""
-
-    name: str
-    members: list[str]
-    """Folders or ids whose mean score is its score; one but for an ensemble."""
-    template: ChatTemplate
-    card: RewardCard | None
 
 
 def evaluate_reward(
@@ -106,178 +92,88 @@ def evaluate_reward(
         loaded = load_preferences([SourceConfig(path=path) for path in files], max_bad_rows=1.0)
         rows = loaded.rows if heldout is None else split_by_prompt(loaded.rows, heldout).heldout
         rows = rows[:limit]
-        encoded = _encode(rows, judges, max_length)
+        encoded = encode_for_all(rows, judges, max_length)
         if not encoded:
             raise DataError(
                 f"setting max_length: no pair of {', '.join(files)} fits {max_length} tokens"
             )
         kept = [pairs[0].row for pairs in encoded]
-        likelihoods, judge_name, note = _likelihoods(
-            language_model, judges[0], kept, settings, here
-        )
+        likelihoods = _likelihoods(language_model, judges[0], kept, settings, here)
         curves = _curves(judges, gold, candidates, kept, settings, here)
-        results: list[dict[str, Any]] = []
-        for place, judge in enumerate(judges):
-            pairs = [column[place] for column in encoded]
-            scores = judge_pairs(judge, pairs, settings, here)
-            result = evaluate_pairs(
-                scores.chosen,
-                scores.rejected,
-                [pair.chosen.num_targets for pair in pairs],
-                [pair.rejected.num_targets for pair in pairs],
-                meta=[row.meta for row in kept],
-                ids=[row.id for row in kept],
-                prompts=[list(row.prompt) for row in kept],
-                chosen=[row.chosen for row in kept],
-                rejected=[row.rejected for row in kept],
-                likelihoods=likelihoods,
-                columns=columns,
-            )
-            results.append(result | scores.extra | {"model": judge.name} | curves.get(place, {}))
-            results[-1] |= {"warnings": _trained_on(judge, kept)}
-            results[-1]["gaps"] = scores.chosen - scores.rejected
-    gaps = [result.pop("gaps") for result in results]
+        judged = [
+            judge_pairs(judge, [pairs[place] for pairs in encoded], settings, here)
+            for place, judge in enumerate(judges)
+        ]
+    results = [
+        _result(scores, [pairs[place] for pairs in encoded], likelihoods, columns)
+        | {"model": judge.name, "warnings": _trained_on(judge, kept)}
+        | curves.get(place, {})
+        for place, (judge, scores) in enumerate(zip(judges, judged, strict=True))
+    ]
     common = {
         "files": files,
         "quarantined": len(loaded.bad),
         "over_long": len(rows) - len(kept),
-        "language_model": judge_name,
-        "notes": [note] if note else [],
+        "language_model": likelihoods.model,
+        "notes": [likelihoods.note] if likelihoods.note else [],
     }
     if len(results) == 1:
         return results[0] | common
-    metas, prompts = [row.meta for row in kept], [list(row.prompt) for row in kept]
+    gaps = [scores.chosen - scores.rejected for scores in judged]
+    meta, prompts = [row.meta for row in kept], [list(row.prompt) for row in kept]
     return {
         "kind": "comparison",
         "models": results,
-        "comparisons": compare(
-            [judge.name for judge in judges], gaps, metas, prompts, columns=columns
-        ),
+        "comparisons": compare(list(models), gaps, meta, prompts, columns=columns),
         **common,
     }
 
 
-def load_judge(name: str, settings: StageSettings) -> Judge:
-    """A reward model's template and card; its weights are loaded when it scores.
+class Likelihoods(NamedTuple):
+    """Log-probs of both answers of every pair under a language model, or why there are none."""
 
-    Raises:
-        ModelError: no such model, or a damaged list of members.
-    """
-    place = Path(resolve(name))
-    members = [str(path) for path in ensemble_members(place)] if place.is_dir() else [name]
-    card = read_reward_card(place) if (place / REWARD_CARD_FILE).is_file() else None
-    tokenizer = load_tokenizer(name, trust_remote_code=settings.trust_remote_code)
-    return Judge(name, members, ChatTemplate(tokenizer, card.system if card else None), card)
+    sides: tuple[Floats, Floats] | None
+    model: str | None = None
+    note: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class JudgedPairs:
-    """Scores of an evaluation's pairs; of an ensemble the members' mean."""
-
-    chosen: Floats
-    rejected: Floats
-    extra: dict[str, Any]
-    """`ensemble`: number of members and how far they disagree; nothing for one model."""
-
-
-def judge_pairs(
-    judge: Judge, pairs: list[Pair], settings: StageSettings, here: World
-) -> JudgedPairs:
-    """Scores of both answers of each pair."""
-    pad = int(judge.template.tokenizer.pad_token_id)
-    found = []
-    for member in judge.members:
-        model = _scorer(member, settings, here)
-        found.append(torch.stack(score_pairs(model, pairs, pad, settings, here)).double().numpy())
-    scores = np.stack(found)  # members, sides, pairs
-    chosen, rejected = scores.mean(0)
-    if len(found) == 1:
-        return JudgedPairs(chosen, rejected, {})
-    votes = (scores[:, 0] > scores[:, 1]).mean(0)
-    extra = {
-        "members": len(found),
-        "score_std": float(scores.std(0, ddof=1).mean()),
-        "pairs_in_dispute": float(((votes > 0) & (votes < 1)).mean()),
-        "accuracies": (scores[:, 0] > scores[:, 1]).mean(1).tolist(),
-    }
-    return JudgedPairs(chosen, rejected, {"ensemble": extra})
-
-
-def _scorer(name: str, settings: StageSettings, here: World) -> Any:  # noqa: ANN401 - ScalarModel
-    model = load_reward_model(
-        name,
-        dtype=settings.compute_dtype,
-        init_from_lm=False,
-        trust_remote_code=settings.trust_remote_code,
+def _result(
+    scores: JudgedPairs, pairs: list[Pair], likelihoods: Likelihoods, columns: tuple[str, ...]
+) -> dict[str, Any]:
+    rows = [pair.row for pair in pairs]
+    found = evaluate_pairs(
+        scores.chosen,
+        scores.rejected,
+        [pair.chosen.num_targets for pair in pairs],
+        [pair.rejected.num_targets for pair in pairs],
+        meta=[row.meta for row in rows],
+        ids=[row.id for row in rows],
+        prompts=[list(row.prompt) for row in rows],
+        chosen=[row.chosen for row in rows],
+        rejected=[row.rejected for row in rows],
+        likelihoods=likelihoods.sides,
+        columns=columns,
     )
-    return model.to(here.device)
-
-
-def _encode(rows: list[PreferenceRow], judges: list[Judge], max_length: int) -> list[list[Pair]]:
-    """Of each row that fits every model, its pair in each model's ids."""
-    found = []
-    for row in rows:
-        pairs = [encode_pair(row, judge.template, max_length) for judge in judges]
-        kept = [pair for pair in pairs if pair is not None]
-        if len(kept) == len(judges):
-            found.append(kept)
-    return found
+    return found | scores.extra
 
 
 def _likelihoods(
-    name: str | None,
-    judge: Judge,
-    rows: list[PreferenceRow],
-    settings: StageSettings,
-    here: World,
-) -> tuple[tuple[Floats, Floats] | None, str | None, str | None]:
-    """Log-probs of both answers, whose they are, and why there are none."""
+    name: str | None, judge: Judge, rows: list[PreferenceRow], settings: StageSettings, here: World
+) -> Likelihoods:
     if name is None:
-        return None, None, None
+        return Likelihoods(None)
     asked = name != BASE
     if not asked:
         base = judge.card.source_model if judge.card else None
         if base is None:
-            return None, None, "No likelihood baseline: the model names none that it started from"
+            return Likelihoods(None, note="No likelihood baseline: the model names no base")
         name = base
     try:
-        return log_likelihoods(name, rows, settings, here), name, None
+        return Likelihoods(log_likelihoods(name, rows, settings, here), name)
     except PpomaxError as error:
         if asked:
             raise
-        return None, None, f"No likelihood baseline: {error}"
-
-
-@torch.no_grad()
-def log_likelihoods(
-    name: str, rows: list[PreferenceRow], settings: StageSettings, here: World
-) -> tuple[Floats, Floats]:
-    """Log-prob of the preferred and of the other answer under a language model, end included.
-
-    Raises:
-        DataError: a row does not fit `max_length` in its tokens.
-        ModelError: it cannot be loaded as a language model.
-    """
-    trust = settings.trust_remote_code
-    template = ChatTemplate(load_tokenizer(name, trust_remote_code=trust))
-    model = LanguageModel(load_policy(name, dtype=settings.compute_dtype, trust_remote_code=trust))
-    model.to(here.device)
-    pairs = [pair for (pair,) in _encode(rows, [Judge(name, [], template, None)], 2**31)]
-    if max(max(len(p.chosen.ids), len(p.rejected.ids)) for p in pairs) > 2 * settings.max_length:
-        raise DataError(f"{name}: its tokenizer makes the texts twice as long; take another")
-    sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    pad = int(template.tokenizer.pad_token_id)
-    sums = torch.zeros(len(sides), dtype=torch.float64, device=here.device)
-    plan = plan_micro_batches([len(side.ids) for side in sides], settings.micro_tokens, here.size)
-    for indices, weight in rank_micro_batches(plan, here):
-        batch = collate([(sides[i].ids, sides[i].mask) for i in indices], pad, here.device)
-        with autocast(here, settings.compute_dtype):
-            logprobs = model(batch).logprobs.double()
-        parts = logprobs.split([sides[i].num_targets for i in indices])
-        if weight:
-            sums[indices] = torch.stack([part.sum() for part in parts])
-    found = sum_tensor(sums, here).cpu().numpy()
-    return found[: len(pairs)], found[len(pairs) :]
+        return Likelihoods(None, note=f"No likelihood baseline: {error}")
 
 
 def _curves(
@@ -304,34 +200,13 @@ def _curves(
     }
 
 
-def score_candidates(
-    judge: Judge, found: Candidates, settings: StageSettings, here: World
-) -> Floats:
-    """One score per reply, flat; nan where a reply does not fit."""
-    template, ids = judge.template, []
-    for prompt, reply in zip(found.prompts, found.replies, strict=True):
-        answer = template.answer(reply)
-        fitted = template.fit(prompt, settings.max_length - len(answer))
-        ids.append(None if fitted is None else fitted[1] + answer)
-    fitting = [i for i, row in enumerate(ids) if row is not None]
-    rows = [row for row in ids if row is not None]
-    pad = int(template.tokenizer.pad_token_id)
-    scores = np.full(len(ids), np.nan)
-    members = [
-        score_rows(_scorer(member, settings, here), rows, pad, settings, here).double().numpy()
-        for member in judge.members
-    ]
-    scores[fitting] = np.mean(members, axis=0)
-    return scores
-
-
 def _trained_on(judge: Judge, rows: list[PreferenceRow]) -> list[str]:
     """Pairs that the model's card shows to be training data, where its files are still there."""
     card = judge.card
     files = {
         path: digest
         for path, digest in (card.data if card else {}).items()
-        if Path(locate(path)).is_file() and digest_of(Path(locate(path))) == digest
+        if Path(locate(path)).is_file() and file_sha256(Path(locate(path))) == digest
     }
     if card is None or not files:
         return []

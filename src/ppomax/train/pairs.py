@@ -4,13 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ppomax.data.batching import TokenBatch, collate
+from ppomax.data.check import ONE_SIDED
 from ppomax.data.template import ChatTemplate, Encoded
 from ppomax.distributed import World
 from ppomax.types import PreferenceRow
-
-ONE_SIDED = 0.98
-"""Share of pairs with the same answer the longer one above which length alone explains a data set
-(ours)."""
 
 
 @dataclass(frozen=True, slots=True)
