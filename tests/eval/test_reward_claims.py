@@ -80,6 +80,10 @@ def test_a_model_that_learned_the_truth_is_called_good():
     assert verdict["warnings"] == []
     assert len(verdict["points"]) == 4, "each rule with the difference and its interval"
     assert all("right more often by" in point for point in verdict["points"])
+    noted = preference_verdict(found | {"notes": ["No likelihood baseline"]})
+    assert (noted["tone"], noted["points"][-1]) == ("good", "No likelihood baseline")
+    fed = preference_verdict(found | {"warnings": ["12 pairs were trained on"]})
+    assert (fed["tone"], fed["warnings"]) == ("unclear", ["12 pairs were trained on"])
 
 
 def test_a_page_of_long_texts_needs_nothing_else_and_keeps_to_its_size(tmp_path):

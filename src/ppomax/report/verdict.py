@@ -116,11 +116,9 @@ def preference_verdict(result: Mapping[str, Any]) -> dict[str, Any]:
         for name, rate in known.items()
         if (_sign(gains[name]) != 1 if name in gains else share is not None and rate >= share)
     ]
-    warnings = (
-        _follows_length(result)
-        + warnings
-        + [str(note) for key in ("warnings", "notes") for note in result.get(key) or ()]
-    )
+    fed = [str(note) for note in result.get("warnings") or ()]
+    warnings = [*_follows_length(result), *warnings, *fed]
+    points += [str(note) for note in result.get("notes") or ()]
     tone = "unclear"
     if interval is not None:
         tone = "good" if interval[0] > 0.5 else "bad" if interval[1] < 0.5 else "unclear"

@@ -224,7 +224,7 @@ def fit(
         Interrupted: a signal asked to stop; the state is saved.
     """
     step = state["step"] if state else 0
-    best: Best | None = state["best"] if state else None
+    best: Best | None = state.get("best") if state else None
     loss: float | None = None
     while step < num_steps and not _out_of_patience(best, config):
         values = train(step)
