@@ -67,6 +67,16 @@ def test_ppo_counts_four_models_or_less(small, tmp_path, monkeypatch):
     assert whole.disk_gb == pytest.approx(3 * 2 * 12 + 4)
 
 
+def test_the_best_weights_and_every_member_take_disk(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "model_size", lambda *_, **__: ONE_B)
+    plain = planned(small("reward", tmp_path / "a"), "reward", tmp_path)
+    best = planned(small("reward", tmp_path / "b", {"early_stop": {}}), "reward", tmp_path)
+    assert best.disk_gb == pytest.approx(plain.disk_gb + 2 * 4)
+    three = planned(small("reward", tmp_path / "c", {"ensemble": 3}), "reward", tmp_path)
+    assert three.disk_gb == pytest.approx(3 * plain.disk_gb)
+    assert dict(three.lines)["ensemble"].startswith("3 models")
+
+
 def test_knobs_move_the_estimate_the_right_way(small, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "model_size", lambda *_, **__: ONE_B)
 

@@ -162,6 +162,9 @@ def generate(
     seed: int = 0,
     dtype: str = "float32",
     limit: Annotated[int | None, typer.Option(help="First so many prompts.", min=1)] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt; default that of the model's training.")
+    ] = None,
 ) -> None:
     """One reply per prompt; the paper's sampling (section 6.1) by default."""
     from ppomax.config import parse
@@ -175,7 +178,9 @@ def generate(
         "max_new_tokens": max_new_tokens,
     }
     params = parse(SamplingParams, settings, "options")
-    count = generate_file(model, prompts, out, params, seed=seed, dtype=dtype, limit=limit)
+    count = generate_file(
+        model, prompts, out, params, seed=seed, dtype=dtype, limit=limit, system=system
+    )
     typer.echo(f"{count} replies in {out}")
 
 
@@ -186,7 +191,9 @@ def chat(
     top_p: float = 0.9,
     max_new_tokens: int = 256,
     seed: int = 0,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt; default that of the model's training.")
+    ] = None,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends."""
     from ppomax.config import parse
@@ -261,7 +268,9 @@ def data_check(files: Annotated[list[str], typer.Argument(help="Data files.")]) 
 
 @eval_app.command("reward")
 def eval_reward(
-    model: Annotated[str, typer.Argument(help="Reward-model folder or hub id.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Reward-model folders or hub ids; several are compared.")
+    ],
     data: Annotated[list[str], typer.Option(help="Preference file; may be given several times.")],
     out: Annotated[Path | None, typer.Option(help="Folder; default the current one.")] = None,
     dtype: str = "float32",
@@ -270,13 +279,44 @@ def eval_reward(
     heldout: Annotated[
         float | None, typer.Option(help="Only the pairs that training holds out with this share.")
     ] = None,
+    by: Annotated[
+        list[str] | None, typer.Option(help="Column to give numbers by, beside lang, kind, source.")
+    ] = None,
+    lm: Annotated[
+        str,
+        typer.Option(
+            help="Language model whose likelihood of an answer is a baseline; base: what the first "
+            "model started from; none: leave it out."
+        ),
+    ] = "base",
+    gold: Annotated[
+        str | None,
+        typer.Option(help="Second reward model, the judge of a best-of-n curve."),
+    ] = None,
+    candidates: Annotated[
+        list[str] | None,
+        typer.Option(help="File of several replies to each prompt; default the pairs' answers."),
+    ] = None,
 ) -> None:
     """Accuracy with intervals, calibration, length bias, worst pairs: a report as JSON and HTML."""
+    from ppomax.eval.reward import evaluate_reward
     from ppomax.pipeline import write_reward_evaluation
 
-    for line in write_reward_evaluation(
-        model, data, out or Path(), dtype=dtype, max_length=max_length, limit=limit, heldout=heldout
-    ):
+    if candidates and gold is None:
+        raise ConfigError("option candidates: has no effect without --gold, who judges them")
+    found = evaluate_reward(
+        models,
+        data,
+        dtype=dtype,
+        max_length=max_length,
+        limit=limit,
+        heldout=heldout,
+        by=by or (),
+        language_model=None if lm == "none" else lm,
+        gold=gold,
+        candidates=candidates or (),
+    )
+    for line in write_reward_evaluation(found, out or Path()):
         typer.echo(line)
 
 

@@ -19,6 +19,8 @@ class Metric:
     condition: str = ""
     """Where it is logged; empty: in every row of its stages."""
     stages: tuple[str, ...] = ("ppo", "critic")
+    family: bool = False
+    """Also logged as `key_VALUE`, for values found in the data."""
 
 
 _UPDATE = ("ppo",)
@@ -271,6 +273,14 @@ DECLARED: tuple[Metric, ...] = (
         ("reward",),
     ),
     Metric(
+        "reward/centre_loss",
+        "score²",
+        "Squared sum of a pair's scores, mean over pairs",
+        "",
+        "with centre_coef",
+        ("reward",),
+    ),
+    Metric(
         "reward/accuracy",
         "share",
         "Pairs of the step ranked as the annotator did",
@@ -307,6 +317,39 @@ DECLARED: tuple[Metric, ...] = (
         "every eval_every steps, with held-out rows",
         ("reward", "sft"),
     ),
+    Metric(
+        "ensemble/score_std",
+        "score",
+        "Standard deviation of a held-out answer's score over the members, mean over answers",
+        "large beside the spread of scores: the members have learned different things",
+        "with ensemble, in the last row; other keys are then means over the members",
+        ("reward",),
+    ),
+    Metric(
+        "ensemble/accuracy",
+        "share",
+        "Held-out pairs that the members' mean score ranks as the annotator did",
+        "0.5: chance",
+        "with ensemble, in the last row",
+        ("reward",),
+    ),
+    Metric(
+        "ensemble/loss",
+        "nats/pair",
+        "Held-out loss of the members' mean score",
+        "above ln 2 = 0.69",
+        "with ensemble, in the last row",
+        ("reward",),
+    ),
+    Metric(
+        "eval/perplexity",
+        "1",
+        "exp of the held-out loss; also as `eval/perplexity_VALUE` for each value of `eval_by`",
+        "rising: over-fitting",
+        "every eval_every steps, with held-out rows",
+        ("sft",),
+        family=True,
+    ),
     Metric("sft/loss", "nats/token", "NLL of assistant tokens", "", "", ("sft",)),
     Metric("sft/perplexity", "1", "exp of it", "", "", ("sft",)),
     Metric("sft/grad_norm", "1", "Global gradient norm before the clip", "spikes", "", ("sft",)),
@@ -320,8 +363,10 @@ def check_keys(stage: str, values: Mapping[str, float]) -> None:
     Raises:
         KeyError: a programming mistake, not a user's.
     """
-    known = {metric.key for metric in DECLARED if stage in metric.stages}
-    unknown = sorted(set(values) - known)
+    own = [metric for metric in DECLARED if stage in metric.stages]
+    known = {metric.key for metric in own}
+    families = tuple(f"{metric.key}_" for metric in own if metric.family)
+    unknown = sorted(key for key in set(values) - known if not key.startswith(families))
     if unknown:
         raise KeyError(f"metric keys not declared for stage {stage}: {', '.join(unknown)}")
 

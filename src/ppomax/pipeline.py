@@ -2,7 +2,7 @@
 
 import importlib.resources
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from ppomax.config import Settings, apply_overrides, dump, merge, parse, read_ya
 from ppomax.distributed import barrier, world
 from ppomax.errors import CheckpointError, ConfigError, Interrupted
 from ppomax.eval.policy import EvalConfig, evaluate_policy
-from ppomax.eval.reward import evaluate_reward
+from ppomax.report.evaluation import preference_lines
 from ppomax.report.page import write_preference_report, write_report
 from ppomax.train.loop import handling, is_done
 from ppomax.train.ppo import train_ppo
@@ -304,30 +304,9 @@ def load_run(path: Path) -> Recipe:
     return recipe
 
 
-def write_reward_evaluation(
-    model: str,
-    files: list[str],
-    out: Path,
-    *,
-    dtype: str,
-    max_length: int,
-    limit: int | None,
-    heldout: float | None,
-) -> list[str]:
-    """Evaluate, write `report.json` and `report.html` into `out`; lines for the terminal."""
-    result = evaluate_reward(
-        model, files, dtype=dtype, max_length=max_length, limit=limit, heldout=heldout
-    )
+def write_reward_evaluation(result: dict[str, Any], out: Path) -> list[str]:
+    """Write `report.json` and `report.html` of `evaluate_reward`; lines for the terminal."""
     out.mkdir(parents=True, exist_ok=True)
     rundir.write_text(out / "report.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     write_preference_report(result, out / "report.html")
-    rows = [("all", result["accuracy"])]
-    rows += [(f"{row['column']} {row['value']}", row) for row in result["subsets"]]
-    rows += list(result["baselines"].items())
-    lines = [f"{name:<28} {_share(row)}" for name, row in rows]
-    return [*lines, f"report: {out / 'report.html'}"]
-
-
-def _share(row: Mapping[str, Any]) -> str:
-    low, high = row["ci95"]
-    return f"{row['accuracy']:.3f}  [{low:.3f}, {high:.3f}]  n {row['n']}"
+    return [*preference_lines(result), f"report: {out / 'report.html'}"]

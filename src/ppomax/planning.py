@@ -153,8 +153,9 @@ def _plan_sft(config: SFTConfig, shape: Size, template: ChatTemplate) -> StagePl
     tokens = sum(data.train[index].num_targets for step in data.steps for index in step)
     memory = PROCESS_GB + _trained(shape.parameters, config.lora, shape, config.compute_dtype)
     memory += _activations(config.micro_tokens, shape, checkpointing=config.gradient_checkpointing)
+    best = 8 * shape.parameters / GB if config.early_stop else 0.0  # and the one that replaces it
     result = StagePlan(
-        "sft", memory_gb=memory, disk_gb=_disk(1, config.checkpoint.keep_last, shape)
+        "sft", memory_gb=memory, disk_gb=_disk(1, config.checkpoint.keep_last, shape) + best
     )
     result.lines = [
         ("model", f"{config.model}, {shape.parameters / 1e6:.1f} M parameters"),
@@ -177,8 +178,9 @@ def _plan_reward(config: RewardConfig, shape: Size, template: ChatTemplate) -> S
     tokens = sum(data.train[index].tokens for step in data.steps for index in step)
     memory = PROCESS_GB + _trained(shape.parameters, config.lora, shape, config.compute_dtype)
     memory += _activations(config.micro_tokens, shape, checkpointing=config.gradient_checkpointing)
+    best = 8 * shape.parameters / GB if config.early_stop else 0.0
     result = StagePlan(
-        "reward", memory_gb=memory, disk_gb=_disk(1, config.checkpoint.keep_last, shape)
+        "reward", memory_gb=memory, disk_gb=_disk(1, config.checkpoint.keep_last, shape) + best
     )
     result.lines = [
         ("model", f"{config.model}, {shape.parameters / 1e6:.1f} M parameters"),
@@ -186,6 +188,9 @@ def _plan_reward(config: RewardConfig, shape: Size, template: ChatTemplate) -> S
         ("step", f"{config.batch_tokens} tokens, {config.min_pairs} to {config.max_pairs} pairs"),
         ("optimizer steps", f"{len(data.steps)}, {tokens} tokens in all"),
     ]
+    if config.ensemble:
+        result.lines.append(("ensemble", f"{config.ensemble} models, each so, one after the other"))
+        result.disk_gb *= config.ensemble
     return result
 
 

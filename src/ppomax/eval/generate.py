@@ -10,7 +10,7 @@ from ppomax.data.sources import SourceConfig, load_prompts
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World, world
 from ppomax.errors import ConfigError
-from ppomax.models.load import load_policy, load_tokenizer
+from ppomax.models.load import load_policy, load_tokenizer, system_of
 from ppomax.rollout import Engine, EngineSettings, SamplingParams, build_engine
 from ppomax.types import Message
 
@@ -42,14 +42,19 @@ def generate_file(
     seed: int,
     dtype: str,
     limit: int | None,
+    system: str | None = None,
 ) -> int:
     """Answer every prompt of a file; returns how many.
+
+    Args:
+        system: prompt for dialogues that have none; default the one the model was trained with.
 
     Writes JSONL rows {id, prompt, response, finished, model, sampling, seed}.
     """
     rows = load_prompts([SourceConfig(path=prompts)]).rows[:limit]
     with world() as here:
-        template = ChatTemplate(load_tokenizer(model))
+        own = system_of(model) if system is None else system
+        template = ChatTemplate(load_tokenizer(model), own)
         engine = _engine(model, here, template, compute_dtype(dtype), 32)
         ids = [template.prompt(row.messages) for row in rows]
         seeds = [derived_seed(seed, "generate", row.id, index) for index, row in enumerate(rows)]
@@ -84,7 +89,8 @@ class Chat:
     ) -> None:
         self.params, self.seed = params, seed
         self.history: list[Message] = []
-        self.template = ChatTemplate(load_tokenizer(model), system)
+        own = system_of(model) if system is None else system
+        self.template = ChatTemplate(load_tokenizer(model), own)
         with world() as here:
             self.engine = _engine(model, here, self.template, torch.float32, 1)
 

@@ -155,6 +155,60 @@ def difference_figure(label: str, result: Mapping[str, Any]) -> Figure | None:
     return histograms(f"differences-{label}", title, "score difference", sets, alt)
 
 
+def subset_figures(label: str, result: Mapping[str, Any]) -> list[Figure]:
+    """Figure 2 by subset: one drawing per column, its values over each other."""
+    columns: dict[str, list[Mapping[str, Any]]] = {}
+    for row in listed(result.get("histograms")):
+        columns.setdefault(str(row.get("column", "")), []).append(row)
+    figures = []
+    for column, rows in columns.items():
+        sets, parts = [], []
+        for row in rows:
+            counts, edges = _finite(row.get("counts")), _finite(row.get("edges"))
+            if len(counts) and len(edges) == len(counts) + 1:
+                value = str(row.get("value", ""))
+                sets.append((value, counts / max(counts.sum(), 1), edges))
+                parts.append(f"{value} mean {signed(as_number(row.get('mean')))}")
+        if sets:
+            title = f"Score difference by {column}" + (f", {label}" if label else "")
+            alt = f"{title}, as shares of each: {'; '.join(parts)}."
+            name = f"differences-{label}-{column}"
+            figures.append(
+                histograms(name, title, "score difference", sets, alt, ylabel="share of pairs")
+            )
+    return figures
+
+
+def answers_figure(label: str, result: Mapping[str, Any]) -> Figure | None:
+    """Scores of the answers people preferred and of the others."""
+    found = mapping(result.get("score_histogram"))
+    edges = _finite(found.get("edges"))
+    sides = [("preferred", "chosen"), ("other", "rejected")]
+    sets = [(name, _finite(found.get(key)), edges) for name, key in sides]
+    if any(not len(counts) or len(edges) != len(counts) + 1 for _, counts, _ in sets):
+        return None
+    means = [
+        as_number(mapping(mapping(result.get("scores")).get(key)).get("mean")) for _, key in sides
+    ]
+    title = "Scores of both answers" + (f", {label}" if label else "")
+    alt = f"{title}: preferred mean {number(means[0])}, other mean {number(means[1])}."
+    return histograms(f"answers-{label}", title, "score", sets, alt)
+
+
+def best_of_n_figure(label: str, result: Mapping[str, Any]) -> Figure | None:
+    """Gold and proxy score of the proxy's best of n replies, over the KL that choosing costs."""
+    found = mapping(result.get("best_of_n"))
+    kl, gold, proxy = (_finite(found.get(key)).tolist() for key in ("kl", "gold", "proxy"))
+    if not len(kl) == len(gold) == len(proxy) > 0:
+        return None
+    title = "Best of n replies" + (f", {label}" if label else "")
+    axes = [
+        ("gold score", [Line("judged by the gold scorer", kl, gold)]),
+        ("own score", [Line("judged by the model", kl, proxy, 1, 1)]),
+    ]
+    return curves(f"best-of-n-{label}", title, axes, xlabel="nats from the sampler: ln n - (n-1)/n")
+
+
 def reliability_figure(label: str, result: Mapping[str, Any]) -> Figure | None:
     """How often the model is right over how sure it is."""
     calibration = mapping(result.get("calibration"))

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ppomax import checkpoint, distributed, rundir
 from ppomax.config import dump, parse, read_yaml
-from ppomax.data.formats import BadRow
+from ppomax.data.formats import BadRow, count_kinds
 from ppomax.distributed import World, agree, barrier, gather
 from ppomax.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from ppomax.metrics import as_row
@@ -232,21 +232,27 @@ class StageRun:
                 f"{kind}: " + ", ".join(f"{key} {value}" for key, value in fields.items())
             )
 
-    def set_aside(self, rows: Sequence[BadRow]) -> None:
-        """Rows of the data that are not used: one event each, one line on the terminal."""
-        if self.world.is_main and rows:
+    def set_aside(self, bad: Sequence[BadRow], notes: Sequence[str] = ()) -> None:
+        """Rows of the data that are not used and what else there is to know of it.
+
+        One event each; on the terminal the rows' counts by kind and the first of them.
+        """
+        for note in notes:
+            self.event("data_warning", step=0, note=note)
+        if self.world.is_main and bad:
             found = [
                 self._event_row(
                     "quarantined_row",
                     0,
                     {"where": row.where, "defect": row.kind, "reason": row.reason},
                 )
-                for row in rows
+                for row in bad
             ]
             rundir.append_jsonl(self.path / rundir.EVENTS, found)
-            first = f"{rows[0].where} {rows[0].kind} ({rows[0].reason})"
-            more = f" and {len(rows) - 1} more, see events.jsonl" if len(rows) > 1 else ""
-            self.progress.say(f"set aside: {first}{more}")
+            self.progress.say(
+                f"set aside {len(bad)} rows ({count_kinds(bad)}), see events.jsonl; the first: "
+                f"{bad[0].where} ({bad[0].reason})"
+            )
 
     def _event_row(self, kind: str, step: int, fields: Mapping[str, object]) -> dict[str, Any]:
         seconds = round(time.monotonic() - self.started, 3)
