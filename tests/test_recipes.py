@@ -64,7 +64,7 @@ def test_each_stage_is_fed_by_the_one_before(path):
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_is_a_ppo_stage_with_the_least_beside_it(path):
-    config = parse(PPOConfig, least(yaml.safe_load(path.read_text())))
+    config = parse(PPOConfig, least(with_preset({"preset": path.stem}, "test")))
     assert config.rollout_size == 128
 
 
