@@ -590,6 +590,41 @@ def test_13_bad_rows_are_counted_against_max_bad_rows(small, tmp_path):
     assert all(row["reason"] and row["defect"] for row in events)
 
 
+def test_07_a_cut_reply_goes_on_in_the_critic_whatever_its_batch_mates(
+    small, tmp_path, files, monkeypatch
+):
+    """The same cut reply among shorter and among longer ones, through the whole iteration."""
+    found = {}
+    merge_parts, estimate = ppo.merge_rollouts, ppo.estimate
+    for name, mates in {
+        "longest": [[60], [61, 2], [62, 2]],
+        "shortest": [[60, 61, 62], [61, 62, 63, 64, 2], [62, 63, 64]],
+    }.items():
+        replies = [[70, 71], *mates]
+        ended = [reply[-1] == 2 for reply in replies]
+
+        def written(parts, count, replies=replies, ended=ended):
+            prompts = merge_parts(parts, count).prompts
+            return Rollout(prompts, replies, [[-1.0] * len(reply) for reply in replies], ended)
+
+        def keep(*args, name=name):
+            found[name] = estimate(*args)
+            return found[name]
+
+        monkeypatch.setattr(ppo, "merge_rollouts", written)
+        monkeypatch.setattr(ppo, "estimate", keep)
+        change = CALLED | {"reward": CALLED["reward"] | {"normalise": None, "clip": None}}
+        change |= {"iterations": 1, "advantage": {"missing_eos": "bootstrap"}, "kl": None}
+        train_ppo(small("ppo", tmp_path / name, change))
+    one, two = found["longest"], found["shortest"]
+    for table in ("advantages", "returns"):
+        a, b = getattr(one, table)[0], getattr(two, table)[0]
+        torch.testing.assert_close(a[:2], b[:2], rtol=0, atol=1e-6)
+    value, after = one.scored.values[0, 1], one.scored.last_values[0]
+    torch.testing.assert_close(one.advantages[0, 1], after - value)
+    assert abs(float(after)) > 1e-6
+
+
 # --- sampling and scoring
 
 

@@ -10,28 +10,29 @@ import pytest
 import yaml
 
 from ppomax import pipeline
-from ppomax.config import merge, parse
+from ppomax.config import merge
 from ppomax.errors import ConfigError
-from ppomax.pipeline import with_preset
+from ppomax.pipeline import resolve, with_preset
 from ppomax.train.ppo import train_ppo
-from ppomax.train.ppo_config import PPOConfig
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "presets"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 CURVES = [name for name in NAMES if name.startswith("fig")]
-FIGURES = {4: 1, 6: 5, 7: 3, 8: 3, 14: 4, 15: 3, 16: 1, 17: 3, 18: 3, 19: 3}
+FIGURES = {4: 1, 6: 5, 7: 4, 8: 4, 14: 4, 15: 3, 16: 3, 17: 3, 18: 3, 19: 3}
 """Curves of each figure."""
 SAME = [
     {"fig04-vanilla", "vanilla"},
+    {"fig07-entropy-bonus", "fig16-entropy-clip-35"},
     {"fig08-ppo-max", "fig15-kl-0.05", "fig18-grad-clip-1.0", "fig19-lambda-0.9", "ppo-max"},
 ]
 """Curves that are the same run: a figure's reference, and the value that PPO-max has anyway."""
 
 
-def settings(name):
-    """A preset's settings alone, whole."""
-    least = {"model": "m", "out": "o", "data": ["d"], "iterations": 1, "reward": {"model": "r"}}
-    return parse(PPOConfig, merge(with_preset({"preset": name}, "test"), least))
+def settings(name, **more):
+    """A preset's settings with the least beside them, as a recipe of its own would have them."""
+    least = {"data": ["d"], "iterations": 1, "reward": {"model": "r"}}
+    data = {"model": "base", "sft": {"data": ["d"]}, "ppo": least | more | {"preset": name}}
+    return resolve(data, "test").ppo
 
 
 def test_every_ablation_figure_has_its_curves():
@@ -95,11 +96,38 @@ def test_35_the_released_scripts_are_not_ppo_max():
     assert theirs.ptx is None
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_only_figure_14s_conflicts_are_advised_against(name):
+    expected = {
+        "fig14-norms-value-clip": r"value_clip conflict.*Figure 14",
+        "fig14-scaling-advantage-norm": r"should not be mixed.*Figure 14",
+    }
+    found = settings(name).advice()
+    assert len(found) == (name in expected)
+    if found:
+        assert re.search(expected[name], found[0])
+
+
+def test_a_policy_from_the_base_model_is_held_to_the_sft_model():
+    found = settings("fig08-policy-base")
+    assert found.model == "base"
+    assert found.reference.endswith("sft/export")
+    assert settings("ppo-max").model == found.reference
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_lets_one_override_ask_what_its_critic_is_worth(name):
+    without = settings(name, advantage={"estimator": "rloo"})
+    assert without.critic is without.critic_pretraining is without.loss.value_clip is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_preset_runs_three_iterations_with_finite_metrics(name, small, tmp_path):
     """On the smoke model; a key that is not declared ends the run."""
     section = with_preset({"preset": name}, "test")
+    if section.pop("start", "sft") == "base":
+        section["reference"] = "tiny"
     sizes = {"iterations": 3, "sampling": {"max_new_tokens": 5}, "max_length": 128}
     if section.get("critic_pretraining"):
         sizes["critic_pretraining"] = {"max_rollouts": 1}

@@ -46,11 +46,35 @@ BUSY = {
     "sampling": {"temperature": 0.9, "max_new_tokens": 8, "stop": ["a"]},
     "critic_pretraining": {"max_rollouts": 1},
     "kl": {"coef": 0.1, "target_per_token": 0.01, "horizon": 50},
-    "loss": {"entropy_coef": 0.01, "entropy_threshold": 3.0},
+    "loss": {"value_clip": 1.0, "entropy_coef": 0.01, "entropy_threshold": 3.0},
     "advantage": {"whiten": True, "lam_critic": 0.5},
     "checkpoint": {"every": 1},
 }
 """Every term that could depend on a split is on, and replies end at different lengths."""
+OTHER = BUSY | {
+    "buffer_iterations": 2,
+    "advantage": {"missing_eos": "bootstrap"},
+    "kl": {"coef": 0.1, "where": "loss", "estimator": "exact", "exact_replies": 4},
+    "loss": {
+        "value_clip": 1.0,
+        "policy_clip": None,
+        "penalty_coef": 0.5,
+        "penalty_target": 1e-3,
+        "entropy_coef": 0.01,
+        "entropy_fraction": 0.9,
+    },
+}
+"""The terms that take the place of those."""
+GROUPED = BUSY | {
+    "rollout_size": 3,
+    "samples_per_prompt": 2,
+    "critic_pretraining": None,
+    "advantage": {"estimator": "grpo", "missing_eos": "drop", "clip": 1.0},
+    "kl": {"coef": 0.1, "where": "loss", "estimator": "k3"},
+    "loss": {"entropy_coef": 0.01, "value_clip": None},
+}
+"""No critic; replies to the same prompt are compared."""
+BASES = {"busy": BUSY, "other terms": OTHER, "groups": GROUPED}
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +108,7 @@ def record(run, gradients):
         parameters={
             f"{name}.{key}": value
             for name in ("policy", "critic")
+            if (newest / f"{name}.safetensors").exists()
             for key, value in load_file(newest / f"{name}.safetensors").items()
         },
     )
@@ -99,8 +124,8 @@ def known():
 def settings(small, prompts, small_data, tmp_path):
     """`settings(name, changes)` of a run."""
     ptx = {"data": small_data["text"], "length": 32, "tokens": 40}
-    base = BUSY | {"data": prompts, "ptx": ptx}
-    return lambda name, changes: small("ppo", tmp_path / name, base | changes)
+    data = {"data": prompts, "ptx": ptx}
+    return lambda name, base, changes: small("ppo", tmp_path / name, BASES[base] | data | changes)
 
 
 @pytest.fixture
@@ -115,11 +140,11 @@ def do(settings, tmp_path, monkeypatch, known):
 
     monkeypatch.setattr(distributed, "clip_gradients", note)
 
-    def run(changes=None, *, patched=False):
-        key = json.dumps(changes or {})
+    def run(changes=None, *, base="busy", patched=False):
+        key = base + json.dumps(changes or {})
         if patched or key not in known:
             caught.clear()
-            out = train_ppo(settings(f"{len(list(tmp_path.iterdir()))}", changes or {}))
+            out = train_ppo(settings(f"{len(list(tmp_path.iterdir()))}", base, changes or {}))
             found = record(out, list(caught))
             if patched:
                 return found
@@ -127,6 +152,10 @@ def do(settings, tmp_path, monkeypatch, known):
         return known[key]
 
     return run
+
+
+def norm_of(gradient):
+    return sum(value.square().sum() for value in gradient.values()).sqrt()
 
 
 def deviations(one, two):
@@ -148,8 +177,7 @@ def deviations(one, two):
                 see(kind, abs(other[key] - value) / max(abs(value), 0.1))
     for step, other in zip(one.gradients, two.gradients, strict=True):
         assert set(step) == set(other)
-        norm = sum(value.square().sum() for value in step.values()).sqrt()
-        assert norm > 0
+        norm = norm_of(step).clamp(min=1e-6)  # a critic past its clip everywhere has none
         for key, value in step.items():
             see("gradient", (other[key] - value).abs().max() / norm)
     assert set(one.moments) == set(two.moments)
@@ -176,16 +204,25 @@ def test_the_base_run_has_something_to_lose(do):
     """Steps are many, replies end early and late, and two seeds are far beyond the tolerances."""
     one, two = do(), do({"seed": 1})
     assert len(one.gradients) == 2 + 2 * 4 * 2  # critic pre-training: one pass; then 2 x 2 passes
+    assert all(norm_of(gradient) > 1e-3 for gradient in one.gradients[2::2]), "the policy's"
+    assert any(norm_of(gradient) > 1e-3 for gradient in one.gradients[3::2]), "the critic's"
     assert any(0 < row["response/truncated_share"] < 1 for row in one.rows)
     assert any(row["response/length_p95"] > row["response/length_mean"] + 2 for row in one.rows)
-    assert one.rows[-1]["policy/ratio_max"] > 1.001
+    for base in BASES:
+        last = do(base=base).rows[-1]
+        assert last["policy/ratio_max"] > 1.001, base
+        assert abs(last["policy/loss"]) > 1e-3, base
     found = deviations(one, two)
     assert all(found[kind] > 10 * TOLERANCES[kind] for kind in TOLERANCES), found
 
 
-@pytest.mark.parametrize("micro_tokens", [1, 80, 250])
-def test_micro_batches_from_one_reply_up_to_all(micro_tokens, do):
-    check(f"micro_tokens {micro_tokens}", do(), do({"micro_tokens": micro_tokens}))
+@pytest.mark.parametrize(
+    ("base", "micro_tokens"),
+    [("busy", 1), ("busy", 80), ("busy", 250), ("other terms", 80), ("groups", 80)],
+)
+def test_micro_batches_from_one_reply_up_to_all(base, micro_tokens, do):
+    one, two = do(base=base), do({"micro_tokens": micro_tokens}, base=base)
+    check(f"{base}, micro_tokens {micro_tokens}", one, two)
 
 
 @pytest.mark.parametrize(
@@ -229,9 +266,10 @@ def test_with_lora_adapters_off_or_a_separate_reference(do, monkeypatch):
     check("LoRA, separate reference", one, do(change, patched=True))
 
 
-def test_one_process_or_two(do, launch, settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize("base", BASES)
+def test_one_process_or_two(base, do, launch, settings, tmp_path, monkeypatch):
     """Over gloo, sharded; in some step one rank has three times the other's tokens."""
-    config = settings("two", {"micro_tokens": 60})
+    config = settings("two", base, {"micro_tokens": 60})
     job = [("ppo", config.model_dump(mode="json"), False)]
     ended = launch(ranks=2, stages=job, gradients=str(tmp_path / "gradients"))
     assert [end.code for end in ended] == [0, 0], ended[0].log[-3000:] + ended[1].log[-3000:]
@@ -249,5 +287,5 @@ def test_one_process_or_two(do, launch, settings, tmp_path, monkeypatch):
         return plain(rollout, *more)
 
     monkeypatch.setattr(ppo, "estimate", watch)
-    check("two processes", do(patched=True), two)
+    check(f"{base}, two processes", do(base=base, patched=True), two)
     assert any(max(share) >= 3 * min(share) > 0 for share in shares), shares
