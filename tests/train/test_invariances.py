@@ -52,6 +52,7 @@ BUSY = {
 }
 """Every term that could depend on a split is on, and replies end at different lengths."""
 OTHER = BUSY | {
+    "epochs": 1,
     "buffer_iterations": 2,
     "advantage": {"missing_eos": "bootstrap"},
     "kl": {"coef": 0.1, "where": "loss", "estimator": "exact", "exact_replies": 4},
@@ -266,9 +267,12 @@ def test_with_lora_adapters_off_or_a_separate_reference(do, monkeypatch):
     check("LoRA, separate reference", one, do(change, patched=True))
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", ["busy", "groups"])
 def test_one_process_or_two(base, do, launch, settings, tmp_path, monkeypatch):
-    """Over gloo, sharded; in some step one rank has three times the other's tokens."""
+    """Over gloo, sharded; in some step one rank has more than twice the other's tokens.
+
+    The other terms on two ranks are in test_ranks.py.
+    """
     config = settings("two", base, {"micro_tokens": 60})
     job = [("ppo", config.model_dump(mode="json"), False)]
     ended = launch(ranks=2, stages=job, gradients=str(tmp_path / "gradients"))
@@ -288,4 +292,4 @@ def test_one_process_or_two(base, do, launch, settings, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ppo, "estimate", watch)
     check(f"{base}, two processes", do(base=base, patched=True), two)
-    assert any(max(share) >= 3 * min(share) > 0 for share in shares), shares
+    assert any(max(share) > 2 * min(share) > 0 for share in shares), shares
