@@ -52,7 +52,6 @@ BUSY = {
 }
 """Every term that could depend on a split is on, and replies end at different lengths."""
 OTHER = BUSY | {
-    "epochs": 1,
     "buffer_iterations": 2,
     "advantage": {"missing_eos": "bootstrap"},
     "kl": {"coef": 0.1, "where": "loss", "estimator": "exact", "exact_replies": 4},
