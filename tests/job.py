@@ -81,7 +81,7 @@ def main():
     descriptor = os.open(JOB["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    faulthandler.dump_traceback_later(180, file=descriptor)  # where it stands if it is killed then
+    faulthandler.dump_traceback_later(380, file=descriptor)  # where it stands if it is killed then
     os.environ.update(JOB["env"])
     if "cwd" in JOB:
         os.chdir(JOB["cwd"])
