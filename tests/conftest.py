@@ -205,7 +205,7 @@ def launch(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Launch
         for process in processes:
             process.start()
         for process in processes:
-            process.join(200)
+            process.join(400)  # a busy machine is slow, a hang is for ever
             if process.is_alive():
                 process.kill()
                 process.join()

@@ -188,3 +188,14 @@ def test_every_setting_of_the_method_is_named_in_the_paper_page():
                     if name not in shared and f"{key}.{part}" not in keys
                 ]
     assert missing == []
+
+
+def test_every_pitfall_has_a_test_of_its_number_and_those_named_exist():
+    page = (ROOT / "docs" / "pitfalls.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", page, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 39))
+    tests = set().union(*map(defined, (ROOT / "tests").rglob("test_*.py")))
+    for number, names in rows:
+        found = re.findall(r"`(test_\w+)`", names)
+        assert any(name.startswith(f"test_{int(number):02}_") for name in found), number
+        assert set(found) <= tests, number

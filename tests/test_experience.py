@@ -343,3 +343,10 @@ def test_a_penalty_without_a_target_stays_and_its_state_comes_back():
     other = AdaptivePenalty(1.0, target=0.5)
     other.load_state_dict({"coef": 0.25})
     assert (other.coef, other.target) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize("kl", [1.0, 1.5, 2.25])
+def test_at_the_edges_of_its_band_and_inside_the_penalty_stays(kl):
+    penalty = AdaptivePenalty(3.0, target=1.5)  # numbers that 1.5 divides and multiplies exactly
+    penalty.update(kl)
+    assert penalty.coef == 3.0

@@ -16,10 +16,13 @@ from safetensors.torch import load_file
 
 from ppomax.config import merge
 from ppomax.data.template import ChatTemplate
+from ppomax.distributed import World
 from ppomax.errors import ConfigError, DataError, PpomaxError
-from ppomax.models.load import load_reward_model, load_tokenizer
+from ppomax.models.language import LanguageModel
+from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
 from ppomax.monitors import DECLARED
-from ppomax.rollout.engine import Rollout
+from ppomax.rollout.engine import EngineSettings, Rollout, build_engine
+from ppomax.rollout.sampling import SamplingParams
 from ppomax.train import experience_batch, ppo
 from ppomax.train.experience_batch import reply_batch, response_mask
 from ppomax.train.ppo import train_ppo
@@ -84,6 +87,45 @@ def test_03_the_end_token_is_learned_where_pad_was_eos(tiny, tmp_path):
     talk = (Message(role="user", content="Hi"), Message(role="assistant", content="Yes"))
     encoded = encode_dialogue(SFTRow("a", talk), ChatTemplate(tokenizer), 64)
     assert (encoded.ids[-1], encoded.mask[-1]) == (tokenizer.eos_token_id, True)
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_02_a_score_lands_on_the_last_token_that_was_sampled(
+    pad_is_eos, small, tiny, tmp_path, monkeypatch
+):
+    """Replies of every length up to the limit, ended or cut, some with the pad id among them."""
+    folder = copied(tiny, tmp_path / "model")
+    place = Path(folder) / "tokenizer_config.json"
+    text = json.loads(place.read_text())
+    if pad_is_eos:
+        place.write_text(json.dumps(text | {"pad_token": text["eos_token"]}))
+    (tmp_path / "two_for_all.py").write_text(
+        "def two(prompts, responses, *, ids, metadata):\n    return [2.0] * len(ids)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    tokenizer = load_tokenizer(folder)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    words = [[60, pad, 61, 62][:length] for length in (1, 2, 3, 4)]
+    replies = [[*word[:-1], eos] for word in words] + words
+    ended = [True] * 4 + [False] * 4
+    seen = []
+    merge_parts, estimate = ppo.merge_rollouts, ppo.estimate
+
+    def written(parts, count):
+        prompts = merge_parts(parts, count).prompts
+        return Rollout(prompts, replies, [[-1.0] * len(reply) for reply in replies], ended)
+
+    monkeypatch.setattr(ppo, "merge_rollouts", written)
+    monkeypatch.setattr(ppo, "estimate", lambda *args: seen.append(estimate(*args)) or seen[-1])
+    reward = {"callable": "two_for_all:two", "normalise": None, "clip": None}
+    change = {"model": folder, "critic": "policy", "kl": None, "reward": reward}
+    change |= {"iterations": 1, "rollout_size": 8, "minibatch_size": 8}
+    train_ppo(small("ppo", tmp_path / "run", change | {"advantage": {"lam": 1.0}}))
+    for row, reply in enumerate(replies):
+        expected = [0.0] * (len(reply) - 1) + [2.0] + [0.0] * (4 - len(reply))
+        assert seen[0].rewards[row].tolist() == expected
+        fitted = [2.0] * len(reply) + [0.0] * (4 - len(reply))
+        assert seen[0].returns[row].tolist() == pytest.approx(fitted, abs=1e-6)
 
 
 # --- reference and coefficient
@@ -261,6 +303,8 @@ ELSEWHERE = {
     "max_bad_rows": "test_13_bad_rows_are_counted_against_max_bad_rows",
     "data.weight": "data/test_sources.py",
     "data.format": "data/test_sources.py",
+    "data.strength": "of pairs alone: train/test_reward.py",
+    "ptx.data.strength": "of pairs alone: train/test_reward.py",
     "ptx.data.weight": "data/test_sources.py",
     "ptx.data.where": "data/test_sources.py",
     "ptx.data.format": "data/test_sources.py",
@@ -489,6 +533,14 @@ def test_13_slots_kind_and_checkpointing_reach_what_reads_them(small, tmp_path, 
         ),
         ({"loss": {"penalty_target": 1.0}}, "no effect without penalty_coef"),
         (
+            {"loss": {"penalty_coef": 1.0, "policy_clip": None, "ratio_to": "reference"}},
+            "penalty_coef weighs KL to the sampling policy",
+        ),
+        (
+            {"loss": {"entropy_coef": 0.1, "entropy_fraction": 2.0}},
+            r"entropy_fraction: .* not below ln \|V\|",
+        ),
+        (
             {
                 "loss": {"penalty_coef": 1.0, "policy_clip": None, "penalty_target": 1.0},
                 "minibatch_size": 4,
@@ -548,6 +600,41 @@ def test_13_bad_rows_are_counted_against_max_bad_rows(small, tmp_path):
     assert all(row["reason"] and row["defect"] for row in events)
 
 
+def test_07_a_cut_reply_goes_on_in_the_critic_whatever_its_batch_mates(
+    small, tmp_path, files, monkeypatch
+):
+    """The same cut reply among shorter and among longer ones, through the whole iteration."""
+    found = {}
+    merge_parts, estimate = ppo.merge_rollouts, ppo.estimate
+    for name, mates in {
+        "longest": [[60], [61, 2], [62, 2]],
+        "shortest": [[60, 61, 62], [61, 62, 63, 64, 2], [62, 63, 64]],
+    }.items():
+        replies = [[70, 71], *mates]
+        ended = [reply[-1] == 2 for reply in replies]
+
+        def written(parts, count, replies=replies, ended=ended):
+            prompts = merge_parts(parts, count).prompts
+            return Rollout(prompts, replies, [[-1.0] * len(reply) for reply in replies], ended)
+
+        def keep(*args, name=name):
+            found[name] = estimate(*args)
+            return found[name]
+
+        monkeypatch.setattr(ppo, "merge_rollouts", written)
+        monkeypatch.setattr(ppo, "estimate", keep)
+        change = CALLED | {"reward": CALLED["reward"] | {"normalise": None, "clip": None}}
+        change |= {"iterations": 1, "advantage": {"missing_eos": "bootstrap"}, "kl": None}
+        train_ppo(small("ppo", tmp_path / name, change))
+    one, two = found["longest"], found["shortest"]
+    for table in ("advantages", "returns"):
+        a, b = getattr(one, table)[0], getattr(two, table)[0]
+        torch.testing.assert_close(a[:2], b[:2], rtol=0, atol=1e-6)
+    value, after = one.scored.values[0, 1], one.scored.last_values[0]
+    torch.testing.assert_close(one.advantages[0, 1], after - value)
+    assert abs(float(after)) > 1e-6
+
+
 # --- sampling and scoring
 
 
@@ -596,6 +683,28 @@ def test_15_dropout_in_a_models_config_is_off_everywhere(small, tiny, tmp_path):
     found = rows(train_ppo(small("ppo", tmp_path / "c", checkpointed_run)))
     assert found[0]["policy/first_ratio_error"] == 0.0
     assert found[0]["policy/loss"] == pytest.approx(plain[0]["policy/loss"], rel=1e-4, abs=1e-7)
+
+
+def test_16_left_padded_right_padded_and_unpadded_log_probs_agree(tiny):
+    model, template = load_policy(tiny), ChatTemplate(load_tokenizer(tiny))
+    here = World(0, 1, CPU)
+    prompts = [[5], list(range(40, 90)), [7, 8, 9], list(range(100, 120))]
+    params = SamplingParams(temperature=0.8, max_new_tokens=6)
+    rollouts = {  # padded on the right, on the left, and one by one without any
+        (kind, slots): build_engine(
+            EngineSettings(kind=kind, slots=slots), model, template, here, torch.float32
+        ).generate(prompts, params, [1, 2, 3, 4])
+        for kind in ("native", "transformers")
+        for slots in (4, 1)
+    }
+    alone = rollouts["transformers", 1]
+    with torch.no_grad():
+        batch = reply_batch(alone, [0, 1, 2, 3], 3, CPU)
+        trained = LanguageModel(model)(batch, 0.8).logprobs.tolist()
+    for rollout in rollouts.values():
+        assert rollout.responses == alone.responses
+        flat = [value for row in rollout.logprobs for value in row]
+        assert flat == pytest.approx(trained, abs=1e-5)
 
 
 def test_17_a_step_at_5e_7_changes_every_matrix_in_bf16(small, tiny, tmp_path):
@@ -813,6 +922,23 @@ def test_31_a_reward_model_whose_probes_score_otherwise_is_refused(small, small_
 
 
 # --- reproducibility, logs
+
+
+def test_32_perplexity_is_the_policys_whatever_the_length_of_replies_and_prompts(
+    small, tmp_path, files
+):
+    """The tiny model knows nothing: about as many choices as its vocabulary has, never 1.01."""
+    found = []
+    for name, change in {
+        "short": {"sampling": {"max_new_tokens": 2}},
+        "long": {"sampling": {"max_new_tokens": 24}},
+        "long prompts": {"data": files["LONG"], "sampling": {"max_new_tokens": 2}},
+    }.items():
+        change = change | {"iterations": 1, "rollout_size": 32, "minibatch_size": 32}
+        row = rows(train_ppo(small("ppo", tmp_path / name, change)))[0]
+        found.append(row["policy/perplexity"])
+        assert row["ref/perplexity"] == pytest.approx(found[-1], rel=1e-5)
+    assert found == pytest.approx([512] * 3, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward", "ppo"])

@@ -133,12 +133,29 @@ def resolve(data: dict[str, Any], source: str) -> Recipe:
 def with_preset(section: dict[str, Any], source: str) -> dict[str, Any]:
     """`ppo` settings laid over the preset they name (`ppo-max` unless said)."""
     section = dict(section)
-    name = str(section.pop("preset", "ppo-max"))
-    place = Path(str(importlib.resources.files("ppomax") / "recipes")) / "presets" / f"{name}.yaml"
+    return _laid_over(_preset(str(section.pop("preset", "ppo-max")), source, ()), section)
+
+
+def _preset(name: str, source: str, above: tuple[str, ...]) -> dict[str, Any]:
+    """A preset's settings laid over those of its `base`, if it names one.
+
+    Args:
+        above: presets that are being read, each the base of the one before.
+    """
+    if name in above:
+        chain = " -> ".join((*above, name))
+        raise ConfigError(f"{source}: setting ppo.preset: bases lead in a circle: {chain}")
+    folder = Path(str(importlib.resources.files("ppomax") / "recipes")) / "presets"
+    place = folder / f"{name}.yaml"
     if not place.exists():
-        known = ", ".join(sorted(item.stem for item in place.parent.glob("*.yaml")))
+        known = ", ".join(sorted(item.stem for item in folder.glob("*.yaml")))
         raise ConfigError(f"{source}: setting ppo.preset: no preset {name!r}; there are {known}")
-    preset = read_yaml(place)
+    own = read_yaml(place)
+    base = own.pop("base", None)
+    return own if base is None else _laid_over(_preset(str(base), source, (*above, name)), own)
+
+
+def _laid_over(preset: dict[str, Any], section: dict[str, Any]) -> dict[str, Any]:
     return merge(preset if has_critic(section) else without_critic(preset), section)
 
 

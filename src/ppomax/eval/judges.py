@@ -13,8 +13,8 @@ from ppomax.distributed import World, sum_tensor
 from ppomax.errors import DataError
 from ppomax.eval.best_of_n import Candidates
 from ppomax.eval.statistics import Floats
+from ppomax.models.ensembles import members
 from ppomax.models.export import REWARD_CARD_FILE, RewardCard, read_reward_card
-from ppomax.models.folders import ensemble_members
 from ppomax.models.heads import ScalarModel
 from ppomax.models.language import LanguageModel
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer, resolve
@@ -43,10 +43,10 @@ def load_judge(name: str, settings: StageSettings) -> Judge:
         ModelError: no such model, or a damaged list of members.
     """
     place = Path(resolve(name))
-    members = [str(path) for path in ensemble_members(place)] if place.is_dir() else [name]
+    found = members(str(place)) if place.is_dir() else [name]
     card = read_reward_card(place) if (place / REWARD_CARD_FILE).is_file() else None
     tokenizer = load_tokenizer(name, trust_remote_code=settings.trust_remote_code)
-    return Judge(name, members, ChatTemplate(tokenizer, card.system if card else None), card)
+    return Judge(name, found, ChatTemplate(tokenizer, card.system if card else None), card)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,5 @@
 """Folders that appear whole or not at all, the cache's lock, and silence around transformers."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,9 +9,6 @@ from typing import Any
 
 from filelock import FileLock
 
-from ppomax.errors import ModelError
-
-ENSEMBLE_FILE = "ensemble.json"
 """In a folder of several reward models: `{"members": [folder, ...]}`, each a model of its own. The
 folder itself is the first of them, so that any loader finds one."""
 
@@ -64,23 +60,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def ensemble_members(folder: Path) -> list[Path]:
-    """The members of an ensemble, or the folder itself where it is one model.
-
-    Raises:
-        ModelError: the list of members is damaged or names a folder that is not there.
-    """
-    file = folder / ENSEMBLE_FILE
-    if not file.is_file():
-        return [folder]
-    try:
-        names = [str(name) for name in json.loads(file.read_text(encoding="utf-8"))["members"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{file}: not a list of members ({error})") from None
-    members = [folder / name for name in names]
-    missing = next((path for path in members if not (path / "config.json").exists()), None)
-    if missing is not None or not members:
-        raise ModelError(f"{file}: {missing or 'no members'}; every member is a model folder")
-    return members

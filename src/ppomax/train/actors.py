@@ -21,7 +21,6 @@ from ppomax.models.lora import adapters_off, add_lora
 from ppomax.rollout.engine import Engine, build_engine
 from ppomax.train.loop import Trainable, check_positions
 from ppomax.train.ppo_config import PPOConfig
-from ppomax.train.ppo_settings import LossSettings
 from ppomax.train.reward_sources import RewardSources, check_tokenizer, load_sources
 
 
@@ -66,7 +65,9 @@ def load_actors(config: PPOConfig, here: World) -> Actors:
     base = config.compute_dtype if config.lora else torch.float32
     lm = load_policy(config.model, dtype=base, trust_remote_code=trust)
     check_positions(config, lm)
-    _check_entropy(config.loss, lm.config.get_text_config().vocab_size)
+    check_entropy(
+        "entropy_threshold", config.loss.entropy_threshold, lm.config.get_text_config().vocab_size
+    )
     reference = None
     if config.lora:
         add_lora(lm, config.lora, config.seed)
@@ -99,12 +100,16 @@ def load_actors(config: PPOConfig, here: World) -> Actors:
     )
 
 
-def _check_entropy(loss: LossSettings, vocabulary: int) -> None:
-    """A threshold that entropy cannot reach would push it up without end."""
+def check_entropy(setting: str, threshold: float | None, vocabulary: int) -> None:
+    """A threshold that entropy cannot reach would push it up without end.
+
+    Raises:
+        ConfigError: it is not below ln |V|.
+    """
     most = math.log(vocabulary)
-    if loss.entropy_threshold is not None and loss.entropy_threshold >= most:
+    if threshold is not None and threshold >= most:
         raise ConfigError(
-            f"setting ppo.loss.entropy_threshold: {loss.entropy_threshold} nats is not below "
+            f"setting ppo.loss.{setting}: {threshold:.4g} nats is not below "
             f"ln |V| = {most:.3g}, the entropy of a uniform choice"
         )
 

@@ -17,7 +17,8 @@ from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World, barrier
 from ppomax.losses import pairwise_ranking_loss
 from ppomax.metrics import as_row
-from ppomax.models.folders import ENSEMBLE_FILE, atomic_folder
+from ppomax.models.ensembles import ENSEMBLE_FILE
+from ppomax.models.folders import atomic_folder
 from ppomax.models.load import load_reward_model, load_tokenizer
 from ppomax.train.loop import StageRun, is_done
 from ppomax.train.reward_data import RewardConfig, load_data

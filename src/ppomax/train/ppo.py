@@ -17,7 +17,7 @@ from ppomax.models.export import Card, export_policy
 from ppomax.models.language import LanguageModel
 from ppomax.normalise import RunningMoments
 from ppomax.rollout.engine import Rollout
-from ppomax.train.actors import Actors, load_actors
+from ppomax.train.actors import Actors, check_entropy, load_actors
 from ppomax.train.buffer import pack, unpack
 from ppomax.train.controllers import kl_controller, penalty_controller
 from ppomax.train.estimates import estimate
@@ -155,9 +155,20 @@ class PPO:
 
     def update(self, plan: Plan, step: int, sums: MetricSums) -> None:
         """Every epoch's optimizer steps; the first pass follows the plan that was scored."""
-        config = self.config
         now = self.updating(step, sums)
-        kl = 0.0
+        kl = self._steps(now, plan, step)
+        if self.penalty is not None:
+            sums.add("policy/penalty_coef", self.penalty.coef, 1.0)
+            self.penalty.update(kl)
+
+    def _steps(self, now: Updating, plan: Plan, step: int) -> float:
+        """Optimizer steps until the plan or `target_kl` ends them; the newest rollout's last KL.
+
+        The KL of replies from earlier iterations is to the policy that wrote them, and begins
+        above 0: `target_kl` and the penalty's target are held against the newest rollout alone.
+        """
+        config = self.config
+        newest = 0.0
         for epoch, age, experience in self._passes():
             if epoch or age:
                 plan = plan_updates(experience.rollout, config, self.here, "ppo", step, epoch, age)
@@ -165,14 +176,13 @@ class PPO:
                 texts = self._texts(experience, minibatch, step, epoch, age, number)
                 first = epoch == 0 and age == 0 and number == 0
                 kl = update_policy(now, experience, minibatch, texts, first=first)
+                newest = newest if age else kl
                 if self.actors.critic is not None:
                     update_critic(now, experience, minibatch, clip=config.loss.value_clip)
-                if config.loss.target_kl is not None and kl > config.loss.target_kl:
+                if config.loss.target_kl is not None and newest > config.loss.target_kl:
                     self.run.event("target_kl", step=step, kl=kl, epoch=epoch, minibatch=number)
-                    return
-        if self.penalty is not None:
-            sums.add("policy/penalty_coef", self.penalty.coef, 1.0)
-            self.penalty.update(kl)
+                    return newest
+        return newest
 
     def updating(self, step: int, sums: MetricSums) -> Updating:
         """What this iteration's optimizer steps are made with."""
@@ -181,6 +191,7 @@ class PPO:
         if settings.entropy_fraction is not None:
             assert self.first_entropy is not None
             threshold = settings.entropy_fraction * self.first_entropy
+            check_entropy("entropy_fraction", threshold, len(self.actors.template.tokenizer))
         return Updating(
             self.actors,
             self.config,
