@@ -54,7 +54,7 @@ def test_scores_are_the_models_and_likelihoods_the_base_models(small_reward, sev
     found = evaluate_reward([small_reward], [several], language_model="tiny", by=["level"])
     pairs = pairs_of(several)
     model, lm = load_reward_model(small_reward, init_from_lm=False), load_policy("tiny")
-    gaps, likelier = [], []
+    gaps, likelier, per_token = [], [], []
     with torch.no_grad():
         for pair in pairs:
             scores, sums = [], []
@@ -65,10 +65,14 @@ def test_scores_are_the_models_and_likelihoods_the_base_models(small_reward, sev
                 sums.append(-float(losses[torch.tensor(side.mask[1:])].sum()))
             gaps.append(scores[0] - scores[1])
             likelier.append(sums[0] - sums[1])
+            each = sums[0] / pair.chosen.num_targets - sums[1] / pair.rejected.num_targets
+            per_token.append(each)
     assert found["num_pairs"] == len(pairs) == 24
     assert found["num_prompts"] == 4
     assert found["accuracy"]["right"] == sum(gap > 0 for gap in gaps)
     assert found["baselines"]["likelier wins"]["right"] == sum(gap > 0 for gap in likelier)
+    by_token = found["baselines"]["likelier per token wins"]["right"]
+    assert by_token == sum(gap > 0 for gap in per_token) != sum(gap > 0 for gap in likelier)
     assert found["histogram"]["mean"] == pytest.approx(np.mean(gaps), abs=1e-5)
     assert {(row["column"], row["value"]) for row in found["subsets"]} == {
         ("level", "0"),

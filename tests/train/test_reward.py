@@ -416,6 +416,30 @@ def test_a_shared_prompt_gives_the_same_loss_norm_and_weights(change, small, tmp
         torch.testing.assert_close(value, found[0][1][name], rtol=0, atol=1e-5)
 
 
+def test_prompts_are_shared_where_it_pays_and_never_where_the_model_cannot(
+    small, tmp_path, template, monkeypatch
+):
+    from ppomax.train import pair_forward
+    from ppomax.train.pair_forward import settle_sharing
+
+    def pairs(prompt, answer):
+        row = PreferenceRow("a", (Message(role="user", content=prompt),), answer, answer + "!")
+        return [encode_pair(row, template, 500)]
+
+    here = World(0, 1, torch.device("cpu"))
+    model = load_reward_model("tiny")
+    long, short = pairs("Why is it so? " * 9, "So."), pairs("Why?", "Because it is so. " * 9)
+    assert settle_sharing(None, model, long, 3, here)
+    assert not settle_sharing(None, model, short, 3, here)
+    assert settle_sharing(True, model, short, 3, here)
+    assert not settle_sharing(False, model, long, 3, here)
+    plain = pair_forward._layout
+    monkeypatch.setattr(pair_forward, "_layout", lambda *given: (plain(*given)[0], None))
+    assert not settle_sharing(None, model, long, 3, here)
+    with pytest.raises(ConfigError, match=r"share_prompts: this model scores a pair otherwise"):
+        train_reward(small("reward", tmp_path / "run", {"share_prompts": True}))
+
+
 def test_an_ensemble_is_k_runs_exported_together(small, tmp_path):
     change = {"ensemble": 2, "heldout": 0.5, "max_steps": 2, "epochs": 2}
     run = train_reward(small("reward", tmp_path / "run", change))

@@ -18,6 +18,12 @@ from ppomax.models.heads import ScalarModel, read_scores
 from ppomax.models.logprobs import token_logprobs
 from ppomax.train.pairs import Pair, stack
 
+WORTH_SHARING = 0.25
+"""Share of a data set's tokens that are second copies of a prompt, above which leaving them out
+was faster on a processor (measured, see docs/LOG.md)."""
+SAME_SCORE = 0.01
+"""Relative difference of a score that bf16 makes by rounding in another order."""
+
 
 class PairOutput(NamedTuple):
     """What the losses of a micro-batch need."""
@@ -99,20 +105,36 @@ def _logprobs(
     ).logprobs
 
 
-@torch.no_grad()
-def check_sharing(model: ScalarModel, pair: Pair, pad: int, here: World) -> None:
-    """Both ways must score a pair alike: an architecture may not take such a mask.
+def settle_sharing(
+    asked: bool | None, model: ScalarModel, pairs: Sequence[Pair], pad: int, here: World
+) -> bool:
+    """Whether prompts are shared: as asked, or where it pays and the architecture allows it.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: asked for, and the model scores a pair otherwise then.
     """
-    one, two = (
+    saved = sum(pair.num_prompt for pair in pairs) / sum(pair.tokens for pair in pairs)
+    if asked is None and (here.device.type != "cpu" or saved < WORTH_SHARING):
+        return False
+    if asked is False:
+        return False
+    gap = _sharing_error(model, pairs[0], pad, here)
+    if gap <= SAME_SCORE:
+        return True
+    if asked is None:
+        return False
+    raise ConfigError(
+        "setting reward.share_prompts: this model scores a pair otherwise when its answers share "
+        f"the prompt (by {gap:.2g}, relative); set it to false"
+    )
+
+
+@torch.no_grad()
+def _sharing_error(model: ScalarModel, pair: Pair, pad: int, here: World) -> float:
+    """How far apart the two ways are, as a share of the score: a model may ignore the mask."""
+    apart, shared = (
         forward_pairs(model, [pair], pad, here, imitate=False, share_prompts=share)
         for share in (False, True)
     )
-    gap = max(float((a - b).abs()) for a, b in zip(one[:2], two[:2], strict=True))
-    if not gap <= 0.01 * max(1.0, float(one.chosen.abs())):  # bf16 rounds two orders differently
-        raise ConfigError(
-            "setting reward.share_prompts: this model scores a pair otherwise when its answers "
-            f"share the prompt (by {gap:.3g}); set it to false"
-        )
+    gaps = [(apart.chosen - shared.chosen).abs(), (apart.rejected - shared.rejected).abs()]
+    return float(torch.cat(gaps).max()) / max(1.0, float(apart.chosen.abs()))

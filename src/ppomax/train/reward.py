@@ -22,7 +22,7 @@ from ppomax.models.load import load_reward_model, load_tokenizer
 from ppomax.models.lora import add_lora
 from ppomax.train.ensemble import train_members
 from ppomax.train.loop import StageRun, Trainable, autocast, check_positions, rank_micro_batches
-from ppomax.train.pair_forward import PairOutput, check_sharing, forward_pairs, width
+from ppomax.train.pair_forward import PairOutput, forward_pairs, settle_sharing, width
 from ppomax.train.pairs import Pair
 from ppomax.train.reward_card import export
 from ppomax.train.reward_data import RewardConfig, load_data
@@ -65,9 +65,9 @@ def _train(config: RewardConfig, here: World, run: StageRun) -> Path:
     reward = Trainable("reward", model, config.optim, len(data.steps), here)
     state = run.restore([reward])
     pad = int(tokenizer.pad_token_id)
-    if config.share_prompts:
-        with autocast(here, config.compute_dtype):
-            check_sharing(model, data.train[0], pad, here)
+    with autocast(here, config.compute_dtype):
+        share = settle_sharing(config.share_prompts, model, data.train, pad, here)
+    config = config.model_copy(update={"share_prompts": share})
     if state is None:
         run.set_aside(data.bad, data.notes)
 
@@ -106,7 +106,12 @@ def train_step(
         part = [pairs[index] for index in indices]
         with autocast(here, config.compute_dtype):
             output = forward_pairs(
-                reward.model, part, pad, here, imitate=imitate, share_prompts=config.share_prompts
+                reward.model,
+                part,
+                pad,
+                here,
+                imitate=imitate,
+                share_prompts=bool(config.share_prompts),
             )
             losses = step_losses(output, part, config, num_pairs, num_tokens)
         lost += _not_finite(output, part)
@@ -194,7 +199,7 @@ def _stop_if_lost(names: list[str], step: int) -> None:
 
 
 def _plan(pairs: Sequence[Pair], config: RewardConfig, here: World) -> list[list[int]]:
-    widths = [width(pair, share_prompts=config.share_prompts) for pair in pairs]
+    widths = [width(pair, share_prompts=bool(config.share_prompts)) for pair in pairs]
     return plan_micro_batches(widths, config.micro_tokens, here.size)
 
 
