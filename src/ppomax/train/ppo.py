@@ -345,6 +345,7 @@ class PPO:
                 card=card,
                 generation=sampling,
                 state=state,
+                system=self.config.system,
             )
 
 
