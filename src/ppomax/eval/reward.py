@@ -20,7 +20,7 @@ from ppomax.data.sources import (
 from ppomax.distributed import World, world
 from ppomax.errors import DataError, PpomaxError
 from ppomax.eval.best_of_n import best_of_n_curve, load_candidates
-from ppomax.eval.judges import (
+from ppomax.eval.scorers import (
     Judge,
     JudgedPairs,
     encode_for_all,
