@@ -93,7 +93,7 @@ def test_the_command_line_writes_a_report_that_shows_texts_as_texts(files, capsy
     assert "win / tie / lose  67% / 33% / 0%  of 6 pairs" in said
     page = (files / "out" / "report.html").read_text()
     assert page.index("ppo.jsonl is better than sft.jsonl") < page.index("<table>")
-    assert "points could have been seen" in page
+    assert "points or more could have been seen" in page
     assert "bad &lt;b&gt;reply" in page
     assert "bad <b>" not in page
     assert json.loads((files / "out" / "report.json").read_text())["kind"] == "policy"

@@ -10,7 +10,9 @@ from ppomax.report.text import percent
 
 SIDES = ("win", "tie", "lose")
 MAX_BARS = 14
-"""Bars of one figure; more would be too thin to read."""
+"""Groups of accuracy bars in one figure; more would be too thin to read."""
+MAX_SPLITS = 6
+"""Bars of win, tie and lose, each under its name."""
 
 
 class Split(NamedTuple):
@@ -23,7 +25,7 @@ class Split(NamedTuple):
 
 def win_tie_lose_bars(name: str, title: str, bars: Sequence[Split]) -> Figure:
     """Horizontal bars of three parts each, with the percentage in every part."""
-    bars = bars[:MAX_BARS]
+    bars = bars[:MAX_SPLITS]
 
     def draw(places: Places) -> None:
         (place,) = places
@@ -33,18 +35,20 @@ def win_tie_lose_bars(name: str, title: str, bars: Sequence[Split]) -> Figure:
             widths = np.array([bar.shares[part] for bar in bars])
             color = (COLORS[2], "#9a9a9a", COLORS[4])[part]
             style = {"color": color, "alpha": 0.75, "hatch": HATCHES[part], "edgecolor": INK}
-            place.barh(heights, widths, left=left, height=0.6, linewidth=0.5, label=side, **style)
+            place.barh(heights, widths, left=left, height=0.5, linewidth=0.5, label=side, **style)
             for y, x, width in zip(heights, left, widths, strict=True):
                 if width >= 0.08:
-                    place.text(x + width / 2, y, percent(width), ha="center", va="center")
+                    place.text(
+                        x + width / 2, y, percent(width), ha="center", va="center", fontsize=8
+                    )
             left = left + widths
         place.axvline(0.5, color=INK, linewidth=0.8, linestyle=":")
         place.set_yticks([])  # names stand above their bars: beside them there is no room
         for y, bar in zip(heights, bars, strict=True):
             name = f"{short(bar.label)}, n {bar.num_pairs:,}"
-            place.text(0, y + 0.32, name, ha="left", va="bottom", fontsize=7.5)
+            place.text(0, y + 0.27, name, ha="left", va="bottom", fontsize=7.5)
         place.set_xlim(0, 1)
-        place.set_ylim(-0.4, len(bars) - 0.3)
+        place.set_ylim(-0.4, len(bars) - 0.25)
         place.set_xlabel("share of pairs")
 
     parts = [

@@ -53,7 +53,7 @@ def _sentence(row: Mapping[str, Any]) -> str:
     interval = as_interval(row.get("ci95"))
     edges = f" [{percent(interval[0])}, {percent(interval[1])}]" if interval else ""
     seen = as_number(row.get("detectable"))
-    could = f"; {100 * seen:.1f} points could have been seen" if seen is not None else ""
+    could = f"; {100 * seen:.1f} points or more could have been seen" if seen is not None else ""
     return (
         f"{_text(row, 'candidate')} {word} {_text(row, 'baseline')}: win rate "
         f"{percent(as_number(row.get('win_rate')))}{edges} on {number(as_number(row.get('n')))} "
@@ -163,14 +163,13 @@ def agreement_rows(report: Mapping[str, Any]) -> dict[str, Any]:
 def judged_figures(label: str, report: Mapping[str, Any]) -> list[Figure]:
     """Bars of every comparison and its groups; accuracy bars of each reading."""
     figures = []
-    bars = []
-    for row in comparisons(report):
-        head = f"{_text(row, 'candidate')}, {_text(row, 'judge')}"
-        parts = [(head, row)] + [(_text(g, "group"), g) for g in listed(row.get("by"))]
-        bars += [bar for name, part in parts if (bar := _split(name, part)) is not None]
     end = f", {label}" if label else ""
-    if bars:
-        figures.append(win_tie_lose_bars(f"judged-{label}", f"Win, tie, lose{end}", bars))
+    for place, row in enumerate(comparisons(report)):
+        parts = [("all", row)] + [(_text(g, "group"), g) for g in listed(row.get("by"))]
+        bars = [bar for name, part in parts if (bar := _split(name, part)) is not None]
+        title = f"{_text(row, 'candidate')} against {_text(row, 'baseline')}, {_text(row, 'judge')}"
+        if bars:
+            figures.append(win_tie_lose_bars(f"judged-{place}-{label}", title + end, bars))
     record = mapping(report.get("capability"))
     groups = listed(record.get("groups"))
     for reading, title in READINGS.items():
