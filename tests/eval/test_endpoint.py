@@ -210,6 +210,7 @@ def test_caps_hold_over_runs(server, ask):
 
 SCRIPT = """
 import sys
+import time
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from test_endpoint import pairs_of
@@ -218,8 +219,10 @@ from ppomax.eval.answers import open_answers
 from ppomax.eval.judges import JudgeConfig, judge_pairs
 from ppomax.eval.rubrics import load_rubrics
 config = parse(JudgeConfig, {"spec": f"openai:{sys.argv[1]}#judge", "concurrency": 4})
+began = time.process_time()
 with open_answers(Path(sys.argv[2])) as answers:
     rows = judge_pairs(pairs_of(200), config, load_rubrics(), answers, say=print).rows
+print(time.process_time() - began)
 print(" ".join(row.verdict for row in rows))
 """
 
@@ -241,14 +244,13 @@ def test_killed_in_the_middle_200_pairs_go_on_with_no_answer_lost_or_asked_again
     before = set(read_answers(file).known)
     sent = sum(server.calls.values())
     assert 140 <= len(before) <= sent < 300
-    start = time.monotonic()
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert time.monotonic() - start < 60
-    assert done.stdout.splitlines()[-1].split() == truth(200)
+    *_, seconds, verdicts = done.stdout.splitlines()
+    assert float(seconds) < 30  # of one processor: what the clock says depends on who else runs
+    assert verdicts.split() == truth(200)
     # What was under way at the kill (at most 4) never came back; all else was asked once.
     assert sum(server.calls.values()) - 400 == sent - len(before) <= 4
     assert set(read_answers(file).known) >= before
-    start = time.monotonic()
     again = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+    assert again.stdout.splitlines()[-1] == verdicts
     assert sum(server.calls.values()) - 400 <= 4
