@@ -29,6 +29,8 @@ VERBS = [
     ["data", "check"],
     ["eval"],
     ["eval", "reward"],
+    ["eval", "policy"],
+    ["eval", "capability"],
     ["models"],
     ["models", "pull"],
 ]

@@ -1,7 +1,9 @@
 """Replies to files and to people."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +14,7 @@ from ppomax.distributed import World, world
 from ppomax.errors import ConfigError
 from ppomax.models.load import load_policy, load_tokenizer, system_of
 from ppomax.rollout import Engine, EngineSettings, SamplingParams, build_engine
-from ppomax.types import Message
+from ppomax.types import Message, PromptRow
 
 
 def compute_dtype(name: str) -> torch.dtype:
@@ -52,6 +54,31 @@ def generate_file(
     Writes JSONL rows {id, prompt, response, finished, model, sampling, seed}.
     """
     rows = load_prompts([SourceConfig(path=prompts)]).rows[:limit]
+    lines = [
+        json.dumps(reply, ensure_ascii=False)
+        for reply in generate_rows(model, rows, params, seed=seed, dtype=dtype, system=system)
+    ]
+    try:
+        out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"option out: cannot write {out} ({error.strerror})") from None
+    return len(lines)
+
+
+def generate_rows(
+    model: str,
+    rows: Sequence[PromptRow],
+    params: SamplingParams,
+    *,
+    seed: int,
+    dtype: str,
+    system: str | None = None,
+) -> list[dict[str, Any]]:
+    """One reply per prompt, as rows {id, prompt, response, finished, model, sampling, seed}.
+
+    Args:
+        system: as in `generate_file`.
+    """
     with world() as here:
         own = system_of(model) if system is None else system
         template = ChatTemplate(load_tokenizer(model), own)
@@ -59,26 +86,18 @@ def generate_file(
         ids = [template.prompt(row.messages) for row in rows]
         seeds = [derived_seed(seed, "generate", row.id, index) for index, row in enumerate(rows)]
         rollout = engine.generate(ids, params, seeds)
-    lines = [
-        json.dumps(
-            {
-                "id": row.id,
-                "prompt": list(row.messages),
-                "response": template.decode(reply),
-                "finished": done,
-                "model": model,
-                "sampling": params.model_dump(mode="json"),
-                "seed": seed,
-            },
-            ensure_ascii=False,
-        )
+    return [
+        {
+            "id": row.id,
+            "prompt": list(row.messages),
+            "response": template.decode(reply),
+            "finished": done,
+            "model": model,
+            "sampling": params.model_dump(mode="json"),
+            "seed": seed,
+        }
         for row, reply, done in zip(rows, rollout.responses, rollout.finished, strict=True)
     ]
-    try:
-        out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"option out: cannot write {out} ({error.strerror})") from None
-    return len(lines)
 
 
 class Chat:

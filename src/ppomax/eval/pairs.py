@@ -132,8 +132,8 @@ def append_verdict(path: Path, verdict: Verdict) -> None:
     append_line(path, json.dumps(row, ensure_ascii=False))
 
 
-def append_line(path: Path, line: str) -> None:
-    """Add a line to a file that only grows, and wait until it is on the disk."""
+def append_line(path: Path, line: str, *, sync: bool = True) -> None:
+    """Add a line to a file that only grows; with `sync` it is on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists()
     with path.open("a+b") as file:
@@ -143,13 +143,25 @@ def append_line(path: Path, line: str) -> None:
             file.write(b"\n" if torn else b"")
         file.write(line.encode(errors="backslashreplace") + b"\n")
         file.flush()
-        os.fsync(file.fileno())
-    if fresh:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if sync:
+            os.fsync(file.fileno())
+    if fresh and sync:
+        _sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Force a file and its name in its folder to the disk, if it is there."""
+    if path.exists():
+        _sync(path)
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    place = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(place)
+    finally:
+        os.close(place)
 
 
 def read_verdicts(path: Path) -> list[Verdict]:

@@ -20,6 +20,7 @@ from ppomax.data.sources import (
 from ppomax.distributed import World, world
 from ppomax.errors import DataError, PpomaxError
 from ppomax.eval.best_of_n import best_of_n_curve, load_candidates
+from ppomax.eval.preference import SUBSET_COLUMNS, compare, evaluate_pairs
 from ppomax.eval.scorers import (
     Judge,
     JudgedPairs,
@@ -29,7 +30,6 @@ from ppomax.eval.scorers import (
     log_likelihoods,
     score_candidates,
 )
-from ppomax.eval.preference import SUBSET_COLUMNS, compare, evaluate_pairs
 from ppomax.eval.statistics import Floats
 from ppomax.train.pairs import Pair
 from ppomax.train.settings import StageSettings

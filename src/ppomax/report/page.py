@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ppomax.errors import ConfigError
-from ppomax.report import evaluation, tables
+from ppomax.report import evaluation, judged, tables
 from ppomax.report.drawing import Figure
 from ppomax.report.figures import (
     answers_figure,
@@ -114,6 +114,27 @@ def _pair_figures(name: str, result: Mapping[str, Any]) -> list[Figure]:
     drawn += [answers_figure(name, result), reliability_figure(name, result)]
     drawn += [best_of_n_figure(name, result)]
     return [figure for figure in drawn if figure is not None]
+
+
+def write_judged_report(result: Mapping[str, Any], title: str, out: Path) -> None:
+    """Write the page of `ppomax eval policy` or `ppomax eval capability` to `out`.
+
+    Raises:
+        ConfigError: `out` cannot be written.
+    """
+    found = judged.judged_verdict(result)
+    fixed = {
+        "title": title,
+        "verdicts": [{"label": "", **found}] if found else [],
+        "evaluation": _evaluation("", result),
+        "replies": judged.reply_rows(result),
+    }
+
+    def render(limit: int) -> str:
+        samples = judged.judged_samples(result, NUM_SAMPLES // 2, limit)
+        return _render("judged.html.j2", fixed | {"samples": samples})
+
+    _write(out, _fitting(render))
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
@@ -245,6 +266,10 @@ def _evaluation(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
         "policies": evaluation.policy_rows(report),
         "groups": evaluation.group_rows(report),
         "pairs": evaluation.pair_rows(report),
+        "comparisons": judged.comparison_rows(report),
+        "agreement": judged.agreement_rows(report),
+        "capability": judged.capability_rows(report),
+        "judged_figures": judged.judged_figures(name, report),
         "figures": [figure for figure in drawn if figure is not None],
     }
 
@@ -258,12 +283,13 @@ def _samples(runs: Sequence[Run], limit: int) -> list[dict[str, Any]]:
             "stage": run.stage,
             "pairs": tables.pair_samples(mapping(run.report), each, limit),
             "total": len(listed(mapping(run.report).get("samples"))),
+            "judged": judged.judged_samples(mapping(run.report), each // 2, limit),
             "training": tables.training_samples(run, each // 2, limit),
         }
         for label, stages in runs
         for run in stages
     ]
-    return [group for group in groups if group["pairs"] or group["training"]]
+    return [group for group in groups if group["pairs"] or group["training"] or group["judged"]]
 
 
 def _stage_order(runs: Sequence[Run]) -> list[str]:

@@ -6,6 +6,7 @@ Pure functions of what was read; every result is ready for JSON.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ppomax.report.judged import judged_verdict
 from ppomax.report.read import (
     ALARMS,
     RunData,
@@ -61,6 +62,7 @@ def policy_verdict(report: Mapping[str, Any]) -> dict[str, Any]:
 
     The proxy is the reward model the policy was trained on; gains on it alone can be gamed.
     """
+    judged = judged_verdict(report)
     scorers = listed(report.get("scorers"))
     held_out = [scorer for scorer in scorers if scorer.get("role") != "proxy"]
     deciding = (held_out or scorers or [{}])[0]
@@ -83,10 +85,24 @@ def policy_verdict(report: Mapping[str, Any]) -> dict[str, Any]:
     kl = as_number(report.get("kl_ref_k3"))
     if kl is not None:
         points.append(f"KL to the reference {number(kl)} nats per token")
+    drift = as_number(report.get("log_ratio_k1"))
+    if drift is not None:
+        points.append(
+            f"Log-ratio to the reference {signed(drift)} nats per token of these replies (no KL: "
+            "they were not drawn from the plain policy)"
+        )
     warnings = _drift(report)
     if gamed:
         warnings.insert(0, "The proxy says better and the held-out scorer does not: over-optimised")
     tone = {1: "good", -1: "bad"}.get(0 if sign is None else sign, "unclear")
+    if judged is not None:  # judges read the replies: their word comes first
+        said = [f"Scorers: {headline}"] if scorers else []
+        return {
+            "headline": judged["headline"],
+            "tone": judged["tone"],
+            "points": judged["points"] + said + points,
+            "warnings": judged["warnings"] + warnings,
+        }
     return {"headline": headline, "tone": tone, "points": points, "warnings": warnings}
 
 
