@@ -253,6 +253,19 @@ NEUTRAL = {
 """Keys documented to leave results alone; what they do change is tested one by one below."""
 
 ELSEWHERE = {
+    **{
+        f"monitor.{key}": "test_collapse.py"
+        for key in ("baseline", "votes", "amber", "red", "patience", "calm", "release")
+    },
+    **{f"monitor.{key}": "test_collapse.py" for key in ("max_kl", "max_length_share")},
+    **{
+        f"monitor.{key}": "train/test_watching.py"
+        for key in ("action", "max_rollbacks", "kl_factor", "kl_least", "lr_factor", "keep_green")
+    },
+    **{
+        f"monitor.track.{key}": "train/test_watching.py"
+        for key in ("every", "prompts", "data", "data.path", "model", "callable")
+    },
     "model": "test_31 and every run",
     "out": "every run",
     "device": "test_13_keys_that_a_machine_or_package_refuses",

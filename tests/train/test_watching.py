@@ -11,6 +11,7 @@ from ppomax.models.load import load_policy
 from ppomax.train.monitor_settings import MonitorSettings
 from ppomax.train.ppo import train_ppo
 from ppomax.train.tracking import against
+from ppomax.train.watching import Watch
 
 TIMES = ("time", "throughput/", "memory/")
 RED = {"max_kl": 1e-9}
@@ -162,6 +163,45 @@ def test_tracked_prompts_are_answered_first_by_sft_then_every_few_iterations(sma
     means = {row["step"]: sum(row["seconds"]) / len(pairs) for row in tracked[1:]}
     best = max(means, key=lambda step: (means[step], step))
     assert same(exported(run), weights(run, best))
+
+
+def test_prompts_and_a_second_reward_model_of_ones_own(small, small_data, small_reward, tmp_path):
+    track = {"data": small_data["prompts"], "prompts": 3, "model": small_reward}
+    change = {"iterations": 1, "monitor": {"track": track}}
+    run = train_ppo(small("ppo", tmp_path / "run", change))
+    tracked = jsonl(run / "heldout.jsonl")
+    assert [len(row["scores"]) for row in tracked] == [3, 3]
+    for row in tracked:  # here the second scorer is the proxy itself
+        assert row["seconds"] == pytest.approx(row["scores"], abs=1e-5)
+
+
+def watch_of(**changes):
+    class Config:
+        class sampling:
+            max_new_tokens, is_plain = 64, True
+
+    return Watch(Config, MonitorSettings(**changes), run=None)
+
+
+def test_the_newest_green_checkpoints_are_kept_and_the_best_one():
+    watch = watch_of(keep_green=2)
+    seconds = {1: 0.1, 2: 0.9, 3: 0.2, 4: 0.3, 5: 0.2}
+    kept = [watch.checkpointed(number, second) for number, second in seconds.items()]
+    assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5]]
+    assert watch.exported() == 2
+    watch.well = False
+    assert watch.checkpointed(6, 5.0) == [2, 4, 5]  # not green: however good, no candidate
+    assert watch.exported() == 2
+    watch.went_back(4)
+    assert (watch.green, watch.exported()) == ([4], 2)
+
+
+def test_without_a_second_scorer_the_last_green_checkpoint_is_exported():
+    watch = watch_of()
+    assert watch.exported() is None
+    for number in (1, 2, 3):
+        watch.checkpointed(number, None)
+    assert watch.exported() == 3
 
 
 def test_the_same_policy_ties_with_itself_on_tracked_prompts(small, tmp_path):

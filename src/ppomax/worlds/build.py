@@ -1,5 +1,6 @@
 """A world as a folder, made by the library's own stages: model, data, SFT, comparisons, reward."""
 
+import importlib.resources
 import json
 import random
 from collections.abc import Iterable, Mapping
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from ppomax.config import Settings, merge, parse
+from ppomax.config import Settings, merge, parse, read_yaml
 from ppomax.data.batching import derived_seed
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import world as process_world
@@ -27,6 +28,7 @@ MAX_NEW_TOKENS, MAX_PROMPT = 64, 40
 HELD_OUT = 256
 """Prompts that no stage trains on."""
 GOLD = "ppomax.worlds:gold_scores"
+"""The gold score as a callable, for `ppo.monitor.track.callable`."""
 
 
 class WorldSettings(Settings):
@@ -37,10 +39,10 @@ class WorldSettings(Settings):
     demonstrations: int = Field(4000, ge=1)
     """Dialogues of supervised fine-tuning."""
     sft_epochs: int = Field(6, ge=1)
-    comparisons: int = Field(2000, ge=1)
+    comparisons: int = Field(4000, ge=1)
     """Pairs of replies of the fine-tuned policy that are compared."""
-    reward_epochs: int = Field(2, ge=1)
-    noise: float = Field(1.0, gt=0)
+    reward_epochs: int = Field(4, ge=1)
+    noise: float = Field(0.5, gt=0)
     """Gold points by which the annotators' Bradley-Terry judgement is blurred."""
     hidden_size: int = Field(64, ge=8)
     layers: int = Field(2, ge=1)
@@ -93,10 +95,13 @@ def build_world(folder: Path, settings: WorldSettings | None = None) -> World:
     return place
 
 
-def ppo_settings(
-    place: World, preset: Mapping[str, Any], changes: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Settings of PPO in the world: the world's own, a preset over them, changes over both."""
+def ppo_settings(place: World, preset: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of PPO in the world: a preset, the world's own over it, changes over both.
+
+    `ppo-max` also gets the world's text for its LM loss, which is part of it (paper §5.4). The
+    learning rates are the world's: the presets' are for 7B.
+    """
+    presets = importlib.resources.files("ppomax") / "recipes" / "presets"
     own = {
         "model": str(place.policy),
         "data": str(place.data("prompts")),
@@ -106,8 +111,13 @@ def ppo_settings(
         "minibatch_size": 32,
         "sampling": {"temperature": 1.0, "max_new_tokens": MAX_NEW_TOKENS},
         "reward": {"model": str(place.reward)},
+        "optim": {"lr": 5e-4},
+        "critic_optim": {"lr": 1e-3},
+        "checkpoint": {"every": 10},
     }
-    return merge(merge(own, dict(preset)), dict(changes))
+    if preset == "ppo-max":
+        own["ptx"] = {"data": str(place.data("text")), "length": MAX_NEW_TOKENS}
+    return merge(merge(read_yaml(Path(str(presets / f"{preset}.yaml"))), own), dict(changes))
 
 
 def _write_data(place: World, settings: WorldSettings) -> None:
@@ -177,9 +187,10 @@ def _reward(place: World, settings: WorldSettings) -> dict[str, Any]:
         "heldout": 0.1,
         "max_length": MAX_NEW_TOKENS + MAX_PROMPT,
         "epochs": settings.reward_epochs,
-        "batch_tokens": 2048,
+        "batch_tokens": 3000,
+        "lm_coef": 0.2,
         "eval_every": 50,
-        "optim": {"lr": 1e-3, "schedule": "cosine", "warmup": 0.1, "floor": 0.1},
+        "optim": {"lr": 2e-3, "schedule": "cosine", "warmup": 0.1, "floor": 0.1},
     }
 
 
