@@ -850,6 +850,9 @@ CONDITIONS = {
     "with several reward models in ensemble (ppo.reward.ensemble, or a folder of members)": (
         lambda c: c.reward.ensemble is not None
     ),
+    "with a reference model, from the 11th row on, once KL has varied": lambda c: False,
+    "in iterations that answer the held-out prompts": lambda c: False,
+    "the same, with a second scorer": lambda c: False,
     "": lambda c: True,
 }
 

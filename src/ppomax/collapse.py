@@ -55,10 +55,10 @@ class DetectorSettings(Settings):
     """Rows of the run's beginning that say what is normal (ours)."""
     votes: int = Field(3, ge=1, le=len(SIGNALS))
     """Signals that must stand beyond a threshold together (ours)."""
-    amber: float = Field(4.0, gt=0)
-    """Robust deviations for amber (ours)."""
-    red: float = Field(8.0, gt=0)
-    """Robust deviations for red (ours)."""
+    amber: float = Field(2.5, gt=0)
+    """Robust deviations for amber (ours, docs/LOG.md)."""
+    red: float = Field(4.0, gt=0)
+    """Robust deviations for red (ours, docs/LOG.md)."""
     patience: int = Field(3, ge=1)
     """Rows in a row beyond a threshold before the level rises (ours)."""
     calm: int = Field(5, ge=1)

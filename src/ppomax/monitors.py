@@ -67,14 +67,12 @@ DECLARED: tuple[Metric, ...] = (
         "score",
         "Wasserstein-1 distance of the scores to those of the unchanged policy's replies",
         "a steep rise",
-        "once the unchanged policy has answered",
     ),
     Metric(
         "reward/length_correlation",
         "1",
         "Pearson correlation of score and reply length within the rollout",
         "near 1: length is being paid for",
-        "where scores and lengths vary",
     ),
     Metric(
         "reward/sqrt_kl_residual",

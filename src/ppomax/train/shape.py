@@ -50,13 +50,10 @@ class ScoreShape:
             "reward/score_kurtosis": excess_kurtosis(scores),
             "response/top_opening_share": top_opening_share(responses),
         }
-        if self.sft:
-            sft = torch.tensor(self.sft, dtype=torch.float64, device=scores.device)
-            found["reward/score_w1"] = wasserstein_1(scores, sft)
+        sft = torch.tensor(self.sft, dtype=torch.float64, device=scores.device)
+        found["reward/score_w1"] = wasserstein_1(scores, sft)
         lengths = scored.mask.sum(1)[alive].double()
-        linked = correlation(scores, lengths)
-        if linked is not None:
-            found["reward/length_correlation"] = linked
+        found["reward/length_correlation"] = correlation(scores, lengths)
         if scored.ref_logprobs is not None:
             found["kl/ref_k1_se"] = clustered_error(scored)
             residual = self._residual(values["kl/ref_sequence"], values["reward/score_mean"])
@@ -105,11 +102,11 @@ def wasserstein_1(first: Tensor, second: Tensor) -> float:
     return float(((shares[0] - shares[1]).abs() * widths).sum())
 
 
-def correlation(first: Tensor, second: Tensor) -> float | None:
-    """Pearson's; None where one side does not vary."""
+def correlation(first: Tensor, second: Tensor) -> float:
+    """Pearson's; 0 where one side does not vary."""
     x, y = first - first.mean(), second - second.mean()
     scale = float(x.norm() * y.norm())
-    return float(x @ y) / scale if scale > 1e-12 else None
+    return float(x @ y) / scale if scale > 1e-12 else 0.0
 
 
 def top_opening_share(responses: Sequence[Sequence[int]]) -> float:
