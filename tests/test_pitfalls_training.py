@@ -264,7 +264,11 @@ ELSEWHERE = {
     },
     **{
         f"monitor.track.{key}": "train/test_watching.py"
-        for key in ("every", "prompts", "data", "data.path", "model", "callable")
+        for key in ("every", "prompts", "data.path", "model", "callable")
+    },
+    **{
+        f"monitor.track.data.{key}": "data/test_sources.py: the same sources"
+        for key in ("where", "format", "limit", "weight")
     },
     "model": "test_31 and every run",
     "out": "every run",
