@@ -295,6 +295,23 @@ NEUTRAL = {
 """Keys documented to leave results alone; what they do change is tested one by one below."""
 
 ELSEWHERE = {
+    **{
+        f"monitor.{key}": "test_collapse.py"
+        for key in ("baseline", "votes", "amber", "red", "patience", "calm", "release")
+    },
+    **{f"monitor.{key}": "test_collapse.py" for key in ("max_kl", "max_length_share")},
+    **{
+        f"monitor.{key}": "train/test_watching.py"
+        for key in ("action", "max_rollbacks", "kl_factor", "kl_least", "lr_factor", "keep_green")
+    },
+    **{
+        f"monitor.track.{key}": "train/test_watching.py"
+        for key in ("every", "prompts", "data.path", "model", "callable")
+    },
+    **{
+        f"monitor.track.data.{key}": "data/test_sources.py: the same sources"
+        for key in ("where", "format", "limit", "weight")
+    },
     "model": "test_31 and every run",
     "out": "every run",
     "device": "test_13_keys_that_a_machine_or_package_refuses",
@@ -967,6 +984,9 @@ CONDITIONS = {
     "with several reward models in ensemble (ppo.reward.ensemble, or a folder of members)": (
         lambda c: c.reward.ensemble is not None
     ),
+    "with a reference model, from the 11th row on, once KL has varied": lambda c: False,
+    "in iterations that answer the held-out prompts": lambda c: False,
+    "the same, with a second scorer": lambda c: False,
     "": lambda c: True,
 }
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def save(
     Raises:
         CheckpointError: the disk refuses; earlier checkpoints are untouched.
     """
-    final = root / f"step-{step:06d}"
+    final = path_of(root, step)
     temporary = root / f".{final.name}.part"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -110,11 +110,26 @@ def latest(root: Path) -> Checkpoint | None:
     return None
 
 
-def prune(root: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints; the last that verifies always stays."""
-    good = latest(root)
+def path_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of this number lies."""
+    return root / f"step-{step:06d}"
+
+
+def prune(root: Path, keep_last: int, keep: Collection[int] = ()) -> None:
+    """Remove all but the newest `keep_last` checkpoints and those numbered in `keep`.
+
+    The last that verifies always stays.
+    """
+    good, kept = latest(root), {path_of(root, step) for step in keep}
     for path in _newest_first(root)[max(1, keep_last) :]:
-        if good is None or path != good.path:
+        if (good is None or path != good.path) and path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def drop_after(root: Path, step: int) -> None:
+    """Remove the checkpoints of larger numbers: their stretch of the run was abandoned."""
+    for path in _newest_first(root):
+        if path.name.removesuffix(".old") > path_of(root, step).name:
             shutil.rmtree(path, ignore_errors=True)
 
 

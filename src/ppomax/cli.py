@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ppomax.errors import ConfigError, PpomaxError
+from ppomax.visible import visible
 
 app = typer.Typer(
     help="From a language model and human preferences to an aligned model: SFT, reward model, "
@@ -51,7 +52,7 @@ def main() -> None:
     try:
         app()
     except PpomaxError as error:
-        typer.echo(f"ppomax: {error}", err=True)
+        typer.echo(f"ppomax: {visible(str(error))}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("ppomax: interrupted", err=True)
@@ -148,6 +149,20 @@ def report(
     from ppomax.report.page import write_report
 
     typer.echo(write_report(runs, out or runs[0] / "report.html"))
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="Run directory, live or not.")],
+    every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 2.0,
+    once: Annotated[bool, typer.Option(help="Show it as it stands and leave.")] = False,
+) -> None:
+    """A run in the terminal: its curves as sparklines, alarms, replies."""
+    from rich.console import Console
+
+    from ppomax.report.watch import watch as show
+
+    show(run, every=every, console=Console(), once=once)
 
 
 @app.command()
@@ -261,7 +276,7 @@ def data_check(files: Annotated[list[str], typer.Argument(help="Data files.")]) 
 
     found = check_files(files)
     for line in render(found):
-        typer.echo(line)
+        typer.echo(visible(line))
     if found.refused:
         raise typer.Exit(1)
 
@@ -398,7 +413,7 @@ def eval_policy(
         dry_run=dry_run,
         say=say,
     ):
-        typer.echo(line)
+        typer.echo(visible(line))
 
 
 @eval_app.command("capability")

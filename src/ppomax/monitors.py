@@ -59,6 +59,31 @@ DECLARED: tuple[Metric, ...] = (
         "with several reward models in ensemble (ppo.reward.ensemble, or a folder of members)",
     ),
     Metric(
+        "reward/score_kurtosis",
+        "1",
+        "Excess kurtosis of raw scores",
+        "rising: a long tail, or two kinds of replies",
+    ),
+    Metric(
+        "reward/score_w1",
+        "score",
+        "Wasserstein-1 distance of the scores to those of the unchanged policy's replies",
+        "a steep rise",
+    ),
+    Metric(
+        "reward/length_correlation",
+        "1",
+        "Pearson correlation of score and reply length within the rollout",
+        "near 1: length is being paid for",
+    ),
+    Metric(
+        "reward/sqrt_kl_residual",
+        "score",
+        "Mean score less what a line over √KL (nats per response) through the earlier rows gives",
+        "falling: KL is spent for less and less score (Gao et al. 2022)",
+        "with a reference model, from the 11th row on, once KL has varied",
+    ),
+    Metric(
         "reward/total_mean",
         "reward",
         "Mean over replies of the summed token rewards: reparameterized score, KL penalty included",
@@ -68,6 +93,13 @@ DECLARED: tuple[Metric, ...] = (
         "nats/token",
         "Mean of log π − log π_ref over response tokens (k1)",
         "clearly negative: the sampler is not the policy",
+        _REFERENCE,
+    ),
+    Metric(
+        "kl/ref_k1_se",
+        "nats/token",
+        "Standard error of kl/ref_k1, clustered by response",
+        "",
         _REFERENCE,
     ),
     Metric(
@@ -226,6 +258,12 @@ DECLARED: tuple[Metric, ...] = (
     ),
     Metric("response/repetition_4", "share", "4-grams that repeat within a reply, mean", "rising"),
     Metric(
+        "response/top_opening_share",
+        "share",
+        "Replies that begin with the most frequent first four tokens",
+        "rising: one way to begin is left",
+    ),
+    Metric(
         "ptx/loss",
         "nats/token",
         "NLL of the plain text",
@@ -241,6 +279,43 @@ DECLARED: tuple[Metric, ...] = (
         _PLAIN,
     ),
     Metric("engine/logprob_gap_max", "nats/token", "The largest such gap", "above 1", _PLAIN),
+    *(
+        Metric(key, unit, meaning, bad, "in iterations that answer the held-out prompts", _UPDATE)
+        for key, unit, meaning, bad in (
+            (
+                "heldout/score_mean",
+                "score",
+                "Mean score of replies to the held-out prompts",
+                "",
+            ),
+            ("heldout/score_p05", "score", "Their 5th percentile", ""),
+            ("heldout/score_p50", "score", "Their median", ""),
+            ("heldout/score_p95", "score", "Their 95th percentile", ""),
+            (
+                "heldout/score_w1",
+                "score",
+                "Wasserstein-1 distance to the scores of the SFT model's replies",
+                "a jump (Fig. 13)",
+            ),
+            ("heldout/length_mean", "tokens", "Mean length of these replies", ""),
+            ("heldout/perplexity", "1", "The policy's perplexity of them", "falls towards 1"),
+            ("time/heldout", "s", "Seconds to answer and score them", ""),
+        )
+    ),
+    *(
+        Metric(key, unit, meaning, bad, "the same, with a second scorer", _UPDATE)
+        for key, unit, meaning, bad in (
+            (
+                "heldout/second_mean",
+                "score",
+                "Mean score by a scorer that PPO never sees",
+                "falls while the proxy rises: over-optimised",
+            ),
+            ("heldout/win", "share", "Replies it scores above the SFT model's", ""),
+            ("heldout/tie", "share", "Replies it scores the same", ""),
+            ("heldout/lose", "share", "Replies it scores below the SFT model's", "above win"),
+        )
+    ),
     Metric("time/rollout", "s", "Seconds to write the replies"),
     Metric("time/score", "s", "Seconds for the four roles' forwards"),
     Metric("time/update", "s", "Seconds for the optimizer steps and the engine's sync"),

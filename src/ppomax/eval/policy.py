@@ -32,10 +32,10 @@ from ppomax.models.export import tokenizer_hash
 from ppomax.models.language import LanguageModel, place
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
 from ppomax.rollout import EngineSettings, Rollout, SamplingParams, build_engine
+from ppomax.rollout.engine import merge_rollouts
 from ppomax.train.experience_batch import reply_batch, response_mask, unflatten
 from ppomax.train.loop import autocast, rank_micro_batches
 from ppomax.train.observe import response_metrics
-from ppomax.train.ppo import merge_rollouts
 from ppomax.train.settings import Dtype
 from ppomax.types import PromptRow
 

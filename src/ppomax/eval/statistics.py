@@ -234,7 +234,8 @@ def sign_test_p(wins: int, losses: int) -> float:
     Ties are left out (Dixon & Mood 1946).
     """
     n, k = wins + losses, min(wins, losses)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+    tail = sum(math.comb(n, i) for i in range(k + 1))
+    return float(min(1.0, 2 * tail / (1 << n)))
 
 
 def pearson(a: ArrayLike, b: ArrayLike) -> float | None:

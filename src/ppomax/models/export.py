@@ -19,6 +19,7 @@ from ppomax.errors import ModelError
 from ppomax.models.folders import atomic_folder, quiet
 from ppomax.models.heads import ScalarModel, save_scalar, set_pad, set_saved_dtype
 from ppomax.models.lora import adapter_state_dict, effective_state_dict, has_lora
+from ppomax.visible import visible
 
 REWARD_CARD_FILE = "reward_card.json"
 TRAINING_FILE = "ppomax.json"
@@ -241,8 +242,8 @@ def source_licence(folder: Path) -> str | None:
 
 
 def escape(text: str) -> str:
-    """Text on one line of markdown, with nothing in it that markdown or HTML would act on."""
-    line = html.escape(" ".join(text.split()), quote=False)
+    """Text on one line, with nothing in it that markdown, HTML or a terminal acts on."""
+    line = html.escape(visible(" ".join(text.split())), quote=False)
     line = re.sub(r"([\\`*_{}\[\]#|~!])", r"\\\1", line)
     line = re.sub(r"^(\d+)(?=[.)](\s|$))", r"\1\\", line)  # a numbered list
     return re.sub(r"^(?=[-+=](\s|[-=]|$))", r"\\", line)  # a list or an underline

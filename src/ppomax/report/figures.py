@@ -65,6 +65,21 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel("Explained variance of the critic", (Axis("share", ("value/explained_variance",)),)),
         Panel(
+            "Held-out prompts: proxy and second scorer",
+            (
+                Axis("proxy", ("heldout/score_mean",)),
+                Axis("second scorer", ("heldout/second_mean",)),
+                Axis("share against SFT", ("heldout/win", "heldout/tie", "heldout/lose")),
+            ),
+        ),
+        Panel(
+            "Repetition",
+            (
+                Axis("share", ("response/distinct_2", "response/repetition_4")),
+                Axis("cut at the limit", ("response/truncated_share",)),
+            ),
+        ),
+        Panel(
             "Critic pre-training",
             (
                 Axis("value loss", ("critic: value/loss",)),
@@ -74,6 +89,10 @@ PANELS: dict[str, tuple[Panel, ...]] = {
     ),
 }
 """The curves of each stage; the first six of PPO are figures 4 and 9 of Zheng et al. 2023."""
+
+
+DISTRIBUTIONS = 4
+"""Steps whose score distributions are drawn over each other."""
 
 
 def stage_figures(stage: str, runs: Sequence[tuple[str, RunData]]) -> list[Figure]:
@@ -87,7 +106,8 @@ def stage_figures(stage: str, runs: Sequence[tuple[str, RunData]]) -> list[Figur
         if axes:
             name = f"{stage}-{panel.title}"
             figures.append(curves(name, panel.title, axes, marks))
-    return figures
+    spread = [score_distributions(label if len(runs) > 1 else "", run) for label, run in runs]
+    return figures + [figure for figure in spread if figure is not None]
 
 
 def _lines(axis: Axis, data: Sequence[tuple[str, dict[str, Any]]]) -> list[Line]:
@@ -136,6 +156,33 @@ def score_histogram(label: str, report: Mapping[str, Any]) -> Figure | None:
     parts = [f"{name} mean {number(float(v.mean()))} over {len(v):,} replies" for name, v in sets]
     title = "Scores of replies" + (f", {label}" if label else "")
     return histograms(f"scores-{label}", title, "score", counted, f"{title}: {'; '.join(parts)}.")
+
+
+def score_distributions(label: str, run: RunData) -> Figure | None:
+    """Scores of the tracked prompts at a few steps: figure 13 of Zheng et al. 2023."""
+    rows = [(row, _finite(row.get("scores"))) for row in run.heldout]
+    rows = [(row, values) for row, values in rows if len(values)]
+    if len(rows) < 2:
+        return None
+    places = sorted(
+        {round(i * (len(rows) - 1) / (DISTRIBUTIONS - 1)) for i in range(DISTRIBUTIONS)}
+    )
+    shown = [rows[place] for place in places]
+    low = min(float(values.min()) for _, values in shown)
+    high = max(float(values.max()) for _, values in shown)
+    edges = np.linspace(low, high if high > low else low + 1, 31)
+    sets = [
+        (f"step {number(row['step'])}", np.histogram(values, edges)[0].tolist(), edges)
+        for row, values in shown
+    ]
+    parts = [
+        f"step {number(row['step'])}: mean {number(float(values.mean()))}, 95th percentile "
+        f"{number(float(np.quantile(values, 0.95)))}"
+        for row, values in shown
+    ]
+    title = "Scores of the same held-out prompts by step" + (f", {label}" if label else "")
+    alt = f"{title}, {len(shown[0][1])} prompts. {'; '.join(parts)}."
+    return histograms(f"heldout-{label}", title, "score", sets, alt)
 
 
 def difference_figure(label: str, result: Mapping[str, Any]) -> Figure | None:

@@ -171,8 +171,13 @@ def _stage_numbers(run: RunData) -> dict[str, Any]:
         "metrics": {
             key: {"step": steps, "value": values} for key, (steps, values) in run.series.items()
         },
+        "abandoned": {
+            key: {"step": steps, "value": values} for key, (steps, values) in run.abandoned.items()
+        },
+        "heldout": run.heldout,
         "num_events": len(run.events),
         "alarms": [row for row in tables.event_rows(run, 2000) if row["alarm"]],
+        "evidence": tables.evidence(run, 2000),
         "evaluation": run.report,
         "config": run.config,
         "env": run.env,
@@ -213,6 +218,12 @@ def _texts(runs: Sequence[Run], limit: int) -> dict[str, Any]:
             for label, stages in runs
             for run in stages
             for row in tables.event_rows(run, short)
+        ],
+        "alarms": [
+            {"label": label, **row}
+            for label, stages in runs
+            for run in stages
+            for row in tables.evidence(run, short)
         ],
         "samples": _samples(runs, limit),
         "config_differences": [
@@ -284,7 +295,7 @@ def _samples(runs: Sequence[Run], limit: int) -> list[dict[str, Any]]:
             "pairs": tables.pair_samples(mapping(run.report), each, limit),
             "total": len(listed(mapping(run.report).get("samples"))),
             "judged": judged.judged_samples(mapping(run.report), each // 2, limit),
-            "training": tables.training_samples(run, each // 2, limit),
+            "training": tables.training_samples(run, max(3, each // 3), limit),
         }
         for label, stages in runs
         for run in stages

@@ -58,13 +58,16 @@ class Trainable(Generic[M]):
     ) -> None:
         self.name, self.model, self.settings, self.world = name, model, settings, world
         self.total_steps, self.step_count = total_steps, 0
+        self.lr_factor = 1.0
+        """What rollbacks have made of the schedule."""
         self.optimizer = build_optimizer(model, settings)
         self.scale = distributed.loss_scale(model, world)
 
     @property
     def lr(self) -> float:
         """Rate of the next step."""
-        return learning_rate(self.settings, self.step_count, max(1, self.total_steps))
+        rate = learning_rate(self.settings, self.step_count, max(1, self.total_steps))
+        return rate * self.lr_factor
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradients; losses are sums over a denominator of the whole batch."""
@@ -100,6 +103,7 @@ class Trainable(Generic[M]):
         tensors = found.tensors(f"{self.name}_optimizer")
         checkpoint.load_optimizer_tensors(self.model, self.optimizer, tensors)
         self.step_count = found.state[f"{self.name}_steps"]
+        self.lr_factor = found.state[f"{self.name}_lr_factor"]
 
 
 class StageRun:
@@ -156,7 +160,7 @@ class StageRun:
         """Put the newest verified checkpoint in place; its state, or None where there is none."""
         if self.found is None:
             if self.world.is_main:
-                for name in (rundir.METRICS, rundir.SAMPLES, rundir.EVENTS):
+                for name in rundir.LOGS:
                     rundir.cut_back(self.path / name, {})
             return None
         state = self.found.state
@@ -171,8 +175,8 @@ class StageRun:
             part.restore(self.found)
         self.attempt = state["attempt"]
         if self.world.is_main:
-            for name in (rundir.METRICS, rundir.SAMPLES, rundir.EVENTS):
-                rundir.cut_back(self.path / name, state["progress"])
+            for name in rundir.LOGS:
+                rundir.cut_back(self.path / name, state["progress"], self.attempt)
         barrier(self.world)
         return state
 
@@ -183,6 +187,7 @@ class StageRun:
         state: dict[str, Any],
         progress: Mapping[str, int],
         more: Mapping[str, Mapping[str, Tensor]] | None = None,
+        keep: Sequence[int] = (),
     ) -> None:
         """Write a checkpoint (collective: sharded tensors are gathered).
 
@@ -190,6 +195,7 @@ class StageRun:
             step: number in the directory's name.
             progress: last logged step of each stage name; rows past it are cut on resume.
             more: further groups of tensors.
+            keep: numbers of checkpoints that stay beside the newest.
         """
         groups: dict[str, Mapping[str, Tensor]] = dict(more or {})
         for part in parts:
@@ -200,11 +206,12 @@ class StageRun:
             "threads": torch.get_num_threads(),
             "progress": dict(progress),
             **{f"{part.name}_steps": part.step_count for part in parts},
+            **{f"{part.name}_lr_factor": part.lr_factor for part in parts},
         }
         if self.world.is_main:
             root = self.path / "checkpoints"
             checkpoint.save(root, step, groups, state)
-            checkpoint.prune(root, self.config.checkpoint.keep_last)
+            checkpoint.prune(root, self.config.checkpoint.keep_last, keep)
             where = {"number": step}  # counts critic rollouts too; the row's step is its stage's
             row = self._event_row("checkpoint", progress[self.stage], where)
             rundir.append_jsonl(self.path / rundir.EVENTS, [row])
@@ -225,12 +232,15 @@ class StageRun:
 
     def event(self, kind: str, *, step: int, **fields: object) -> None:
         """One row of events.jsonl, and a line on the terminal."""
+        text = ", ".join(f"{key} {value}" for key, value in fields.items())
+        self.record(kind, text, step=step, **fields)
+
+    def record(self, kind: str, text: str, *, step: int, **fields: object) -> None:
+        """An event whose line on the terminal is the text: its fields are too long for one."""
         if self.world.is_main:
             row = self._event_row(kind, step, fields)
             rundir.append_jsonl(self.path / rundir.EVENTS, [row])
-            self.progress.say(
-                f"{kind}: " + ", ".join(f"{key} {value}" for key, value in fields.items())
-            )
+            self.progress.say(f"{kind}: {text}")
 
     def set_aside(self, bad: Sequence[BadRow], notes: Sequence[str] = ()) -> None:
         """Rows of the data that are not used and what else there is to know of it.

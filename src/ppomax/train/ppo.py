@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ppomax.checkpoint import Checkpoint
 from ppomax.distributed import World, full_state, gather, world
 from ppomax.errors import TrainingError
 from ppomax.masked import masked_mean
@@ -16,7 +17,7 @@ from ppomax.metrics import MetricSums
 from ppomax.models.export import Card, export_policy
 from ppomax.models.language import LanguageModel
 from ppomax.normalise import RunningMoments
-from ppomax.rollout.engine import Rollout
+from ppomax.rollout.engine import Rollout, merge_rollouts
 from ppomax.train.actors import Actors, check_entropy, load_actors
 from ppomax.train.buffer import pack, unpack
 from ppomax.train.controllers import kl_controller, penalty_controller
@@ -26,7 +27,11 @@ from ppomax.train.loop import StageRun, Trainable
 from ppomax.train.observe import observe, sample_rows, timing
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.prompts import Prompt, PromptStream, TextStream, load_stream, reply_seeds
+from ppomax.train.recovery import begin_watch, judge, roll_back, take_best, track
+from ppomax.train.shape import ScoreShape
+from ppomax.train.tracking import Tracker
 from ppomax.train.update import Updating, update_critic, update_policy
+from ppomax.train.watching import Verdict, Watch
 
 
 def train_ppo(config: PPOConfig, *, resume: bool = False) -> Path:
@@ -67,6 +72,15 @@ class PPO:
         self.taken = 0
         """Prompts taken from the stream so far."""
         self.seconds: dict[str, float] = {}
+        self.shape = ScoreShape()
+        monitor = config.monitor
+        self.watch = Watch(config, monitor, run) if monitor else None
+        track = monitor.track if monitor else None
+        self.tracker = Tracker(config, track, self.actors, here) if track else None
+        self.second: float | None = None
+        """Mean held-out score of the present policy by the second scorer, where it has one."""
+        self.stopped = False
+        """Whether the monitor ended training."""
         self._restore()
         fresh = run.found is None
         if fresh:
@@ -88,7 +102,8 @@ class PPO:
     def train(self) -> None:
         """All PPO iterations from where the run stands."""
         self.run.stage = "ppo"
-        while self.iteration < self.config.iterations:
+        begin_watch(self)
+        while self.iteration < self.config.iterations and not self.stopped:
             step = self.iteration + 1
             prompts, experience, plan = self.collect("ppo", step)
             self.buffer = [experience, *self.buffer][: self.config.buffer_iterations]
@@ -97,6 +112,9 @@ class PPO:
                 self.update(plan, step, sums)
                 self.actors.engine.sync(self.policy.lm)
             values = observe(experience, self.config) | sums.merged(self.here)
+            first = step == 1 and self.run.attempt == 0
+            values |= self.shape.measure(experience, values, unchanged=first)
+            values |= track(self, step)
             passes = self.config.epochs * len(self.buffer)
             values |= timing(self.seconds, experience, passes, self.here)
             self.kl.update(self._kl_in_unit(values), self.config.replies)
@@ -112,7 +130,7 @@ class PPO:
                     attempt=self.run.attempt,
                 )
                 self.run.samples(rows)
-            self._save_if_due(step == self.config.iterations)
+            self._end_of_iteration(judge(self, experience, prompts, values, step), step)
 
     def collect(self, stage: str, step: int) -> tuple[list[Prompt], Experience, Plan]:
         """Sample, score, estimate: one rollout's experience and the plan of its update."""
@@ -126,7 +144,7 @@ class PPO:
             scored = score(rollout, prompts, plan, self.actors, config, self.here)
             exact = self._exact_kl(rollout)
         if self.run.stop_asked():  # nothing of this iteration has touched the state yet
-            self._save()
+            self.save()
             raise self.run.interrupt()
         if not scored.mask.any():
             raise TrainingError(
@@ -215,7 +233,7 @@ class PPO:
         self.run.stage = "critic"
         while settings is not None and not self.critic_ready:
             step = self.critic_rollouts + 1
-            _, experience, plan = self.collect("critic", step)
+            prompts, experience, plan = self.collect("critic", step)
             values = observe(experience, self.config)
             wanted = settings.explained_variance
             enough = wanted is not None and values["value/explained_variance"] >= wanted
@@ -228,11 +246,13 @@ class PPO:
                         )
                     for minibatch in plan:
                         update_critic(self.updating(step, sums), experience, minibatch, clip=None)
+            values |= self.shape.measure(experience, values, unchanged=True)
             values |= sums.merged(self.here)
             values |= timing(self.seconds, experience, settings.epochs, self.here)
             self.critic_rollouts = step
             self.critic_ready = enough or step >= settings.max_rollouts
             self.run.log(step, values, total=settings.max_rollouts)
+            judge(self, experience, prompts, values, step)
             if self.critic_ready:
                 assert self.actors.critic is not None
                 self.actors.critic.step_count = 0
@@ -241,6 +261,11 @@ class PPO:
             self._save_if_due(self.critic_ready)
 
     # --- state --------------------------------------------------------------------------------
+
+    @property
+    def number(self) -> int:
+        """What a checkpoint of the present state is numbered by."""
+        return self.iteration + self.critic_rollouts
 
     @property
     def policy(self) -> LanguageModel:
@@ -273,22 +298,31 @@ class PPO:
             return None
         return exact_kl(rollout, self.actors, self.config, self.here, count)
 
-    def _trained(self) -> list[Trainable[Any]]:
+    def trained(self) -> list[Trainable[Any]]:
+        """What a checkpoint holds the weights of."""
         critic = self.actors.critic
         return [self.actors.policy, *([critic] if critic is not None else [])]
 
+    def _end_of_iteration(self, verdict: Verdict, step: int) -> None:
+        """Go on, end, or go back (docs/monitors.md)."""
+        if verdict == "rollback":
+            roll_back(self)
+            return
+        if verdict == "stop":
+            self.stopped = True
+            self.run.event("monitor_stop", step=step, iterations=self.config.iterations)
+        self._save_if_due(self.stopped or step == self.config.iterations)
+
     def _save_if_due(self, last: bool) -> None:
-        stop = self.run.stop_asked()
-        if (
-            last
-            or stop
-            or (self.iteration + self.critic_rollouts) % self.config.checkpoint.every == 0
-        ):
-            self._save()
+        stop, candidate = self.run.stop_asked(), self.second is not None
+        if last or stop or candidate or self.number % self.config.checkpoint.every == 0:
+            self.save()
         if stop and not (last and self.iteration):
             raise self.run.interrupt()
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """A checkpoint of everything."""
+        keep = self.watch.checkpointed(self.number, self.second) if self.watch else []
         state: dict[str, Any] = {
             "iteration": self.iteration,
             "critic_rollouts": self.critic_rollouts,
@@ -298,21 +332,29 @@ class PPO:
             "kl": self.kl.state_dict(),
             "penalty": None if self.penalty is None else self.penalty.state_dict(),
             "first_entropy": self.first_entropy,
+            "shape": self.shape.state_dict(),
+            "watch": self.watch.state_dict() if self.watch else None,
+            "sft": self.tracker.sft if self.tracker else None,
+            "stopped": self.stopped,
         }
         kept = self.buffer[: self.config.buffer_iterations - 1]
         self.run.save(
-            self.iteration + self.critic_rollouts,
-            self._trained(),
+            self.number,
+            self.trained(),
             state,
             {"ppo": self.iteration, "critic": self.critic_rollouts},
             {f"buffer_{age}": pack(experience) for age, experience in enumerate(kept)},
+            keep,
         )
 
     def _restore(self) -> None:
-        state = self.run.restore(self._trained())
-        if state is None or self.run.found is None:
-            return
-        found = self.run.found
+        self.run.restore(self.trained())
+        if self.run.found is not None:
+            self.take(self.run.found)
+
+    def take(self, found: Checkpoint) -> None:
+        """Go on from a checkpoint whose weights are in place."""
+        state = found.state
         self.buffer = [
             unpack(found.tensors(f"buffer_{age}"), self.here.device)
             for age in range(found.count("buffer_"))
@@ -324,10 +366,17 @@ class PPO:
         self.taken, self.critic_ready = state["taken"], state["critic_ready"]
         self.moments.load_state_dict(state["moments"])
         self.kl.load_state_dict(state["kl"])
+        self.shape.load_state_dict(state["shape"])
+        if self.watch is not None:
+            self.watch.load_state_dict(state["watch"])
+        if self.tracker is not None:
+            self.tracker.sft = state["sft"]
+        self.stopped, self.second = state["stopped"], None
         self.actors.engine.sync(self.policy.lm)
 
     def export(self) -> None:
-        """Write the policy as a Hugging Face folder."""
+        """Write the policy as a Hugging Face folder: the one the monitors vouch for."""
+        take_best(self)
         state = full_state(self.policy.lm)  # collective
         if self.here.is_main:
             card = Card(
@@ -347,15 +396,3 @@ class PPO:
                 state=state,
                 system=self.config.system,
             )
-
-
-def merge_rollouts(parts: list[Rollout], count: int) -> Rollout:
-    """The ranks' shares (every size-th prompt) back in the order of the prompts."""
-    size = len(parts)
-    places = [divmod(index, size) for index in range(count)]
-    return Rollout(
-        prompts=[parts[rank].prompts[row] for row, rank in places],
-        responses=[parts[rank].responses[row] for row, rank in places],
-        logprobs=[parts[rank].logprobs[row] for row, rank in places],
-        finished=[parts[rank].finished[row] for row, rank in places],
-    )

@@ -11,6 +11,7 @@ from ppomax.data.sources import Sources
 from ppomax.models.lora import LoraSettings
 from ppomax.rollout.engine import EngineSettings
 from ppomax.rollout.sampling import SamplingParams
+from ppomax.train.monitor_settings import MonitorSettings
 from ppomax.train.optim import OptimSettings
 from ppomax.train.ppo_settings import (
     GROUPED,
@@ -70,6 +71,8 @@ class PPOConfig(StageSettings):
     """Critic (paper: 1.65e-6 for 7B; eps: released code)."""
     lora: LoraSettings | None = None
     """Adapters for policy and critic; the reference is the policy with adapters off."""
+    monitor: MonitorSettings | None = MonitorSettings()
+    """What is watched and what is done when it goes wrong; null: nothing."""
 
     @model_validator(mode="before")
     @classmethod
@@ -159,6 +162,21 @@ class PPOConfig(StageSettings):
             )
         if self.kl is None and self.reference is not None:
             raise ValueError("reference has no effect with kl: null")
+        return self
+
+    @model_validator(mode="after")
+    def _monitor(self) -> Self:
+        monitor = self.monitor
+        if monitor is None:
+            return self
+        if self.kl is None and monitor.max_kl is not None:
+            raise ValueError("monitor.max_kl needs the reference model; set kl.coef (0 is allowed)")
+        if self.kl is None and monitor.action == "rollback" and monitor.kl_factor is not None:
+            raise ValueError(
+                "monitor.kl_factor has no effect with kl: null; set it to null and give lr_factor"
+            )
+        if monitor.track is not None and monitor.track.data is None and not self.heldout:
+            raise ValueError("monitor.track needs prompts: give track.data or heldout above 0")
         return self
 
     @property
