@@ -310,7 +310,7 @@ ELSEWHERE = {
     },
     **{
         f"monitor.track.data.{key}": "data/test_sources.py: the same sources"
-        for key in ("where", "format", "limit", "weight")
+        for key in ("where", "format", "limit", "weight", "strength")
     },
     "model": "test_31 and every run",
     "out": "every run",

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -155,8 +156,12 @@ def _preset(name: str, source: str, above: tuple[str, ...]) -> dict[str, Any]:
     folder = Path(str(importlib.resources.files("ppomax") / "recipes")) / "presets"
     place = folder / f"{name}.yaml"
     if not place.exists():
-        known = ", ".join(sorted(item.stem for item in folder.glob("*.yaml")))
-        raise ConfigError(f"{source}: setting ppo.preset: no preset {name!r}; there are {known}")
+        known = sorted(item.stem for item in folder.glob("*.yaml"))
+        near = ", ".join(get_close_matches(name, known, n=3, cutoff=0.0))
+        raise ConfigError(
+            f"{source}: setting ppo.preset: no preset {name!r} among {len(known)}; nearest are "
+            f"{near}"
+        )
     own = read_yaml(place)
     base = own.pop("base", None)
     return own if base is None else _laid_over(_preset(str(base), source, (*above, name)), own)

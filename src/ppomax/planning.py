@@ -217,10 +217,11 @@ def _plan_ppo(config: PPOConfig, shape: Size) -> StagePlan:
     critic_rollouts = config.critic_pretraining.max_rollouts if config.critic_pretraining else 0
     rollouts = config.iterations + critic_rollouts
     replies = rollouts * config.replies
+    kept = config.checkpoint.keep_last + (config.monitor.keep_green if config.monitor else 0)
     result = StagePlan(
         "ppo",
         memory_gb=memory,
-        disk_gb=_disk(2 if config.critic else 1, config.checkpoint.keep_last, shape),
+        disk_gb=_disk(2 if config.critic else 1, kept, shape),
     )
     result.lines = [
         ("models", f"of {shape.parameters / 1e6:.1f} M parameters, from {config.model}"),

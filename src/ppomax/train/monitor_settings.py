@@ -44,7 +44,7 @@ class MonitorSettings(DetectorSettings):
     """And raises it at least to this, so that a coefficient of 0 rises too (paper's η)."""
     lr_factor: float | None = Field(None, gt=0, lt=1)
     """A rollback multiplies both learning rates by this; null leaves them."""
-    keep_green: int = Field(2, ge=1)
+    keep_green: int = Field(1, ge=1)
     """Newest green checkpoints kept beside `checkpoint.keep_last`, and the best by a second scorer
     (ours)."""
     track: TrackSettings | None = None
