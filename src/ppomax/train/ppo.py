@@ -7,9 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ppomax.distributed import World, full_state, gather, world
+from ppomax.distributed import World, gather, state_on_main
 from ppomax.errors import TrainingError
 from ppomax.masked import masked_mean
 from ppomax.metrics import MetricSums
@@ -22,7 +20,7 @@ from ppomax.train.buffer import pack, unpack
 from ppomax.train.controllers import kl_controller, penalty_controller
 from ppomax.train.estimates import estimate
 from ppomax.train.experience_batch import Experience, Plan, exact_kl, plan_updates, score
-from ppomax.train.loop import StageRun, Trainable
+from ppomax.train.loop import StageRun, Trainable, opened
 from ppomax.train.observe import observe, sample_rows, timing
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.prompts import Prompt, PromptStream, TextStream, load_stream, reply_seeds
@@ -31,15 +29,11 @@ from ppomax.train.update import Updating, update_critic, update_policy
 
 def train_ppo(config: PPOConfig, *, resume: bool = False) -> Path:
     """Run the stage; returns its run directory, with the policy in `export/`."""
-    with world(config.device) as here:
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        run = StageRun("ppo", config, here, resume=resume)
-        with run.signals():
-            trainer = PPO(config, here, run)
-            trainer.pretrain_critic()
-            trainer.train()
-            trainer.export()
+    with opened("ppo", config, resume=resume) as run:
+        trainer = PPO(config, run.world, run)
+        trainer.pretrain_critic()
+        trainer.train()
+        trainer.export()
         return run.finish()
 
 
@@ -113,6 +107,7 @@ class PPO:
                 )
                 self.run.samples(rows)
             self._save_if_due(step == self.config.iterations)
+        self.run.all_saved()
 
     def collect(self, stage: str, step: int) -> tuple[list[Prompt], Experience, Plan]:
         """Sample, score, estimate: one rollout's experience and the plan of its update."""
@@ -317,7 +312,7 @@ class PPO:
 
     def export(self) -> None:
         """Write the policy as a Hugging Face folder."""
-        state = full_state(self.policy.lm)  # collective
+        state = state_on_main(self.policy.lm, self.here)  # collective
         if self.here.is_main:
             card = Card(
                 title="PPO-aligned policy",

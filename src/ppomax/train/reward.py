@@ -15,7 +15,7 @@ from ppomax.data.batching import TokenBatch, collate, plan_micro_batches, token_
 from ppomax.data.formats import BadRow
 from ppomax.data.sources import Sources, load_preferences, split_by_prompt
 from ppomax.data.template import ChatTemplate, Encoded
-from ppomax.distributed import World, full_state, sum_tensor, world
+from ppomax.distributed import World, state_on_main, sum_tensor
 from ppomax.errors import DataError
 from ppomax.losses import RankingLoss, lm_loss, pairwise_ranking_loss
 from ppomax.metrics import MetricSums
@@ -28,13 +28,16 @@ from ppomax.models.lora import LoraSettings, add_lora, merged_copy
 from ppomax.train.loop import (
     StageRun,
     Trainable,
+    Watched,
     autocast,
     check_positions,
+    opened,
     rank_micro_batches,
 )
 from ppomax.train.optim import OptimSettings
 from ppomax.train.probes import probe_messages, score_dialogues
 from ppomax.train.settings import StageSettings
+from ppomax.train.supervised import run_steps
 from ppomax.types import PreferenceRow
 
 
@@ -153,12 +156,8 @@ def encode_fitting(
 
 def train_reward(config: RewardConfig, *, resume: bool = False) -> Path:
     """Run the stage; returns its run directory, with the model in `export/`."""
-    with world(config.device) as here:
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        run = StageRun("reward", config, here, resume=resume)
-        with run.signals():
-            return _train(config, here, run)
+    with opened("reward", config, resume=resume) as run:
+        return _train(config, run.world, run)
 
 
 def _train(config: RewardConfig, here: World, run: StageRun) -> Path:
@@ -180,18 +179,27 @@ def _train(config: RewardConfig, here: World, run: StageRun) -> Path:
     if state is None:
         run.set_aside(data.bad)
     pad = int(tokenizer.pad_token_id)
-    for step in range(state["step"] if state else 0, len(data.steps)):
+
+    def train(step: int, micro_tokens: int) -> dict[str, float]:
         pairs = [data.train[index] for index in data.steps[step]]
-        values = train_step(reward, pairs, pad, config, here, run, step + 1)
-        last = step + 1 == len(data.steps)
-        if data.heldout and (last or (step + 1) % config.eval_every == 0):
-            values |= evaluate(model, data.heldout, pad, config, here)
-        run.log(step + 1, values, total=len(data.steps))
-        stop = run.stop_asked()
-        if last or stop or (step + 1) % config.checkpoint.every == 0:
-            run.save(step + 1, [reward], {"step": step + 1}, {"reward": step + 1})
-        if stop and not last:
-            raise run.interrupt()
+        sized = config.model_copy(update={"micro_tokens": micro_tokens})
+        return train_step(reward, pairs, pad, sized, here, run, step + 1)
+
+    def judge() -> dict[str, float]:
+        if not data.heldout:
+            return {}
+        return evaluate(model, data.heldout, pad, config, here, run.watched)
+
+    run_steps(
+        run,
+        reward,
+        state,
+        len(data.steps),
+        train=train,
+        judge=judge,
+        judge_every=config.eval_every,
+        quality=lambda found: found["eval/accuracy"],
+    )
     _export(config, model, tokenizer, template, data, here, run)
     return run.finish()
 
@@ -217,7 +225,7 @@ def train_step(
     num_tokens = sum(pair.chosen.num_targets for pair in pairs)
     imitate = config.lm_coef > 0
     sums = MetricSums()
-    for indices, weight in rank_micro_batches(_plan(pairs, config, here), here):
+    for indices, weight in run.watched(rank_micro_batches(_plan(pairs, config, here), here)):
         part = [pairs[index] for index in indices]
         batch = stack(part, pad, here, imitate=imitate)
         with autocast(here, config.compute_dtype):
@@ -240,7 +248,17 @@ def train_step(
         sums.add("reward/accuracy", float(ranking.accuracy) * weight, share)
     lr = reward.lr
     norm, taken = reward.step()
-    run.step_taken("reward", taken, step, [pair.row.id for pair in pairs])
+    run.step_taken(
+        "reward",
+        taken,
+        step,
+        [pair.row.id for pair in pairs],
+        reason=reward.why_skipped,
+        contents=lambda: [
+            {"id": pair.row.id, "chosen": pair.chosen.ids, "rejected": pair.rejected.ids}
+            for pair in pairs
+        ],
+    )
     values = sums.merged(here)
     tokens = float(sum(pair.tokens for pair in pairs))
     values |= {"reward/grad_norm": norm} if taken else {}
@@ -290,11 +308,16 @@ def _imitation_logprobs(
 
 @torch.no_grad()
 def score_pairs(
-    model: ScalarModel, pairs: list[Pair], pad: int, config: RewardConfig, here: World
+    model: ScalarModel,
+    pairs: list[Pair],
+    pad: int,
+    config: RewardConfig,
+    here: World,
+    watched: Watched = iter,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores [pairs] of the preferred and of the other answers, on every rank."""
     scores = torch.zeros(2, len(pairs), device=here.device)
-    for indices, weight in rank_micro_batches(_plan(pairs, config, here), here):
+    for indices, weight in watched(rank_micro_batches(_plan(pairs, config, here), here)):
         batch = stack([pairs[index] for index in indices], pad, here, imitate=False)
         with autocast(here, config.compute_dtype):
             found = model.scores(batch.input_ids, batch.lengths)
@@ -305,10 +328,15 @@ def score_pairs(
 
 
 def evaluate(
-    model: ScalarModel, pairs: list[Pair], pad: int, config: RewardConfig, here: World
+    model: ScalarModel,
+    pairs: list[Pair],
+    pad: int,
+    config: RewardConfig,
+    here: World,
+    watched: Watched = iter,
 ) -> dict[str, float]:
     """Held-out ranking loss and accuracy over all pairs at once."""
-    chosen, rejected = score_pairs(model, pairs, pad, config, here)
+    chosen, rejected = score_pairs(model, pairs, pad, config, here, watched)
     found = pairwise_ranking_loss(chosen, rejected, num_pairs=len(pairs))
     return {"eval/loss": float(found.loss), "eval/accuracy": float(found.accuracy)}
 
@@ -332,7 +360,7 @@ def _export(
     if data.heldout:
         accuracy["all"] = evaluate(scorer, data.heldout, pad, config, here)["eval/accuracy"]
     probes = score_dialogues(scorer, list(probe_messages()), template, here, config.compute_dtype)
-    state = full_state(model)  # collective
+    state = state_on_main(model, here)  # collective
     if not here.is_main:
         return
     export_reward(

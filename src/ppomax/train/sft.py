@@ -15,7 +15,7 @@ from ppomax.data.batching import collate, plan_micro_batches, token_batches
 from ppomax.data.formats import BadRow
 from ppomax.data.sources import Sources, load_sft, split_by_prompt
 from ppomax.data.template import ChatTemplate, Encoded
-from ppomax.distributed import World, full_state, world
+from ppomax.distributed import World, state_on_main
 from ppomax.errors import DataError
 from ppomax.losses import lm_loss
 from ppomax.metrics import MetricSums
@@ -26,12 +26,15 @@ from ppomax.models.lora import LoraSettings, add_lora
 from ppomax.train.loop import (
     StageRun,
     Trainable,
+    Watched,
     autocast,
     check_positions,
+    opened,
     rank_micro_batches,
 )
 from ppomax.train.optim import OptimSettings
 from ppomax.train.settings import StageSettings
+from ppomax.train.supervised import run_steps
 from ppomax.types import SFTRow
 
 
@@ -116,12 +119,8 @@ def encode_fitting(
 
 def train_sft(config: SFTConfig, *, resume: bool = False) -> Path:
     """Run the stage; returns its run directory, with the model in `export/`."""
-    with world(config.device) as here:
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        run = StageRun("sft", config, here, resume=resume)
-        with run.signals():
-            return _train(config, here, run)
+    with opened("sft", config, resume=resume) as run:
+        return _train(config, run.world, run)
 
 
 def _train(config: SFTConfig, here: World, run: StageRun) -> Path:
@@ -142,18 +141,22 @@ def _train(config: SFTConfig, here: World, run: StageRun) -> Path:
     if state is None:
         run.set_aside(data.bad)
     pad = int(tokenizer.pad_token_id)
-    for step in range(state["step"] if state else 0, len(data.steps)):
+
+    def train(step: int, micro_tokens: int) -> dict[str, float]:
         rows = [data.train[index] for index in data.steps[step]]
-        values = train_step(policy, rows, pad, config, here, run, step + 1)
-        if (step + 1) % config.eval_every == 0 or step + 1 == len(data.steps):
-            values |= evaluate(model, data.heldout, pad, config, here)
-        run.log(step + 1, values, total=len(data.steps))
-        last = step + 1 == len(data.steps)
-        stop = run.stop_asked()
-        if last or stop or (step + 1) % config.checkpoint.every == 0:
-            run.save(step + 1, [policy], {"step": step + 1}, {"sft": step + 1})
-        if stop and not last:
-            raise run.interrupt()
+        sized = config.model_copy(update={"micro_tokens": micro_tokens})
+        return train_step(policy, rows, pad, sized, here, run, step + 1)
+
+    run_steps(
+        run,
+        policy,
+        state,
+        len(data.steps),
+        train=train,
+        judge=lambda: evaluate(model, data.heldout, pad, config, here, run.watched),
+        judge_every=config.eval_every,
+        quality=lambda found: -found["eval/loss"],
+    )
     _export(config, lm, tokenizer, run)
     return run.finish()
 
@@ -171,7 +174,7 @@ def train_step(
     num_tokens = sum(row.num_targets for row in rows)
     plan = plan_micro_batches([len(row.ids) for row in rows], config.micro_tokens, here.size)
     sums = MetricSums()
-    for indices, weight in rank_micro_batches(plan, here):
+    for indices, weight in run.watched(rank_micro_batches(plan, here)):
         batch = collate([(rows[i].ids, rows[i].mask) for i in indices], pad, here.device)
         with autocast(here, config.compute_dtype):
             logprobs = policy.model(batch).logprobs[None]
@@ -180,7 +183,14 @@ def train_step(
         sums.add("sft/loss", float(loss.detach()) * num_tokens * weight, batch.num_targets * weight)
     lr = policy.lr
     norm, taken = policy.step()
-    run.step_taken("policy", taken, step, [len(row.ids) for row in rows])
+    run.step_taken(
+        "policy",
+        taken,
+        step,
+        [len(row.ids) for row in rows],
+        reason=policy.why_skipped,
+        contents=lambda: [{"ids": row.ids, "mask": row.mask} for row in rows],
+    )
     values = sums.merged(here)
     values["sft/perplexity"] = math.exp(min(values["sft/loss"], 80.0))
     values |= {"sft/grad_norm": norm} if taken else {}
@@ -189,14 +199,19 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, rows: list[Encoded], pad: int, config: SFTConfig, here: World
+    model: LanguageModel,
+    rows: list[Encoded],
+    pad: int,
+    config: SFTConfig,
+    here: World,
+    watched: Watched = iter,
 ) -> dict[str, float]:
     """Held-out NLL per assistant token; nothing without held-out rows."""
     if not rows:
         return {}
     plan = plan_micro_batches([len(row.ids) for row in rows], config.micro_tokens, here.size)
     sums = MetricSums()
-    for indices, weight in rank_micro_batches(plan, here):
+    for indices, weight in watched(rank_micro_batches(plan, here)):
         batch = collate([(rows[i].ids, rows[i].mask) for i in indices], pad, here.device)
         with autocast(here, config.compute_dtype):
             logprobs = model(batch).logprobs
@@ -207,7 +222,7 @@ def evaluate(
 def _export(
     config: SFTConfig, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: StageRun
 ) -> None:
-    state = full_state(lm)  # collective
+    state = state_on_main(lm, run.world)  # collective
     if run.world.is_main:
         card = Card(
             title="SFT model",
