@@ -254,6 +254,41 @@ def test_two_ranks_stop_together_and_go_on_where_they_stood(launch, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_rank_killed_in_a_save_and_one_in_a_step_are_restarted_to_the_undisturbed_end(
+    tmp_path, tiny_cache
+):
+    """`torchrun --max-restarts` with `ppomax run --resume`; the clock's rows aside, bit for bit."""
+    import os
+    import subprocess
+
+    program = str(Path(__file__).resolve().parents[1] / "dying.py")
+    kills = [
+        [0, "ppomax.checkpoint", "_sync", "step-000004", 3],
+        [1, "ppomax.train.ppo", "update_critic", "", 7],
+    ]
+    for name, die in (("alone", []), ("killed", kills)):
+        (tmp_path / name).mkdir()
+        env = os.environ | {"PPOMAX_CACHE": str(tiny_cache), "OMP_NUM_THREADS": "1"}
+        env |= {"DIE": json.dumps(die), "GLIBC_TUNABLES": ""}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node=2", "--max-restarts=2", program, "run", str(SMOKE), "out=run"]
+        command += [*BUSY, "eval=null", "--resume"]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path / name,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        died = [line for line in done.stdout.splitlines() if line.startswith("dying:")]
+        assert len(died) == len(die), done.stdout
+    assert_same_run(tmp_path / "killed" / "run", tmp_path / "alone" / "run")
+
+
+@pytest.mark.slow
 def test_a_run_under_torchrun_is_the_run_of_one_process(tmp_path, tiny_cache, undisturbed):
     import os
     import subprocess
