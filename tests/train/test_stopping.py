@@ -183,14 +183,14 @@ def test_memory_that_never_suffices_ends_the_run_with_what_would_do(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(TrainingError, match=r"out of memory.*sft\.micro_tokens=8"):
-        memory.fitted(run, part, 1, full)
+        memory.fitted(run, [part], 1, full)
     assert run.micro_tokens == 16
 
     def broken(_):
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        memory.fitted(run, part, 1, broken)
+        memory.fitted(run, [part], 1, broken)
 
 
 # --- checkpoints of a stage

@@ -52,7 +52,7 @@ class StageRun:
         self.micro_tokens = config.micro_tokens
         """The setting, or what was left of it where memory did not suffice."""
         self.saved_at: int | None = None
-        """Step of the stage whose state is in the last checkpoint."""
+        """Steps (critic rollouts counted) whose state is in the last checkpoint."""
         self.save_seconds = 0.0
         """How long a save takes: the last one's time, a guess before the first."""
         self._writer = checkpoint.Writer() if config.checkpoint.asynchronous else None
@@ -125,7 +125,8 @@ class StageRun:
         for part in parts:
             part.restore(self.found)
         self.attempt = state["attempt"]
-        self.saved_at = state["progress"][self.name]
+        self.skipped_in_a_row = dict(state["skipped_in_a_row"])
+        self.saved_at = sum(state["progress"].values())
         if self.world.is_main:
             for name in (rundir.METRICS, rundir.SAMPLES, rundir.EVENTS):
                 rundir.cut_back(self.path / name, state["progress"])
@@ -156,6 +157,7 @@ class StageRun:
             "attempt": self.attempt,
             "environment": environment(self.config, self.world),
             "progress": dict(progress),
+            "skipped_in_a_row": self.skipped_in_a_row,
             **{key: value for part in parts for key, value in part.state().items()},
         }
         if self.world.is_main:
@@ -171,7 +173,7 @@ class StageRun:
                 }
                 self._writer.start(lambda: self._write(step, copied, state, row))
         barrier(self.world)
-        self.saved_at = progress[self.name]
+        self.saved_at = sum(progress.values())
         self.save_seconds = time.monotonic() - began
 
     def _write(
@@ -310,6 +312,17 @@ class StageRun:
                 each = (time.monotonic() - began) / number
                 if not self.fits(each * (len(items) - number) + self.save_seconds):
                     raise StopAsked
+            yield item
+
+    def until_asked(self, items: Sequence[T]) -> Iterator[T]:
+        """Micro-batches of which nothing is kept: as long as no rank is asked to stop.
+
+        Raises:
+            StopAsked: one is.
+        """
+        for item in items:
+            if self.stop_asked():
+                raise StopAsked
             yield item
 
     def stopped(self, step: int, save: Callable[[], None], *, within: bool = False) -> Interrupted:

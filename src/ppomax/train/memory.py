@@ -1,6 +1,6 @@
 """What to do when memory does not suffice for a micro-batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +13,9 @@ LEAST = 16
 """Micro-batches of fewer tokens than this are not tried."""
 
 
-def fitted(run: StageRun, part: Trainable[Any], step: int, work: Callable[[int], T]) -> T:
+def fitted(
+    run: StageRun, parts: Sequence[Trainable[Any]], step: int, work: Callable[[int], T]
+) -> T:
     """`work` with the run's micro-batch size, halved and begun again while memory runs out.
 
     Micro-batches add up to the same step whatever their size, so the result stays the same.
@@ -29,7 +31,8 @@ def fitted(run: StageRun, part: Trainable[Any], step: int, work: Callable[[int],
             if not is_out_of_memory(error):
                 raise
         # outside the handler: its traceback holds the tensors that are to be freed
-        part.drop_gradients()
+        for part in parts:
+            part.drop_gradients()
         if run.world.device.type == "cuda":
             torch.cuda.empty_cache()
         halve(run, step)

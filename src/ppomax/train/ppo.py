@@ -1,12 +1,14 @@
 """PPO-max (Zheng et al. 2023, §5.4): sample, score, estimate, update, observe."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from ppomax.data.batching import plan_micro_batches
 from ppomax.distributed import World, gather, state_on_main
 from ppomax.errors import TrainingError
 from ppomax.masked import masked_mean
@@ -19,12 +21,25 @@ from ppomax.train.actors import Actors, load_actors
 from ppomax.train.buffer import pack, unpack
 from ppomax.train.controllers import kl_controller, penalty_controller
 from ppomax.train.estimates import estimate
-from ppomax.train.experience_batch import Experience, Plan, exact_kl, plan_updates, score
+from ppomax.train.experience_batch import (
+    Experience,
+    Plan,
+    Scored,
+    exact_kl,
+    plan_updates,
+    score,
+)
+from ppomax.train.guard import without_non_finite
 from ppomax.train.loop import StageRun, Trainable, opened
+from ppomax.train.memory import fitted
 from ppomax.train.observe import observe, sample_rows, timing
+from ppomax.train.position import Position
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.prompts import Prompt, PromptStream, TextStream, load_stream, reply_seeds
+from ppomax.train.stopping import StopAsked
 from ppomax.train.update import Updating, update_critic, update_policy
+
+T = TypeVar("T")
 
 
 def train_ppo(config: PPOConfig, *, resume: bool = False) -> Path:
@@ -61,6 +76,12 @@ class PPO:
         self.taken = 0
         """Prompts taken from the stream so far."""
         self.seconds: dict[str, float] = {}
+        self.score_mean: float | None = None
+        """Of the last iteration."""
+        self.at: Position | None = None
+        """Where the update stands that is under way."""
+        self.current: Experience | None = None
+        """What it learns from."""
         self._restore()
         fresh = run.found is None
         if fresh:
@@ -84,17 +105,17 @@ class PPO:
         self.run.stage = "ppo"
         while self.iteration < self.config.iterations:
             step = self.iteration + 1
-            prompts, experience, plan = self.collect("ppo", step)
+            at, prompts, experience, plan = self.begin("ppo", step)
             self.buffer = [experience, *self.buffer][: self.config.buffer_iterations]
-            sums = MetricSums()
             with self.clock("update"):
-                self.update(plan, step, sums)
+                self.update(at, plan, step)
                 self.actors.engine.sync(self.policy.lm)
-            values = observe(experience, self.config) | sums.merged(self.here)
+            values = observe(experience, self.config) | at.sums.merged(self.here)
             passes = self.config.epochs * len(self.buffer)
             values |= timing(self.seconds, experience, passes, self.here)
             self.kl.update(self._kl_in_unit(values), self.config.replies)
-            self.iteration = step
+            self.iteration, self.at, self.current = step, None, None
+            self.score_mean = values["reward/score_mean"]
             self.run.log(step, values, total=self.config.iterations)
             if step % self.config.log.samples_every == 0 or step in (1, self.config.iterations):
                 rows = sample_rows(
@@ -109,33 +130,72 @@ class PPO:
             self._save_if_due(step == self.config.iterations)
         self.run.all_saved()
 
+    def begin(self, stage: str, step: int) -> tuple[Position, list[Prompt], Experience, Plan]:
+        """An update from its first step; from where it stood, if a checkpoint fell inside it.
+
+        Raises:
+            Interrupted: a signal came before anything of this iteration touched the state.
+        """
+        if self.at is not None and self.current is not None:
+            experience = self.current
+            prompts = self.drawn(self.taken - self.config.rollout_size)
+            plan = plan_updates(experience.rollout, self.config, self.here, stage, step, 0)
+            self.seconds = dict(self.at.seconds)
+            self._say_set_aside(prompts, experience, step)
+            return self.at, prompts, experience, plan
+        try:
+            prompts, experience, plan = self.collect(stage, step)
+        except StopAsked:
+            raise self.run.stopped(self.steps, self._save) from None
+        self.at, self.current = Position(stage, seconds=dict(self.seconds)), experience
+        return self.at, prompts, experience, plan
+
+    def drawn(self, start: int) -> list[Prompt]:
+        """A rollout's prompts from place `start` on, each as often as it is answered."""
+        drawn = self.prompts.batch(start, self.config.rollout_size)
+        return [prompt for prompt in drawn for _ in range(self.config.samples_per_prompt)]
+
     def collect(self, stage: str, step: int) -> tuple[list[Prompt], Experience, Plan]:
         """Sample, score, estimate: one rollout's experience and the plan of its update."""
-        config = self.config
-        drawn = self.prompts.batch(self.taken, config.rollout_size)
-        prompts = [prompt for prompt in drawn for _ in range(config.samples_per_prompt)]
+        prompts = self.drawn(self.taken)
         with self.clock("rollout"):
             rollout = self.sample(prompts, stage, step)
-        plan = plan_updates(rollout, config, self.here, stage, step, 0)
         with self.clock("score"):
-            scored = score(rollout, prompts, plan, self.actors, config, self.here)
+            plan, scored = self._fitted(step, lambda: self._scored(rollout, prompts, stage, step))
             exact = self._exact_kl(rollout)
         if self.run.stop_asked():  # nothing of this iteration has touched the state yet
-            self._save()
-            raise self.run.interrupt()
+            raise StopAsked
+        config = self.config
+        scored, defects = without_non_finite(scored)
+        for index, defect in defects.items():
+            self.run.event("non_finite", step=step, id=prompts[index].row.id, reason=defect)
         if not scored.mask.any():
+            texts = [self.actors.template.decode(ids) for ids in rollout.responses]
+            place = self.run.keep_batch(stage, step, texts)
+            why = next(iter(defects.values()), "the reward gave no score")
             raise TrainingError(
-                f"{self.run.path}: the reward set aside all {len(prompts)} replies of {stage} "
-                f"rollout {step}; nothing is left to learn from"
+                f"{self.run.path}: all {len(prompts)} replies of {stage} rollout {step} are set "
+                f"aside ({why}); nothing is left to learn from. They are in {place}"
             )
         experience = estimate(rollout, scored, self.moments, self.kl, config)
         experience = replace(experience, exact_kl=exact)
         if self.first_entropy is None:
             self.first_entropy = float(masked_mean(scored.entropy, scored.mask))
         self.taken += config.rollout_size
-        for index in (~scored.mask.any(1)).nonzero().flatten().tolist():
-            self.run.event("quarantined", step=step, id=prompts[index].row.id, reason="no score")
+        self._say_set_aside(prompts, experience, step)
         return prompts, experience, plan
+
+    def _scored(
+        self, rollout: Rollout, prompts: list[Prompt], stage: str, step: int
+    ) -> tuple[Plan, Scored]:
+        plan = plan_updates(rollout, self.config, self.here, stage, step, 0)
+        watched = self.run.until_asked
+        scored = score(rollout, prompts, plan, self.actors, self.config, self.here, watched)
+        return plan, scored
+
+    def _say_set_aside(self, prompts: list[Prompt], experience: Experience, step: int) -> None:
+        for index in (~experience.scored.mask.any(1)).nonzero().flatten().tolist():
+            self.run.event("quarantined", step=step, id=prompts[index].row.id, reason="no score")
 
     def sample(self, prompts: list[Prompt], stage: str, step: int) -> Rollout:
         """Replies to all prompts, each rank writing its share."""
@@ -143,31 +203,92 @@ class PPO:
             prompts, seed=self.config.seed, stage=stage, attempt=self.run.attempt, iteration=step
         )
         mine = self.here.share(list(range(len(prompts))))
-        local = self.actors.engine.generate(
-            [prompts[i].ids for i in mine], self.config.sampling, [seeds[i] for i in mine]
-        )
+        local = None
+        with suppress(StopAsked), self.run.stopper.at_once():
+            local = self.actors.engine.generate(
+                [prompts[i].ids for i in mine], self.config.sampling, [seeds[i] for i in mine]
+            )
+        if self.run.stop_asked():
+            raise StopAsked
+        assert local is not None
         return merge_rollouts(gather(local, self.here), len(prompts))
 
-    def update(self, plan: Plan, step: int, sums: MetricSums) -> None:
+    def update(self, at: Position, plan: Plan, step: int) -> None:
         """Every epoch's optimizer steps; the first pass follows the plan that was scored."""
         config = self.config
-        now = self.updating(step, sums)
-        kl = 0.0
+        now = self.updating(step, at.sums)
+        number = 0
         for epoch, age, experience in self._passes():
             if epoch or age:
                 plan = plan_updates(experience.rollout, config, self.here, "ppo", step, epoch, age)
-            for number, minibatch in enumerate(plan):
-                texts = self._texts(experience, minibatch, step, epoch, age, number)
-                first = epoch == 0 and age == 0 and number == 0
-                kl = update_policy(now, experience, minibatch, texts, first=first)
-                if self.actors.critic is not None:
-                    update_critic(now, experience, minibatch, clip=config.loss.value_clip)
-                if config.loss.target_kl is not None and kl > config.loss.target_kl:
-                    self.run.event("target_kl", step=step, kl=kl, epoch=epoch, minibatch=number)
+            for place, minibatch in enumerate(plan):
+                texts = self._texts(experience, minibatch, step, epoch, age, place)
+                policy = partial(update_policy, texts=texts, first=number == 0)
+                critic = partial(update_critic, clip=config.loss.value_clip)
+                for step_of in [policy] + ([critic] if self.actors.critic is not None else []):
+                    if number >= at.taken:
+                        kl = self._take(now, at, step_of, experience, minibatch)
+                        at.kl = at.kl if kl is None else kl
+                    number += 1
+                if config.loss.target_kl is not None and at.kl > config.loss.target_kl:
+                    where = {"epoch": epoch, "minibatch": place}
+                    self.run.event("target_kl", step=step, kl=at.kl, **where)
                     return
         if self.penalty is not None:
-            sums.add("policy/penalty_coef", self.penalty.coef, 1.0)
-            self.penalty.update(kl)
+            at.sums.add("policy/penalty_coef", self.penalty.coef, 1.0)
+            self.penalty.update(at.kl)
+
+    def _take(
+        self,
+        now: Updating,
+        at: Position,
+        step_of: Callable[[Updating, Experience, list[list[int]]], float | None],
+        experience: Experience,
+        minibatch: list[list[int]],
+    ) -> float | None:
+        """One optimizer step, whole or not at all; after a signal, the run's last.
+
+        Raises:
+            Interrupted: a signal came; the checkpoint says how many steps were taken.
+        """
+        before = at.sums.state_dict()
+
+        def attempt() -> float | None:
+            at.sums.reset(before)
+            return step_of(now, experience, self._cut(experience, minibatch))
+
+        kl: float | None = None
+        try:
+            kl = self._fitted(now.step, attempt)
+            at.taken += 1
+        except StopAsked:
+            at.sums.reset(before)
+            for part in self._trained():
+                part.drop_gradients()
+        if self.run.stop_asked():
+            at.kl = at.kl if kl is None else kl
+            raise self.run.stopped(self.steps + 1, self._save, within=True)
+        return kl
+
+    def _cut(self, experience: Experience, minibatch: list[list[int]]) -> list[list[int]]:
+        """The minibatch as planned; in smaller pieces where memory did not suffice for those."""
+        if self.run.micro_tokens == self.run.config.micro_tokens:
+            return minibatch
+        rows = [index for micro in minibatch for index in micro]
+        rollout = experience.rollout
+        lengths = [len(rollout.prompts[row]) + len(rollout.responses[row]) for row in rows]
+        plan = plan_micro_batches(lengths, self.run.micro_tokens, self.here.size)
+        return [[rows[index] for index in micro] for micro in plan]
+
+    def _fitted(self, step: int, work: Callable[[], T]) -> T:
+        """`work`, again with half the micro-batches while memory runs out."""
+
+        def sized(micro_tokens: int) -> T:
+            if micro_tokens != self.config.micro_tokens:
+                self.config = self.config.model_copy(update={"micro_tokens": micro_tokens})
+            return work()
+
+        return fitted(self.run, self._trained(), step, sized)
 
     def updating(self, step: int, sums: MetricSums) -> Updating:
         """What this iteration's optimizer steps are made with."""
@@ -199,22 +320,15 @@ class PPO:
         self.run.stage = "critic"
         while settings is not None and not self.critic_ready:
             step = self.critic_rollouts + 1
-            _, experience, plan = self.collect("critic", step)
+            at, _, experience, plan = self.begin("critic", step)
             values = observe(experience, self.config)
             wanted = settings.explained_variance
             enough = wanted is not None and values["value/explained_variance"] >= wanted
-            sums = MetricSums()
             with self.clock("update"):
-                for epoch in range(settings.epochs):
-                    if epoch:
-                        plan = plan_updates(
-                            experience.rollout, self.config, self.here, "critic", step, epoch
-                        )
-                    for minibatch in plan:
-                        update_critic(self.updating(step, sums), experience, minibatch, clip=None)
-            values |= sums.merged(self.here)
+                self.fit_critic(at, plan, experience, step, settings.epochs)
+            values |= at.sums.merged(self.here)
             values |= timing(self.seconds, experience, settings.epochs, self.here)
-            self.critic_rollouts = step
+            self.critic_rollouts, self.at, self.current = step, None, None
             self.critic_ready = enough or step >= settings.max_rollouts
             self.run.log(step, values, total=settings.max_rollouts)
             if self.critic_ready:
@@ -223,6 +337,21 @@ class PPO:
                 found = values["value/explained_variance"]
                 self.run.event("critic_ready", step=step, explained_variance=found, reached=enough)
             self._save_if_due(self.critic_ready)
+
+    def fit_critic(
+        self, at: Position, plan: Plan, experience: Experience, step: int, epochs: int
+    ) -> None:
+        """The critic's steps on one rollout, without a value clip."""
+        now, number = self.updating(step, at.sums), 0
+        for epoch in range(epochs):
+            if epoch:
+                plan = plan_updates(
+                    experience.rollout, self.config, self.here, "critic", step, epoch
+                )
+            for minibatch in plan:
+                if number >= at.taken:
+                    self._take(now, at, partial(update_critic, clip=None), experience, minibatch)
+                number += 1
 
     # --- state --------------------------------------------------------------------------------
 
@@ -261,18 +390,19 @@ class PPO:
         critic = self.actors.critic
         return [self.actors.policy, *([critic] if critic is not None else [])]
 
+    @property
+    def steps(self) -> int:
+        """Iterations and critic rollouts that are over."""
+        return self.iteration + self.critic_rollouts
+
     def _save_if_due(self, last: bool) -> None:
-        stop = self.run.stop_asked()
-        if (
-            last
-            or stop
-            or (self.iteration + self.critic_rollouts) % self.config.checkpoint.every == 0
-        ):
+        if self.run.stop_asked() and not (last and self.iteration):
+            raise self.run.stopped(self.steps, self._save)
+        if last or self.steps % self.config.checkpoint.every == 0:
             self._save()
-        if stop and not (last and self.iteration):
-            raise self.run.interrupt()
 
     def _save(self) -> None:
+        """Everything that is state; inside an update also its replies and the place in it."""
         state: dict[str, Any] = {
             "iteration": self.iteration,
             "critic_rollouts": self.critic_rollouts,
@@ -282,14 +412,20 @@ class PPO:
             "kl": self.kl.state_dict(),
             "penalty": None if self.penalty is None else self.penalty.state_dict(),
             "first_entropy": self.first_entropy,
+            "quality": self.score_mean if self.at is None else None,
+            "update": None if self.at is None else self.at.state(self.here),
         }
         kept = self.buffer[: self.config.buffer_iterations - 1]
+        more = {}
+        if self.at is not None and self.current is not None:
+            more["current"] = pack(self.current)
+            kept = self.buffer[1:] if self.at.stage == "ppo" else self.buffer
         self.run.save(
-            self.iteration + self.critic_rollouts,
+            self.steps + (self.at is not None),
             self._trained(),
             state,
             {"ppo": self.iteration, "critic": self.critic_rollouts},
-            {f"buffer_{age}": pack(experience) for age, experience in enumerate(kept)},
+            more | {f"buffer_{age}": pack(experience) for age, experience in enumerate(kept)},
         )
 
     def _restore(self) -> None:
@@ -301,6 +437,9 @@ class PPO:
             unpack(found.tensors(f"buffer_{age}"), self.here.device)
             for age in range(found.count("buffer_"))
         ]
+        if state["update"] is not None:
+            self.at = Position.of(state["update"], self.here)
+            self.current = unpack(found.tensors("current"), self.here.device)
         self.first_entropy = state["first_entropy"]
         if self.penalty is not None:
             self.penalty.load_state_dict(state["penalty"])

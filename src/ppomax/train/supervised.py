@@ -45,7 +45,7 @@ def run_steps(
         last = step + 1 == total
         try:
             if trained is None:
-                trained = fitted(run, part, step + 1, partial(train, step))
+                trained = fitted(run, [part], step + 1, partial(train, step))
         except StopAsked:
             part.drop_gradients()
             raise run.stopped(step, partial(save, step, step, None)) from None
