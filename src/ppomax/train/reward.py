@@ -37,7 +37,7 @@ from ppomax.train.loop import (
 from ppomax.train.optim import OptimSettings
 from ppomax.train.probes import probe_messages, score_dialogues
 from ppomax.train.settings import StageSettings
-from ppomax.train.supervised import run_steps
+from ppomax.train.stepping import run_steps
 from ppomax.types import PreferenceRow
 
 
