@@ -1,6 +1,6 @@
 """Breaks the mathematics on purpose, one place at a time, and counts what the tests notice.
 
-    python benchmarks/mutate.py [--sample 200 --seed 0] [--module losses] [--jobs 2]
+    python benchmarks/mutate.py [--sample 200 --seed 0] [--since main] [--module losses] [--jobs 2]
 
 Each mutant is one edit of the syntax tree of one module: a sign, a bound, a constant, a mask, a
 denominator, an index, a detach, an order of arguments, a statement. The parent imports torch and
@@ -22,6 +22,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("masked", "advantages", "normalise", "experience", "losses")
+MODULES = ("masked", "advantages", "normalise", "experience", "losses", "models/exact_kl")
 NEEDED = 0.95
 
 FILL = "what stands outside the mask here is dropped by masked_sum, in value and in gradient"
@@ -62,10 +63,6 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): FILL,
     ("losses", "values = torch.where(mask, values, 1.0)"): FILL,
     ("losses", "r = torch.where(mask, ref_logprobs.detach() - logprobs, 1.0)"): FILL,
-    (
-        "losses",
-        "log_policy = torch.where(mask[:, :, None], logits, 1.0).log_softmax(dim=-1)",
-    ): FILL,
     (
         "losses",
         "objective = torch.where(advantages <= 0, bounded, objective)",
@@ -315,7 +312,8 @@ def _changed_lines(original: str, source: str) -> tuple[str, str]:
 
 
 def _tests_of(module: str) -> list[str]:
-    names = (f"test_{module}.py", "test_pitfalls_maths.py")
+    folder, _, name = module.rpartition("/")
+    names = (f"{folder}/test_{name}.py".lstrip("/"), "test_pitfalls_maths.py")
     return [str(ROOT / "tests" / name) for name in names]
 
 
@@ -335,7 +333,7 @@ def _child(package: Path, module: str, log: Path) -> int:
     hypothesis.settings.load_profile("mutation")
     options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist"]
     code = int(pytest.main([*options, *_tests_of(module)]))
-    loaded = sys.modules.get(f"ppomax.{module}")
+    loaded = sys.modules.get(f"ppomax.{module.replace('/', '.')}")
     if loaded is not None and not str(loaded.__file__).startswith(str(package)):
         return 70  # the mutant was not what the tests imported
     return code
@@ -425,6 +423,13 @@ def _text(module: str) -> str:
     return (ROOT / "src" / "ppomax" / f"{module}.py").read_text(encoding="utf-8")
 
 
+def _text_at(module: str, commit: str) -> str:
+    """The module as it was; empty where there was none."""
+    place = f"{commit}:src/ppomax/{module}.py"
+    found = subprocess.run(["git", "show", place], cwd=ROOT, capture_output=True, check=False)
+    return found.stdout.decode()
+
+
 def _run_all(mutants: list[Mutant], runner: Runner, report: Callable[[int], None]) -> list[bool]:
     """For each mutant whether a test failed it (running out of time counts)."""
     killed = [False] * len(mutants)
@@ -459,6 +464,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sample", type=int, default=200, help="mutants to run; 0 runs all")
     parser.add_argument("--seed", type=int, default=0, help="which sample")
+    parser.add_argument("--since", metavar="COMMIT", help="those that did not exist there, all")
     parser.add_argument("--module", choices=MODULES, action="append", help="this module only")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--list", action="store_true", help="print the mutants and run none")
@@ -472,7 +478,15 @@ def main() -> int:
             print(f"stale entry in EQUIVALENT: {key}")
     chosen = [m for m in every if (m.module, m.added) not in EQUIVALENT]
     num_equivalent = len(every) - len(chosen)
-    if options.sample and options.sample < len(chosen):
+    if options.since:
+        old = {
+            (m.module, m.removed, m.added)
+            for module in modules
+            for m in mutants_of(module, _text_at(module, options.since))
+        }
+        chosen = [m for m in chosen if (m.module, m.removed, m.added) not in old]
+        modules = sorted({m.module for m in chosen})
+    elif options.sample and options.sample < len(chosen):
         chosen = random.Random(options.seed).sample(chosen, options.sample)
     if options.list:
         for m in chosen:

@@ -8,6 +8,11 @@ looked for as Python does, last in the current directory. The function runs in t
 with your rights. It gets every reply of the rollout (of this rank's share) at once and returns one
 number each; None sets a reply aside, an exception is tried again `ppo.reward.retries` times, and
 one call may take `ppo.reward.timeout` seconds.
+
+Scores for the steps of a reply rather than for its end, with or without others beside them:
+
+    ppomax run smoke reward=null ppo.critic=policy \
+        ppo.reward.process=examples.reward_callable:step_rewards ppo.reward.step_separator=". "
 """
 
 import asyncio
@@ -49,6 +54,21 @@ async def patient_reward(
         for prompt, response in zip(prompts, responses, strict=True)
     ]
     return list(await asyncio.gather(*waiting))
+
+
+def step_rewards(
+    prompts: Sequence[Sequence[Message]], steps: Sequence[Sequence[str]], **_: object
+) -> list[list[float]]:
+    """Pay for each step that says something its reply has not said yet.
+
+    Args:
+        steps: the texts of each reply's steps. One number for each comes back; it is paid on the
+            step's last token. None in place of a reply's list sets the reply aside.
+    """
+    return [
+        [0.0 if step in reply[:place] else 0.1 for place, step in enumerate(reply)]
+        for reply in steps
+    ]
 
 
 def judge(question: str, answer: str) -> float | None:

@@ -92,7 +92,13 @@ def _small(kind: str, out: Path, data: dict[str, str], changes: dict[str, Any] |
     adam = {"lr": 1e-3, "grad_clip": 0.5}
     shared: dict[str, Any] = {"model": "tiny", "out": str(out), "max_length": 128, "optim": adam}
     own: dict[str, dict[str, Any]] = {
-        "sft": {"data": data["sft"], "heldout": 0.3, "batch_tokens": 100, "max_steps": 2},
+        "sft": {
+            "data": data["sft"],
+            "heldout": 0.3,
+            "batch_tokens": 100,
+            "max_steps": 2,
+            "log": {"samples": 0},
+        },
         "reward": {"data": data["pairs"], "heldout": 0.3, "batch_tokens": 150, "max_steps": 2},
         "ppo": {
             "data": data["prompts"],
@@ -199,7 +205,7 @@ def launch(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Launch
         for process in processes:
             process.start()
         for process in processes:
-            process.join(200)
+            process.join(400)  # a busy machine is slow, a hang is for ever
             if process.is_alive():
                 process.kill()
                 process.join()

@@ -5,11 +5,14 @@ stages  [(sft | reward | ppo | eval, settings, resume)], run one after the other
 cwd, path, env, log  where it runs, folders to import from, variables, file for its output
 die     [module, attribute, text, count, signal]: after the count-th call of module.attribute
         whose arguments hold the text, the process sends itself the signal
+gradients  folder for every optimizer step's gradients, before the clip, one file a step
 """
 
+import faulthandler
 import importlib
 import os
 import sys
+from pathlib import Path
 
 JOB = globals()["JOB"]
 
@@ -30,6 +33,27 @@ def trap(module, attribute, text, count, signal):
         return result
 
     setattr(home, attribute, wrapper)
+
+
+def keep_gradients(folder):
+    """Rank 0 writes what every call of `clip_gradients` was given, parameters by their place."""
+    from safetensors.torch import save_file
+
+    from ppomax import distributed
+
+    plain = distributed.clip_gradients
+    seen = 0
+
+    def clip(parameters, max_norm):
+        nonlocal seen
+        whole = {str(i): distributed.full(p.grad).clone() for i, p in enumerate(parameters)}
+        if os.environ.get("RANK", "0") == "0":
+            Path(folder).mkdir(exist_ok=True)
+            save_file(whole, Path(folder) / f"{seen:04}.safetensors")
+        seen += 1
+        return plain(parameters, max_norm)
+
+    distributed.clip_gradients = clip
 
 
 def run_stage(name, settings, resume):
@@ -57,12 +81,15 @@ def main():
     descriptor = os.open(JOB["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    faulthandler.dump_traceback_later(380, file=descriptor)  # where it stands if it is killed then
     os.environ.update(JOB["env"])
     if "cwd" in JOB:
         os.chdir(JOB["cwd"])
     sys.path[:0] = JOB.get("path", [])
     if JOB.get("die"):
         trap(*JOB["die"])
+    if "gradients" in JOB:
+        keep_gradients(JOB["gradients"])
     if "argv" in JOB:
         from ppomax import cli
 

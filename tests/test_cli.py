@@ -24,10 +24,13 @@ VERBS = [
     ["report"],
     ["generate"],
     ["chat"],
+    ["annotate"],
     ["data"],
     ["data", "check"],
     ["eval"],
     ["eval", "reward"],
+    ["eval", "policy"],
+    ["eval", "capability"],
     ["models"],
     ["models", "pull"],
 ]
@@ -112,7 +115,7 @@ def test_every_verb_of_the_contract_is_there():
     ).stdout
     for verb in ("demo", "sft", "reward", "ppo", "run", "resume", "plan", "report", "generate"):
         assert f" {verb} " in text
-    for verb in ("chat", "data", "eval", "models"):
+    for verb in ("annotate", "chat", "data", "eval", "models"):
         assert f" {verb} " in text
 
 

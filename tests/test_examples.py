@@ -10,7 +10,7 @@ import pytest
 
 from ppomax.pipeline import Recipe, load_recipe, run_recipe
 from ppomax.train.ppo_config import PPOConfig
-from ppomax.train.rewards import call, load_callable
+from ppomax.train.rewards import call, call_steps, load_callable
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -61,6 +61,15 @@ def test_the_reward_function_is_called_as_ppo_calls_it(name, monkeypatch):
     )
     assert scores[0] > scores[1]
     assert scores[2] != scores[2]  # nan: set aside
+
+
+def test_the_step_function_is_called_as_ppo_calls_it(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])
+    scorer = load_callable("examples.reward_callable:step_rewards", "ppo.reward.process")
+    prompt = ({"role": "user", "content": "How?"},)
+    steps = [["First this.", "Then that.", "First this."], ["Done."]]
+    found = call_steps(scorer, [prompt] * 2, steps, ["a", "b"], [{}] * 2, timeout=5, retries=0)
+    assert found == [[0.1, 0.1, 0.0], [0.1]]
 
 
 @pytest.mark.slow
@@ -179,3 +188,14 @@ def test_every_setting_of_the_method_is_named_in_the_paper_page():
                     if name not in shared and f"{key}.{part}" not in keys
                 ]
     assert missing == []
+
+
+def test_every_pitfall_has_a_test_of_its_number_and_those_named_exist():
+    page = (ROOT / "docs" / "pitfalls.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", page, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 39))
+    tests = set().union(*map(defined, (ROOT / "tests").rglob("test_*.py")))
+    for number, names in rows:
+        found = re.findall(r"`(test_\w+)`", names)
+        assert any(name.startswith(f"test_{int(number):02}_") for name in found), number
+        assert set(found) <= tests, number

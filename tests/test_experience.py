@@ -14,12 +14,18 @@ from ppomax.experience import (
     AdaptiveKL,
     AdaptivePenalty,
     FixedKL,
+    ensemble_mean,
+    ensemble_mean_minus_variance,
+    ensemble_min,
+    ensemble_std,
     kl_penalty,
     missing_eos_scores,
     perplexity,
     reparameterize_scores,
+    reparameterize_steps,
     sequence_kl,
     token_rewards,
+    weighted_scores,
 )
 
 examples = settings(max_examples=20, deadline=None, derandomize=True, database=None)
@@ -137,6 +143,60 @@ def test_reparameterized_scores_agree_with_plain_python(seed: int, mean, std, cl
     expected = [max(-clip, min((score - mean) / std, clip)) for score in scores.tolist()]
     result = reparameterize_scores(scores, mean=mean, std=std, clip=clip)
     torch.testing.assert_close(result, tensor(expected, dtype=torch.float64))
+
+
+def test_scaled_step_rewards_are_clipped_one_by_one_and_never_shifted():
+    steps = tensor([[4.0, 0.0, -9.0]])
+    assert reparameterize_steps(steps, std=2, clip=3).tolist() == [[2.0, 0.0, -3.0]]
+    assert reparameterize_steps(steps, std=2).tolist() == [[2.0, 0.0, -4.5]]
+    assert reparameterize_steps(steps, clip=5.0).tolist() == [[4.0, 0.0, -5.0]]
+    assert reparameterize_steps(steps).tolist() == [[4.0, 0.0, -9.0]]
+
+
+def test_scores_of_several_sources_are_added_up_by_weight():
+    # 2 * 1 - 3 and 2 * -1 - 5; one source that sets a reply aside does so for all
+    scores = tensor([[1.0, -1.0, NAN], [3.0, 5.0, 1.0]])
+    found = weighted_scores(scores, tensor([2.0, -1.0]))
+    assert found[:2].tolist() == [-1.0, -7.0]
+    assert torch.isnan(found[2])
+
+
+def test_an_ensemble_of_two_members():
+    # means 2 and 5, variances ((1 - 2)² + (3 - 2)²) / 2 = 1 and 0
+    scores = tensor([[1.0, 5.0], [3.0, 5.0]])
+    assert ensemble_mean(scores).tolist() == [2.0, 5.0]
+    assert ensemble_min(scores).tolist() == [1.0, 5.0]
+    assert ensemble_mean_minus_variance(scores, coef=0.25).tolist() == [1.75, 5.0]
+    assert ensemble_std(scores).tolist() == [1.0, 0.0]
+
+
+ENSEMBLES = {
+    "mean": (ensemble_mean, lambda x, mean, var: mean),
+    "min": (ensemble_min, lambda x, mean, var: min(x)),
+    "penalised": (
+        lambda scores: ensemble_mean_minus_variance(scores, coef=0.7),
+        lambda x, mean, var: mean - 0.7 * var,
+    ),
+    "std": (ensemble_std, lambda x, mean, var: math.sqrt(var)),
+}
+
+
+@pytest.mark.parametrize("kind", ENSEMBLES)
+@examples
+@given(seed=seeds, size=sizes)
+def test_an_ensemble_agrees_with_plain_python_in_any_order_of_members(kind, seed, size):
+    formula, oracle = ENSEMBLES[kind]
+    scores = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    expected = []
+    for column in scores.T.tolist():
+        mean = sum(column) / len(column)
+        variance = sum((value - mean) ** 2 for value in column) / len(column)
+        expected.append(oracle(column, mean, variance))
+    wanted = tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(formula(scores), wanted)
+    torch.testing.assert_close(formula(scores.flip(0)), wanted)
+    scores[-1, -1] = NAN
+    assert torch.isnan(formula(scores)).tolist() == [False] * (size[1] - 1) + [True]
 
 
 def test_a_reply_that_never_ended_pays_the_penalty():
@@ -283,3 +343,10 @@ def test_a_penalty_without_a_target_stays_and_its_state_comes_back():
     other = AdaptivePenalty(1.0, target=0.5)
     other.load_state_dict({"coef": 0.25})
     assert (other.coef, other.target) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize("kl", [1.0, 1.5, 2.25])
+def test_at_the_edges_of_its_band_and_inside_the_penalty_stays(kl):
+    penalty = AdaptivePenalty(3.0, target=1.5)  # numbers that 1.5 divides and multiplies exactly
+    penalty.update(kl)
+    assert penalty.coef == 3.0

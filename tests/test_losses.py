@@ -12,6 +12,7 @@ from torch.autograd import gradcheck
 from ppomax import losses
 from ppomax.errors import ConfigError
 from ppomax.losses import (
+    centring_loss,
     clipped_policy_loss,
     clipped_value_loss,
     entropy_loss,
@@ -349,6 +350,14 @@ def test_the_ranking_loss_of_two_pairs():
     result = pairwise_ranking_loss(chosen, rejected, num_pairs=2)
     assert _near(result.loss, (math.log(4 / 3) + math.log(4)) / 2)
     assert result.accuracy.item() == 0.5
+
+
+def test_the_centring_loss_of_two_pairs():
+    chosen, rejected = tensor([3.0, 0.5]), tensor([-1.0, 0.5])
+    assert _near(centring_loss(chosen, rejected, num_pairs=2), (2**2 + 1) / 2)
+    weighed = centring_loss(chosen, rejected, num_pairs=4, weights=tensor([0.5, 3.0]))
+    assert _near(weighed, (0.5 * 4 + 3) / 4)
+    assert _near(centring_loss(chosen, -chosen, num_pairs=2), 0.0)
 
 
 def test_margin_smoothing_and_weights_of_the_ranking_loss():

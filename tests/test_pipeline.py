@@ -68,6 +68,27 @@ def test_a_callable_keeps_the_reward_stages_model_out_of_ppo():
     assert [s.model for s in recipe.eval.scorers] == ["X/reward/export"]
 
 
+@pytest.mark.parametrize(
+    "reward", [{"models": ["other"]}, {"callables": ["m:f"]}, {"process": "m:f"}], ids=str
+)
+def test_any_source_keeps_the_reward_stages_model_out_of_ppo(reward):
+    ppo = BASE["ppo"] | {"reward": reward, "critic": "policy"}
+    recipe = resolve(BASE | {"ppo": ppo}, "r")
+    assert recipe.ppo.reward.model is None
+    scorer = recipe.eval.scorers[0]
+    assert (scorer.model, scorer.role) == (
+        "other" if "models" in reward else "X/reward/export",
+        "proxy",
+    )
+
+
+def test_the_evaluations_proxy_is_the_first_reward_model_it_can_read():
+    models = [{"model": "far", "retokenize": True}, {"model": "near", "weight": 2.0}]
+    ppo = BASE["ppo"] | {"reward": {"models": models}, "critic": "policy"}
+    recipe = resolve(BASE | {"ppo": ppo}, "r")
+    assert [s.model for s in recipe.eval.scorers] == ["near"]
+
+
 def test_a_scorer_named_proxy_is_not_doubled_and_others_come_after_the_own():
     held_out = {"model": "other", "name": "other", "role": "held-out"}
     recipe = resolve(BASE | {"eval": {"data": "d", "scorers": [held_out]}}, "r")

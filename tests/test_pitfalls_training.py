@@ -16,10 +16,13 @@ from safetensors.torch import load_file
 
 from ppomax.config import merge
 from ppomax.data.template import ChatTemplate
+from ppomax.distributed import World
 from ppomax.errors import ConfigError, DataError, PpomaxError
-from ppomax.models.load import load_reward_model, load_tokenizer
+from ppomax.models.language import LanguageModel
+from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
 from ppomax.monitors import DECLARED
-from ppomax.rollout.engine import Rollout
+from ppomax.rollout.engine import EngineSettings, Rollout, build_engine
+from ppomax.rollout.sampling import SamplingParams
 from ppomax.train import experience_batch, ppo
 from ppomax.train.experience_batch import reply_batch, response_mask
 from ppomax.train.ppo import train_ppo
@@ -84,6 +87,45 @@ def test_03_the_end_token_is_learned_where_pad_was_eos(tiny, tmp_path):
     talk = (Message(role="user", content="Hi"), Message(role="assistant", content="Yes"))
     encoded = encode_dialogue(SFTRow("a", talk), ChatTemplate(tokenizer), 64)
     assert (encoded.ids[-1], encoded.mask[-1]) == (tokenizer.eos_token_id, True)
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_02_a_score_lands_on_the_last_token_that_was_sampled(
+    pad_is_eos, small, tiny, tmp_path, monkeypatch
+):
+    """Replies of every length up to the limit, ended or cut, some with the pad id among them."""
+    folder = copied(tiny, tmp_path / "model")
+    place = Path(folder) / "tokenizer_config.json"
+    text = json.loads(place.read_text())
+    if pad_is_eos:
+        place.write_text(json.dumps(text | {"pad_token": text["eos_token"]}))
+    (tmp_path / "two_for_all.py").write_text(
+        "def two(prompts, responses, *, ids, metadata):\n    return [2.0] * len(ids)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    tokenizer = load_tokenizer(folder)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    words = [[60, pad, 61, 62][:length] for length in (1, 2, 3, 4)]
+    replies = [[*word[:-1], eos] for word in words] + words
+    ended = [True] * 4 + [False] * 4
+    seen = []
+    merge_parts, estimate = ppo.merge_rollouts, ppo.estimate
+
+    def written(parts, count):
+        prompts = merge_parts(parts, count).prompts
+        return Rollout(prompts, replies, [[-1.0] * len(reply) for reply in replies], ended)
+
+    monkeypatch.setattr(ppo, "merge_rollouts", written)
+    monkeypatch.setattr(ppo, "estimate", lambda *args: seen.append(estimate(*args)) or seen[-1])
+    reward = {"callable": "two_for_all:two", "normalise": None, "clip": None}
+    change = {"model": folder, "critic": "policy", "kl": None, "reward": reward}
+    change |= {"iterations": 1, "rollout_size": 8, "minibatch_size": 8}
+    train_ppo(small("ppo", tmp_path / "run", change | {"advantage": {"lam": 1.0}}))
+    for row, reply in enumerate(replies):
+        expected = [0.0] * (len(reply) - 1) + [2.0] + [0.0] * (4 - len(reply))
+        assert seen[0].rewards[row].tolist() == expected
+        fitted = [2.0] * len(reply) + [0.0] * (4 - len(reply))
+        assert seen[0].returns[row].tolist() == pytest.approx(fitted, abs=1e-6)
 
 
 # --- reference and coefficient
@@ -259,6 +301,23 @@ NEUTRAL = {
 """Keys documented to leave results alone; what they do change is tested one by one below."""
 
 ELSEWHERE = {
+    **{
+        f"monitor.{key}": "test_collapse.py"
+        for key in ("baseline", "votes", "amber", "red", "patience", "calm", "release")
+    },
+    **{f"monitor.{key}": "test_collapse.py" for key in ("max_kl", "max_length_share")},
+    **{
+        f"monitor.{key}": "train/test_watching.py"
+        for key in ("action", "max_rollbacks", "kl_factor", "kl_least", "lr_factor", "keep_green")
+    },
+    **{
+        f"monitor.track.{key}": "train/test_watching.py"
+        for key in ("every", "prompts", "data.path", "model", "callable")
+    },
+    **{
+        f"monitor.track.data.{key}": "data/test_sources.py: the same sources"
+        for key in ("where", "format", "limit", "weight")
+    },
     "model": "test_31 and every run",
     "out": "every run",
     "device": "test_13_keys_that_a_machine_or_package_refuses",
@@ -267,12 +326,28 @@ ELSEWHERE = {
     "max_bad_rows": "test_13_bad_rows_are_counted_against_max_bad_rows",
     "data.weight": "data/test_sources.py",
     "data.format": "data/test_sources.py",
+    "data.strength": "of pairs alone: train/test_reward.py",
+    "ptx.data.strength": "of pairs alone: train/test_reward.py",
     "ptx.data.weight": "data/test_sources.py",
     "ptx.data.where": "data/test_sources.py",
     "ptx.data.format": "data/test_sources.py",
     "reference": "train/test_options.py",
     "reward.model": "every run",
     "reward.callable": "train/test_rewards.py",
+    **{
+        f"reward.{key}": "train/test_reward_sources.py"
+        for key in (
+            "models.model",
+            "models.weight",
+            "models.retokenize",
+            "callables.callable",
+            "callables.weight",
+            "ensemble",
+            "variance_coef",
+            "process",
+            "step_separator",
+        )
+    },
     "reward.timeout": "train/test_rewards.py",
     "reward.retries": "train/test_rewards.py",
     "lora.dropout": "refused unless 0: models/test_lora.py",
@@ -481,6 +556,14 @@ def test_13_slots_kind_and_checkpointing_reach_what_reads_them(small, tmp_path, 
         ),
         ({"loss": {"penalty_target": 1.0}}, "no effect without penalty_coef"),
         (
+            {"loss": {"penalty_coef": 1.0, "policy_clip": None, "ratio_to": "reference"}},
+            "penalty_coef weighs KL to the sampling policy",
+        ),
+        (
+            {"loss": {"entropy_coef": 0.1, "entropy_fraction": 2.0}},
+            r"entropy_fraction: .* not below ln \|V\|",
+        ),
+        (
             {
                 "loss": {"penalty_coef": 1.0, "policy_clip": None, "penalty_target": 1.0},
                 "minibatch_size": 4,
@@ -509,17 +592,18 @@ def test_13_keys_that_are_refused_say_why(change, text, small, tmp_path, monkeyp
 
 
 def test_13_trust_reaches_every_loader(small, tmp_path, monkeypatch):
-    from ppomax.train import actors
+    from ppomax.train import actors, reward_sources
 
     seen = []
-    for name in ("load_policy", "load_tokenizer", "load_reward_model", "load_value_model"):
-        plain = getattr(actors, name)
+    homes = {"load_policy": actors, "load_tokenizer": actors, "load_value_model": actors}
+    for name, home in (homes | {"load_reward_model": reward_sources}).items():
+        plain = getattr(home, name)
 
         def spy(*args, plain=plain, name=name, trust_remote_code=False, **more):
             seen.append((name, trust_remote_code))
             return plain(*args, trust_remote_code=trust_remote_code, **more)
 
-        monkeypatch.setattr(actors, name, spy)
+        monkeypatch.setattr(home, name, spy)
     train_ppo(small("ppo", tmp_path / "a", {"iterations": 1, "trust_remote_code": True}))
     assert len({name for name, _ in seen}) == 4
     assert all(trust for _, trust in seen)
@@ -537,6 +621,41 @@ def test_13_bad_rows_are_counted_against_max_bad_rows(small, tmp_path):
     events = [row for row in jsonl(run / "events.jsonl") if row["kind"] == "quarantined_row"]
     assert [row["where"].rpartition(":")[2] for row in events] == ["2", "4"]
     assert all(row["reason"] and row["defect"] for row in events)
+
+
+def test_07_a_cut_reply_goes_on_in_the_critic_whatever_its_batch_mates(
+    small, tmp_path, files, monkeypatch
+):
+    """The same cut reply among shorter and among longer ones, through the whole iteration."""
+    found = {}
+    merge_parts, estimate = ppo.merge_rollouts, ppo.estimate
+    for name, mates in {
+        "longest": [[60], [61, 2], [62, 2]],
+        "shortest": [[60, 61, 62], [61, 62, 63, 64, 2], [62, 63, 64]],
+    }.items():
+        replies = [[70, 71], *mates]
+        ended = [reply[-1] == 2 for reply in replies]
+
+        def written(parts, count, replies=replies, ended=ended):
+            prompts = merge_parts(parts, count).prompts
+            return Rollout(prompts, replies, [[-1.0] * len(reply) for reply in replies], ended)
+
+        def keep(*args, name=name):
+            found[name] = estimate(*args)
+            return found[name]
+
+        monkeypatch.setattr(ppo, "merge_rollouts", written)
+        monkeypatch.setattr(ppo, "estimate", keep)
+        change = CALLED | {"reward": CALLED["reward"] | {"normalise": None, "clip": None}}
+        change |= {"iterations": 1, "advantage": {"missing_eos": "bootstrap"}, "kl": None}
+        train_ppo(small("ppo", tmp_path / name, change))
+    one, two = found["longest"], found["shortest"]
+    for table in ("advantages", "returns"):
+        a, b = getattr(one, table)[0], getattr(two, table)[0]
+        torch.testing.assert_close(a[:2], b[:2], rtol=0, atol=1e-6)
+    value, after = one.scored.values[0, 1], one.scored.last_values[0]
+    torch.testing.assert_close(one.advantages[0, 1], after - value)
+    assert abs(float(after)) > 1e-6
 
 
 # --- sampling and scoring
@@ -587,6 +706,28 @@ def test_15_dropout_in_a_models_config_is_off_everywhere(small, tiny, tmp_path):
     found = rows(train_ppo(small("ppo", tmp_path / "c", checkpointed_run)))
     assert found[0]["policy/first_ratio_error"] == 0.0
     assert found[0]["policy/loss"] == pytest.approx(plain[0]["policy/loss"], rel=1e-4, abs=1e-7)
+
+
+def test_16_left_padded_right_padded_and_unpadded_log_probs_agree(tiny):
+    model, template = load_policy(tiny), ChatTemplate(load_tokenizer(tiny))
+    here = World(0, 1, CPU)
+    prompts = [[5], list(range(40, 90)), [7, 8, 9], list(range(100, 120))]
+    params = SamplingParams(temperature=0.8, max_new_tokens=6)
+    rollouts = {  # padded on the right, on the left, and one by one without any
+        (kind, slots): build_engine(
+            EngineSettings(kind=kind, slots=slots), model, template, here, torch.float32
+        ).generate(prompts, params, [1, 2, 3, 4])
+        for kind in ("native", "transformers")
+        for slots in (4, 1)
+    }
+    alone = rollouts["transformers", 1]
+    with torch.no_grad():
+        batch = reply_batch(alone, [0, 1, 2, 3], 3, CPU)
+        trained = LanguageModel(model)(batch, 0.8).logprobs.tolist()
+    for rollout in rollouts.values():
+        assert rollout.responses == alone.responses
+        flat = [value for row in rollout.logprobs for value in row]
+        assert flat == pytest.approx(trained, abs=1e-5)
 
 
 def test_17_a_step_at_5e_7_changes_every_matrix_in_bf16(small, tiny, tmp_path):
@@ -738,13 +879,17 @@ def test_29_useless_pairs_are_set_aside_with_their_place(small, tmp_path):
         good | {"prompt": "R?"},
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    change = {"data": str(path), "max_bad_rows": 0.5, "heldout": 0.0, "max_steps": 1}
+    change = {"data": str(path), "max_bad_rows": 0.6, "heldout": 0.0, "max_steps": 1}
+    kinds = "3 of 5 rows cannot be used .identical-pair 1, empty-answer 1, too-long 1"
+    with pytest.raises(DataError, match=kinds):  # 2 of 5 before lengths are known
+        train_reward(small("reward", tmp_path / "no", change | {"max_bad_rows": 0.5}))
     run = train_reward(small("reward", tmp_path / "run", change))
     events = [row for row in jsonl(run / "events.jsonl") if row["kind"] == "quarantined_row"]
     assert [int(row["where"].rpartition(":")[2]) for row in events] == [2, 3, 4]
     assert events[2]["defect"] == "too-long"  # not cut to two identical halves
     card = json.loads((run / "export" / "reward_card.json").read_text())
     assert card["counts"] == {"train": 2, "heldout": 0, "quarantined": 3}
+    assert card["quarantined"] == {"identical-pair": 1, "empty-answer": 1, "too-long": 1}
     assert rows(run)[0]["batch/pairs"] == 2
 
 
@@ -802,6 +947,23 @@ def test_31_a_reward_model_whose_probes_score_otherwise_is_refused(small, small_
 # --- reproducibility, logs
 
 
+def test_32_perplexity_is_the_policys_whatever_the_length_of_replies_and_prompts(
+    small, tmp_path, files
+):
+    """The tiny model knows nothing: about as many choices as its vocabulary has, never 1.01."""
+    found = []
+    for name, change in {
+        "short": {"sampling": {"max_new_tokens": 2}},
+        "long": {"sampling": {"max_new_tokens": 24}},
+        "long prompts": {"data": files["LONG"], "sampling": {"max_new_tokens": 2}},
+    }.items():
+        change = change | {"iterations": 1, "rollout_size": 32, "minibatch_size": 32}
+        row = rows(train_ppo(small("ppo", tmp_path / name, change)))[0]
+        found.append(row["policy/perplexity"])
+        assert row["ref/perplexity"] == pytest.approx(found[-1], rel=1e-5)
+    assert found == pytest.approx([512] * 3, rel=0.1)
+
+
 @pytest.mark.parametrize("kind", ["sft", "reward", "ppo"])
 def test_33_the_same_seed_twice_gives_the_same_rows(kind, small, tmp_path):
     train = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}[kind]
@@ -825,6 +987,12 @@ CONDITIONS = {
     "absent when every step was skipped": lambda c: True,
     "with ppo.ptx": lambda c: c.ptx is not None,
     "with plain temperature sampling": lambda c: c.sampling.is_plain,
+    "with several reward models in ensemble (ppo.reward.ensemble, or a folder of members)": (
+        lambda c: c.reward.ensemble is not None
+    ),
+    "with a reference model, from the 11th row on, once KL has varied": lambda c: False,
+    "in iterations that answer the held-out prompts": lambda c: False,
+    "the same, with a second scorer": lambda c: False,
     "": lambda c: True,
 }
 
@@ -860,14 +1028,16 @@ def test_36_ppo_logs_every_key_of_its_configuration_and_all_are_finite(
 def test_36_supervised_stages_log_every_key_and_all_are_finite(small, tmp_path):
     for kind, train in (("sft", train_sft), ("reward", train_reward)):
         for lm in (1.0, 0.0):
-            change = {"lm_coef": lm} if kind == "reward" else {}
+            own = {"lm_coef": lm, "centre_coef": None if lm else 0.1}
+            change = own if kind == "reward" else {}
             run = train(small(kind, tmp_path / f"{kind}{lm}", change | {"eval_every": 2}))
             found = jsonl(run / "metrics.jsonl")
             for row in found:
                 wanted = {m.key for m in DECLARED if kind in m.stages}
-                wanted -= set() if lm else {"reward/lm_loss"}
+                wanted -= {"reward/centre_loss"} if lm else {"reward/lm_loss"}
+                wanted = {key for key in wanted if not key.startswith("ensemble/")}
                 if row["step"] % 2 and row["step"] != len(found):
-                    wanted -= {"eval/loss", "eval/accuracy"}
+                    wanted -= {"eval/loss", "eval/accuracy", "eval/perplexity"}
                 assert set(row) - {"stage", "step", "time", "attempt"} == wanted
                 assert all(math.isfinite(v) for key, v in row.items() if key != "stage")
 

@@ -1,5 +1,7 @@
 """The plan: sizes from a config alone, memory and disk from arithmetic one can redo by hand."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -65,6 +67,16 @@ def test_ppo_counts_four_models_or_less(small, tmp_path, monkeypatch):
     assert whole.disk_gb == pytest.approx(3 * 2 * 12 + 4)
 
 
+def test_the_best_weights_and_every_member_take_disk(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "model_size", lambda *_, **__: ONE_B)
+    plain = planned(small("reward", tmp_path / "a"), "reward", tmp_path)
+    best = planned(small("reward", tmp_path / "b", {"early_stop": {}}), "reward", tmp_path)
+    assert best.disk_gb == pytest.approx(plain.disk_gb + 2 * 4)
+    three = planned(small("reward", tmp_path / "c", {"ensemble": 3}), "reward", tmp_path)
+    assert three.disk_gb == pytest.approx(3 * plain.disk_gb)
+    assert dict(three.lines)["ensemble"].startswith("3 models")
+
+
 def test_knobs_move_the_estimate_the_right_way(small, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "model_size", lambda *_, **__: ONE_B)
 
@@ -80,6 +92,31 @@ def test_a_reward_that_is_a_function_is_no_model_in_memory(small, tmp_path, monk
     change = {"critic": "policy", "reward": {"callable": "math:sqrt"}}
     parts = dict(planned(small("ppo", tmp_path, change), "ppo", tmp_path).lines)
     assert "reward model" not in parts
+
+
+def test_every_reward_model_is_counted_and_the_members_of_a_folder_too(
+    small, small_reward, tmp_path, monkeypatch
+):
+    sizes = {"tiny": 10**9, "big": 4 * 10**9}
+
+    def size(name, **_):
+        return dataclasses.replace(ONE_B, parameters=sizes.get(name, 2 * 10**9))
+
+    monkeypatch.setattr(planning, "model_size", size)
+    folder = tmp_path / "two"
+    for member in ("a", "b"):
+        (folder / member).mkdir(parents=True)
+        (folder / member / "config.json").write_text("{}")
+    (folder / "ensemble.json").write_text('{"members": ["a", "b"]}')
+    unmade = str(tmp_path / "run" / "reward" / "export")  # of the policy's size, as it will be
+    models = [str(folder), {"model": "big", "retokenize": True}, unmade]
+    config = small("ppo", tmp_path / "run" / "ppo", {"reward": {"model": None, "models": models}})
+    plan_of_it = planned(config, "ppo", tmp_path)
+    # two members of 2 billion, one of 4, one of 1: 9 billion in float32
+    assert dict(plan_of_it.lines)["4 reward models"] == "36.00 GB"
+    one = planned(small("ppo", tmp_path / "x" / "ppo"), "ppo", tmp_path)
+    assert dict(one.lines)["reward model"] == "8.00 GB"
+    assert plan_of_it.memory_gb - one.memory_gb == pytest.approx(28.0)
 
 
 def test_the_plan_says_what_the_run_will_do(small, tmp_path):

@@ -64,8 +64,10 @@ def test_each_stage_is_fed_by_the_one_before(path):
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_is_a_ppo_stage_with_the_least_beside_it(path):
-    config = parse(PPOConfig, least(yaml.safe_load(path.read_text())))
-    assert config.rollout_size == 128
+    section = least({"preset": path.stem})
+    found = resolve({"model": "m", "ppo": section}, "test").ppo
+    assert found is not None
+    assert found.rollout_size == 128
 
 
 def test_the_ppo_max_preset_is_the_defaults():

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ def save(
     Raises:
         CheckpointError: the disk refuses; earlier checkpoints are untouched.
     """
-    final = root / f"step-{step:06d}"
+    final = path_of(root, step)
     temporary = root / f".{final.name}.part"
     try:
         if not root.is_dir():
@@ -113,19 +113,33 @@ def latest(root: Path) -> Checkpoint | None:
     return None
 
 
-def prune(root: Path, keep_last: int, keep_best: int = 0) -> None:
-    """Remove all but the newest `keep_last` checkpoints; the last that verifies always stays.
+def path_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of this number lies."""
+    return root / f"step-{step:06d}"
+
+
+def prune(root: Path, keep_last: int, keep_best: int = 0, keep: Collection[int] = ()) -> None:
+    """Remove all but the newest `keep_last` checkpoints and those numbered in `keep`.
+
+    The last that verifies always stays.
 
     Args:
         keep_best: so many of the others stay too: those whose state has the highest `quality`.
     """
-    good = latest(root)
-    older = _newest_first(root)[max(1, keep_last) :]
+    good, kept = latest(root), {path_of(root, step) for step in keep}
+    older = [path for path in _newest_first(root)[max(1, keep_last) :] if path not in kept]
     rated = [(found, path) for path in older if (found := _quality(path)) is not None]
     rated.sort(key=lambda pair: pair[0], reverse=True)  # stable: of equals the newer comes first
     best = {path for _, path in rated[:keep_best]}
     for path in older:
         if path not in best and (good is None or path != good.path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def drop_after(root: Path, step: int) -> None:
+    """Remove the checkpoints of larger numbers: their stretch of the run was abandoned."""
+    for path in _newest_first(root):
+        if path.name.removesuffix(".old") > path_of(root, step).name:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ppomax.errors import ConfigError, PpomaxError
+from ppomax.visible import visible
 
 app = typer.Typer(
     help="From a language model and human preferences to an aligned model: SFT, reward model, "
@@ -51,7 +52,7 @@ def main() -> None:
     try:
         app()
     except PpomaxError as error:
-        typer.echo(f"ppomax: {error}", err=True)
+        typer.echo(f"ppomax: {visible(str(error))}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("ppomax: interrupted", err=True)
@@ -162,6 +163,20 @@ def report(
 
 
 @app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="Run directory, live or not.")],
+    every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 2.0,
+    once: Annotated[bool, typer.Option(help="Show it as it stands and leave.")] = False,
+) -> None:
+    """A run in the terminal: its curves as sparklines, alarms, replies."""
+    from rich.console import Console
+
+    from ppomax.report.watch import watch as show
+
+    show(run, every=every, console=Console(), once=once)
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="Folder, hub id or short name.")],
     prompts: Annotated[str, typer.Option(help="Prompt file.")],
@@ -173,6 +188,9 @@ def generate(
     seed: int = 0,
     dtype: str = "float32",
     limit: Annotated[int | None, typer.Option(help="First so many prompts.", min=1)] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt; default that of the model's training.")
+    ] = None,
 ) -> None:
     """One reply per prompt; the paper's sampling (section 6.1) by default."""
     from ppomax.config import parse
@@ -186,7 +204,9 @@ def generate(
         "max_new_tokens": max_new_tokens,
     }
     params = parse(SamplingParams, settings, "options")
-    count = generate_file(model, prompts, out, params, seed=seed, dtype=dtype, limit=limit)
+    count = generate_file(
+        model, prompts, out, params, seed=seed, dtype=dtype, limit=limit, system=system
+    )
     typer.echo(f"{count} replies in {out}")
 
 
@@ -197,7 +217,9 @@ def chat(
     top_p: float = 0.9,
     max_new_tokens: int = 256,
     seed: int = 0,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt; default that of the model's training.")
+    ] = None,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends."""
     from ppomax.config import parse
@@ -217,6 +239,47 @@ def chat(
         typer.echo(partner.reply(text))
 
 
+@app.command()
+def annotate(
+    pairs: Annotated[Path, typer.Argument(help="Pair file (JSONL).")],
+    out: Annotated[Path, typer.Option(help="Vote file; gone on with if it is there.")],
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Write preference pairs made of the votes to this file, and end."),
+    ] = None,
+    quota: Annotated[int | None, typer.Option(help="Votes wanted of each pair (1).")] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address to listen on (127.0.0.1); another one gets a token."),
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="8765; 0 takes any free one.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="https://name, where a proxy in front is reached.")
+    ] = None,
+) -> None:
+    """A page on which people compare replies, blind; their votes become preference pairs."""
+    from ppomax.config import parse
+
+    given = {"quota": quota, "host": host, "port": port, "url": url}
+    settings = {name: value for name, value in given.items() if value is not None}
+    if export is not None:
+        from ppomax.annotate.export import export_preferences
+
+        if settings:
+            raise ConfigError(f"option {next(iter(settings))}: has no effect with --export")
+        for line in export_preferences(pairs, out, export):
+            typer.echo(line)
+        return
+    try:
+        from ppomax.annotate.serve import AnnotateConfig, serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn"):
+            raise
+        raise ConfigError('the page needs: pip install "ppomax[ui]"') from None
+    config = parse(AnnotateConfig, settings, "options")
+    serve(pairs, out, config, token=os.environ.get("PPOMAX_ANNOTATE_TOKEN"), say=say)
+
+
 @data_app.command("check")
 def data_check(files: Annotated[list[str], typer.Argument(help="Data files.")]) -> None:
     """Rows, format found, defects with line numbers; exit 1 if any row would be refused."""
@@ -224,14 +287,16 @@ def data_check(files: Annotated[list[str], typer.Argument(help="Data files.")]) 
 
     found = check_files(files)
     for line in render(found):
-        typer.echo(line)
+        typer.echo(visible(line))
     if found.refused:
         raise typer.Exit(1)
 
 
 @eval_app.command("reward")
 def eval_reward(
-    model: Annotated[str, typer.Argument(help="Reward-model folder or hub id.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Reward-model folders or hub ids; several are compared.")
+    ],
     data: Annotated[list[str], typer.Option(help="Preference file; may be given several times.")],
     out: Annotated[Path | None, typer.Option(help="Folder; default the current one.")] = None,
     dtype: str = "float32",
@@ -240,13 +305,151 @@ def eval_reward(
     heldout: Annotated[
         float | None, typer.Option(help="Only the pairs that training holds out with this share.")
     ] = None,
+    by: Annotated[
+        list[str] | None, typer.Option(help="Column to give numbers by, beside lang, kind, source.")
+    ] = None,
+    lm: Annotated[
+        str,
+        typer.Option(
+            help="Language model whose likelihood of an answer is a baseline; base: what the first "
+            "model started from; none: leave it out."
+        ),
+    ] = "base",
+    gold: Annotated[
+        str | None,
+        typer.Option(help="Second reward model, the judge of a best-of-n curve."),
+    ] = None,
+    candidates: Annotated[
+        list[str] | None,
+        typer.Option(help="File of several replies to each prompt; default the pairs' answers."),
+    ] = None,
 ) -> None:
     """Accuracy with intervals, calibration, length bias, worst pairs: a report as JSON and HTML."""
+    from ppomax.eval.reward import evaluate_reward
     from ppomax.pipeline import write_reward_evaluation
 
-    for line in write_reward_evaluation(
-        model, data, out or Path(), dtype=dtype, max_length=max_length, limit=limit, heldout=heldout
+    if candidates and gold is None:
+        raise ConfigError("option candidates: has no effect without --gold, who judges them")
+    found = evaluate_reward(
+        models,
+        data,
+        dtype=dtype,
+        max_length=max_length,
+        limit=limit,
+        heldout=heldout,
+        by=by or (),
+        language_model=None if lm == "none" else lm,
+        gold=gold,
+        candidates=candidates or (),
+    )
+    for line in write_reward_evaluation(found, out or Path()):
+        typer.echo(line)
+
+
+@eval_app.command("policy")
+def eval_policy(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Models or files of replies {id, response}; the first is the baseline."
+        ),
+    ],
+    prompts: Annotated[list[str], typer.Option(help="Prompt file; may be given several times.")],
+    judge: Annotated[
+        list[str],
+        typer.Option(
+            help="reward:PATH, openai:BASE_URL#MODEL (key: PPOMAX_JUDGE_KEY or OPENAI_API_KEY), "
+            "local:MODEL, callable:module:function, human, file:VERDICTS; may be given several "
+            "times."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder of replies, answers and report; run again to go on.")
+    ] = Path("eval-policy"),
+    rubrics: Annotated[
+        Path | None,
+        typer.Option(help="Folder with rubrics of your own, named helpful.en.md, ..."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Say how many calls the judges would get.")] = False,
+    temperature: float = 0.8,
+    top_p: float = 0.9,
+    repetition_penalty: float = 1.1,
+    max_new_tokens: int = 2048,
+    seed: int = 0,
+    dtype: str = "float32",
+    limit: Annotated[int | None, typer.Option(help="First so many prompts.", min=1)] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Requests at once (8).")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds for a request (120).")] = None,
+    retries: Annotated[int | None, typer.Option(help="Further tries of a request (6).")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer (1024).")] = None,
+    max_calls: Annotated[int | None, typer.Option(help="Stop before more requests.")] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(help="Stop before more is spent; needs both prices.")
+    ] = None,
+    price_in: Annotated[float | None, typer.Option(help="Of a million tokens sent.")] = None,
+    price_out: Annotated[float | None, typer.Option(help="Of a million tokens written.")] = None,
+) -> None:
+    """Win, tie, lose of policies on the same prompts, each pair judged in both orders."""
+    from ppomax.config import parse
+    from ppomax.eval.judges import parse_judges
+    from ppomax.pipeline import write_policy_evaluation
+    from ppomax.rollout import SamplingParams
+
+    settings = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "max_new_tokens": max_new_tokens,
+    }
+    options = {
+        "concurrency": concurrency,
+        "timeout": timeout,
+        "retries": retries,
+        "max_tokens": max_tokens,
+        "max_calls": max_calls,
+        "max_cost": max_cost,
+        "price_in": price_in,
+        "price_out": price_out,
+    }
+    for line in write_policy_evaluation(
+        models,
+        prompts,
+        parse_judges(judge, options),
+        out,
+        sampling=parse(SamplingParams, settings, "options"),
+        seed=seed,
+        dtype=dtype,
+        limit=limit,
+        rubrics=rubrics,
+        dry_run=dry_run,
+        say=say,
     ):
+        typer.echo(visible(line))
+
+
+@eval_app.command("capability")
+def eval_capability(
+    models: Annotated[list[str], typer.Argument(help="Models; the first is the baseline.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="File of questions; may be given several times.")
+    ] = None,
+    fewshot: Annotated[
+        list[str] | None, typer.Option(help="File of examples; may be given several times.")
+    ] = None,
+    shots: Annotated[int, typer.Option(help="Examples before each question.", min=0)] = 0,
+    limit: Annotated[int | None, typer.Option(help="First so many questions.", min=1)] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(help="Tasks of EleutherAI's harness, as mmlu,cmmlu.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("eval-capability"),
+    dtype: str = "float32",
+) -> None:
+    """What models know: multiple choice by log-likelihood, free answers by exact match."""
+    from ppomax.pipeline import write_capability_evaluation
+
+    settings = {"data": data or [], "fewshot": fewshot or [], "shots": shots, "limit": limit}
+    tasks = lm_eval.split(",") if lm_eval else []
+    for line in write_capability_evaluation(models, settings, tasks, out, dtype=dtype, say=say):
         typer.echo(line)
 
 

@@ -61,6 +61,41 @@ def perplexity(
     return masked_mean(-logprobs, mask).exp()
 
 
+def weighted_scores(
+    scores: Float[Tensor, "sources batch"], weights: Float[Tensor, " sources"]
+) -> Float[Tensor, " batch"]:
+    """Several scores of each reply added up by weight; nan where one of them is."""
+    return (weights[:, None] * scores).sum(dim=0)
+
+
+def ensemble_mean(scores: Float[Tensor, "models batch"]) -> Float[Tensor, " batch"]:
+    """The members' mean score of each reply (Coste et al. 2023, 2310.02743, §3)."""
+    return scores.mean(dim=0)
+
+
+def ensemble_min(scores: Float[Tensor, "models batch"]) -> Float[Tensor, " batch"]:
+    """The lowest of the members' scores: worst-case optimisation (Coste et al. 2023, §3)."""
+    return scores.amin(dim=0)
+
+
+def ensemble_mean_minus_variance(
+    scores: Float[Tensor, "models batch"], *, coef: float | int
+) -> Float[Tensor, " batch"]:
+    """Mean less the members' variance: uncertainty-weighted optimisation (Coste et al. 2023, §3).
+
+        mean_i s_i - coef · mean_i (s_i - mean_j s_j)²
+
+    Args:
+        coef: their λ.
+    """
+    return scores.mean(dim=0) - coef * scores.var(dim=0, correction=0)
+
+
+def ensemble_std(scores: Float[Tensor, "models batch"]) -> Float[Tensor, " batch"]:
+    """How far the members disagree on each reply: the root of the variance above."""
+    return scores.std(dim=0, correction=0)
+
+
 def reparameterize_scores(
     scores: Float[Tensor, " batch"],
     *,
@@ -98,6 +133,25 @@ def missing_eos_scores(
         truncated: True where a reply reached its length limit without EOS.
     """
     return scores if penalty is None else torch.where(truncated, scores - penalty, scores)
+
+
+def reparameterize_steps(
+    step_rewards: Float[Tensor, "batch response"],
+    *,
+    std: float | int | None = None,
+    clip: float | int | None = None,
+) -> Float[Tensor, "batch response"]:
+    """Step rewards over the std of the replies' totals, each clipped; nothing is taken away.
+
+    A mean taken off every step would pay for many short steps, or for few (ours).
+
+    Args:
+        std: of scores and step rewards summed over a reply. None does not scale.
+        clip: bound on each scaled step reward. None is off.
+    """
+    if std is not None:
+        step_rewards = step_rewards / std
+    return step_rewards if clip is None else step_rewards.clamp(-clip, clip)
 
 
 def token_rewards(

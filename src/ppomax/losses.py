@@ -251,6 +251,24 @@ def pairwise_ranking_loss(
     return RankingLoss(loss=losses.sum() / num_pairs, accuracy=correct.sum() / num_pairs)
 
 
+def centring_loss(
+    chosen: Float[Tensor, " pairs"],
+    rejected: Float[Tensor, " pairs"],
+    *,
+    num_pairs: float | int,
+    weights: Float[Tensor, " pairs"] | None = None,
+) -> Float[Tensor, ""]:
+    """Pulls each pair's scores towards a mean of 0, which the ranking loss leaves free.
+
+    Eisenstein et al. 2023, 2312.09244, section 3: mean of (chosen + rejected)^2.
+
+    Args:
+        num_pairs, weights: as in `pairwise_ranking_loss`.
+    """
+    squares = (chosen + rejected).square()
+    return (squares if weights is None else weights * squares).sum() / num_pairs
+
+
 def ref_kl_loss(
     logprobs: Float[Tensor, "batch response"],
     ref_logprobs: Float[Tensor, "batch response"],

@@ -19,6 +19,8 @@ class Metric:
     condition: str = ""
     """Where it is logged; empty: in every row of its stages."""
     stages: tuple[str, ...] = ("ppo", "critic")
+    family: bool = False
+    """Also logged as `key_VALUE`, for values found in the data."""
 
 
 _UPDATE = ("ppo",)
@@ -50,6 +52,38 @@ DECLARED: tuple[Metric, ...] = (
         for q in (5, 25, 50, 75, 95)
     ),
     Metric(
+        "reward/ensemble_std",
+        "score",
+        "Std of the members' standardized scores of a reply (÷ their number), mean over replies",
+        "rises: the policy goes where the reward models disagree",
+        "with several reward models in ensemble (ppo.reward.ensemble, or a folder of members)",
+    ),
+    Metric(
+        "reward/score_kurtosis",
+        "1",
+        "Excess kurtosis of raw scores",
+        "rising: a long tail, or two kinds of replies",
+    ),
+    Metric(
+        "reward/score_w1",
+        "score",
+        "Wasserstein-1 distance of the scores to those of the unchanged policy's replies",
+        "a steep rise",
+    ),
+    Metric(
+        "reward/length_correlation",
+        "1",
+        "Pearson correlation of score and reply length within the rollout",
+        "near 1: length is being paid for",
+    ),
+    Metric(
+        "reward/sqrt_kl_residual",
+        "score",
+        "Mean score less what a line over √KL (nats per response) through the earlier rows gives",
+        "falling: KL is spent for less and less score (Gao et al. 2022)",
+        "with a reference model, from the 11th row on, once KL has varied",
+    ),
+    Metric(
         "reward/total_mean",
         "reward",
         "Mean over replies of the summed token rewards: reparameterized score, KL penalty included",
@@ -59,6 +93,13 @@ DECLARED: tuple[Metric, ...] = (
         "nats/token",
         "Mean of log π − log π_ref over response tokens (k1)",
         "clearly negative: the sampler is not the policy",
+        _REFERENCE,
+    ),
+    Metric(
+        "kl/ref_k1_se",
+        "nats/token",
+        "Standard error of kl/ref_k1, clustered by response",
+        "",
         _REFERENCE,
     ),
     Metric(
@@ -217,6 +258,12 @@ DECLARED: tuple[Metric, ...] = (
     ),
     Metric("response/repetition_4", "share", "4-grams that repeat within a reply, mean", "rising"),
     Metric(
+        "response/top_opening_share",
+        "share",
+        "Replies that begin with the most frequent first four tokens",
+        "rising: one way to begin is left",
+    ),
+    Metric(
         "ptx/loss",
         "nats/token",
         "NLL of the plain text",
@@ -232,6 +279,43 @@ DECLARED: tuple[Metric, ...] = (
         _PLAIN,
     ),
     Metric("engine/logprob_gap_max", "nats/token", "The largest such gap", "above 1", _PLAIN),
+    *(
+        Metric(key, unit, meaning, bad, "in iterations that answer the held-out prompts", _UPDATE)
+        for key, unit, meaning, bad in (
+            (
+                "heldout/score_mean",
+                "score",
+                "Mean score of replies to the held-out prompts",
+                "",
+            ),
+            ("heldout/score_p05", "score", "Their 5th percentile", ""),
+            ("heldout/score_p50", "score", "Their median", ""),
+            ("heldout/score_p95", "score", "Their 95th percentile", ""),
+            (
+                "heldout/score_w1",
+                "score",
+                "Wasserstein-1 distance to the scores of the SFT model's replies",
+                "a jump (Fig. 13)",
+            ),
+            ("heldout/length_mean", "tokens", "Mean length of these replies", ""),
+            ("heldout/perplexity", "1", "The policy's perplexity of them", "falls towards 1"),
+            ("time/heldout", "s", "Seconds to answer and score them", ""),
+        )
+    ),
+    *(
+        Metric(key, unit, meaning, bad, "the same, with a second scorer", _UPDATE)
+        for key, unit, meaning, bad in (
+            (
+                "heldout/second_mean",
+                "score",
+                "Mean score by a scorer that PPO never sees",
+                "falls while the proxy rises: over-optimised",
+            ),
+            ("heldout/win", "share", "Replies it scores above the SFT model's", ""),
+            ("heldout/tie", "share", "Replies it scores the same", ""),
+            ("heldout/lose", "share", "Replies it scores below the SFT model's", "above win"),
+        )
+    ),
     Metric("time/rollout", "s", "Seconds to write the replies"),
     Metric("time/score", "s", "Seconds for the four roles' forwards"),
     Metric("time/update", "s", "Seconds for the optimizer steps and the engine's sync"),
@@ -261,6 +345,14 @@ DECLARED: tuple[Metric, ...] = (
         "Imitation NLL of preferred answers",
         "",
         "with lm_coef above 0",
+        ("reward",),
+    ),
+    Metric(
+        "reward/centre_loss",
+        "score²",
+        "Squared sum of a pair's scores, mean over pairs",
+        "",
+        "with centre_coef",
         ("reward",),
     ),
     Metric(
@@ -300,6 +392,39 @@ DECLARED: tuple[Metric, ...] = (
         "every eval_every steps, with held-out rows",
         ("reward", "sft"),
     ),
+    Metric(
+        "ensemble/score_std",
+        "score",
+        "Standard deviation of a held-out answer's score over the members, mean over answers",
+        "large beside the spread of scores: the members have learned different things",
+        "with ensemble, in the last row; other keys are then means over the members",
+        ("reward",),
+    ),
+    Metric(
+        "ensemble/accuracy",
+        "share",
+        "Held-out pairs that the members' mean score ranks as the annotator did",
+        "0.5: chance",
+        "with ensemble, in the last row",
+        ("reward",),
+    ),
+    Metric(
+        "ensemble/loss",
+        "nats/pair",
+        "Held-out loss of the members' mean score",
+        "above ln 2 = 0.69",
+        "with ensemble, in the last row",
+        ("reward",),
+    ),
+    Metric(
+        "eval/perplexity",
+        "1",
+        "exp of the held-out loss; also as `eval/perplexity_VALUE` for each value of `eval_by`",
+        "rising: over-fitting",
+        "every eval_every steps, with held-out rows",
+        ("sft",),
+        family=True,
+    ),
     Metric("sft/loss", "nats/token", "NLL of assistant tokens", "", "", ("sft",)),
     Metric("sft/perplexity", "1", "exp of it", "", "", ("sft",)),
     Metric("sft/grad_norm", "1", "Global gradient norm before the clip", "spikes", "", ("sft",)),
@@ -313,8 +438,10 @@ def check_keys(stage: str, values: Mapping[str, float]) -> None:
     Raises:
         KeyError: a programming mistake, not a user's.
     """
-    known = {metric.key for metric in DECLARED if stage in metric.stages}
-    unknown = sorted(set(values) - known)
+    own = [metric for metric in DECLARED if stage in metric.stages]
+    known = {metric.key for metric in own}
+    families = tuple(f"{metric.key}_" for metric in own if metric.family)
+    unknown = sorted(key for key in set(values) - known if not key.startswith(families))
     if unknown:
         raise KeyError(f"metric keys not declared for stage {stage}: {', '.join(unknown)}")
 

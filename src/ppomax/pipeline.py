@@ -13,9 +13,16 @@ from ppomax import rundir
 from ppomax.config import Settings, apply_overrides, dump, merge, parse, read_yaml
 from ppomax.distributed import barrier, world
 from ppomax.errors import CheckpointError, ConfigError, Interrupted
+from ppomax.eval import capability
+from ppomax.eval.capability import CapabilityConfig, evaluate_capability
+from ppomax.eval.compare import compare_policies, lines_of
+from ppomax.eval.harness import harness_lines, run_harness
+from ppomax.eval.judges import JudgeConfig
 from ppomax.eval.policy import EvalConfig, evaluate_policy
-from ppomax.eval.reward import evaluate_reward
-from ppomax.report.page import write_preference_report, write_report
+from ppomax.eval.replies import names_of
+from ppomax.report.evaluation import preference_lines
+from ppomax.report.page import write_judged_report, write_preference_report, write_report
+from ppomax.rollout import SamplingParams
 from ppomax.train.loop import is_done
 from ppomax.train.ppo import train_ppo
 from ppomax.train.ppo_config import PPOConfig
@@ -155,12 +162,29 @@ def resolve(data: dict[str, Any], source: str) -> Recipe:
 def with_preset(section: dict[str, Any], source: str) -> dict[str, Any]:
     """`ppo` settings laid over the preset they name (`ppo-max` unless said)."""
     section = dict(section)
-    name = str(section.pop("preset", "ppo-max"))
-    place = Path(str(importlib.resources.files("ppomax") / "recipes")) / "presets" / f"{name}.yaml"
+    return _laid_over(_preset(str(section.pop("preset", "ppo-max")), source, ()), section)
+
+
+def _preset(name: str, source: str, above: tuple[str, ...]) -> dict[str, Any]:
+    """A preset's settings laid over those of its `base`, if it names one.
+
+    Args:
+        above: presets that are being read, each the base of the one before.
+    """
+    if name in above:
+        chain = " -> ".join((*above, name))
+        raise ConfigError(f"{source}: setting ppo.preset: bases lead in a circle: {chain}")
+    folder = Path(str(importlib.resources.files("ppomax") / "recipes")) / "presets"
+    place = folder / f"{name}.yaml"
     if not place.exists():
-        known = ", ".join(sorted(item.stem for item in place.parent.glob("*.yaml")))
+        known = ", ".join(sorted(item.stem for item in folder.glob("*.yaml")))
         raise ConfigError(f"{source}: setting ppo.preset: no preset {name!r}; there are {known}")
-    preset = read_yaml(place)
+    own = read_yaml(place)
+    base = own.pop("base", None)
+    return own if base is None else _laid_over(_preset(str(base), source, (*above, name)), own)
+
+
+def _laid_over(preset: dict[str, Any], section: dict[str, Any]) -> dict[str, Any]:
     return merge(preset if has_critic(section) else without_critic(preset), section)
 
 
@@ -187,7 +211,8 @@ def _wire(data: dict[str, Any], model: object, present: list[str], source: str) 
         raise ConfigError(
             f"{source}: setting ppo.reward: a section of settings is wanted, found {settings!r}"
         )
-    if "ppo" in present and reward and not settings.get("model") and not settings.get("callable"):
+    sources = ("model", "models", "callable", "callables", "process")
+    if "ppo" in present and reward and not any(settings.get(name) for name in sources):
         settings["model"] = reward
     if "eval" in present:
         section = data["eval"]
@@ -196,12 +221,21 @@ def _wire(data: dict[str, Any], model: object, present: list[str], source: str) 
             section["baseline"] = ppo.get("model") or sft
         if not section.get("policy"):
             section["policy"] = str(out / "ppo" / "export")
-        proxy = settings.get("model") or reward
+        proxy = settings.get("model") or _first_of(settings.get("models")) or reward
         scorers = section.get("scorers") or []
         listed = isinstance(scorers, list) and all(isinstance(item, dict) for item in scorers)
         if proxy and listed and not any(item.get("role") == "proxy" for item in scorers):
             own = {"model": proxy, "name": "reward model", "role": "proxy"}
             section["scorers"] = [own, *scorers]
+
+
+def _first_of(models: object) -> str | None:
+    """The first of `ppo.reward.models` that the evaluation can read, before they are checked."""
+    for item in models if isinstance(models, list) else []:
+        entry = {"model": item} if isinstance(item, str) else item
+        if isinstance(entry, dict) and not entry.get("retokenize") and entry.get("model"):
+            return str(entry["model"])
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,30 +386,81 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def write_reward_evaluation(
-    model: str,
-    files: list[str],
-    out: Path,
-    *,
-    dtype: str,
-    max_length: int,
-    limit: int | None,
-    heldout: float | None,
-) -> list[str]:
-    """Evaluate, write `report.json` and `report.html` into `out`; lines for the terminal."""
-    result = evaluate_reward(
-        model, files, dtype=dtype, max_length=max_length, limit=limit, heldout=heldout
-    )
+def write_reward_evaluation(result: dict[str, Any], out: Path) -> list[str]:
+    """Write `report.json` and `report.html` of `evaluate_reward`; lines for the terminal."""
     out.mkdir(parents=True, exist_ok=True)
     rundir.write_text(out / "report.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     write_preference_report(result, out / "report.html")
-    rows = [("all", result["accuracy"])]
-    rows += [(f"{row['column']} {row['value']}", row) for row in result["subsets"]]
-    rows += list(result["baselines"].items())
-    lines = [f"{name:<28} {_share(row)}" for name, row in rows]
+    return [*preference_lines(result), f"report: {out / 'report.html'}"]
+
+
+def write_policy_evaluation(
+    models: list[str],
+    prompts: list[str],
+    judges: list[JudgeConfig],
+    out: Path,
+    *,
+    sampling: SamplingParams,
+    seed: int,
+    dtype: str,
+    limit: int | None,
+    rubrics: Path | None,
+    dry_run: bool,
+    say: Callable[[str], None],
+) -> list[str]:
+    """Judge, write `report.json` and `report.html` into `out`; lines for the terminal."""
+    with world():
+        result = compare_policies(
+            models,
+            prompts,
+            judges,
+            out,
+            sampling=sampling,
+            seed=seed,
+            dtype=dtype,
+            limit=limit,
+            rubrics=rubrics,
+            dry_run=dry_run,
+            say=say,
+        )
+    if result is None or not result["comparisons"]:
+        return []
+    rundir.write_text(out / "report.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+    write_judged_report(result, "Policies against each other", out / "report.html")
+    return [*lines_of(result), f"report: {out / 'report.html'}"]
+
+
+def write_capability_evaluation(
+    models: list[str],
+    settings: dict[str, Any],
+    tasks: list[str],
+    out: Path,
+    *,
+    dtype: str,
+    say: Callable[[str], None],
+) -> list[str]:
+    """Ask, write `report.json` and `report.html` into `out`; lines for the terminal."""
+    if not settings["data"] and not tasks:
+        raise ConfigError("eval capability: give --data FILE or --lm-eval TASKS")
+    named = dict(zip(names_of(models), models, strict=True))
+    result: dict[str, Any] = {"kind": "capability"}
+    lines: list[str] = []
+    with world() as here:
+        if settings["data"]:
+            config = parse(CapabilityConfig, settings, "options")
+            result["capability"] = evaluate_capability(named, config, dtype=dtype, say=say)
+            lines += capability.lines_of(result["capability"])
+        if tasks:
+            result["harness"] = run_harness(
+                named,
+                tasks,
+                shots=settings["shots"] or None,
+                limit=settings["limit"],
+                dtype=dtype,
+                device=str(here.device),
+            )
+            lines += harness_lines(result["harness"])
+    out.mkdir(parents=True, exist_ok=True)
+    rundir.write_text(out / "report.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+    write_judged_report(result, "Capability", out / "report.html")
     return [*lines, f"report: {out / 'report.html'}"]
-
-
-def _share(row: Mapping[str, Any]) -> str:
-    low, high = row["ci95"]
-    return f"{row['accuracy']:.3f}  [{low:.3f}, {high:.3f}]  n {row['n']}"

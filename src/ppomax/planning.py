@@ -6,6 +6,7 @@ activations.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ppomax.data.sources import load_prompts
 from ppomax.data.template import ChatTemplate
 from ppomax.errors import ModelError, PpomaxError
+from ppomax.models.ensembles import members
 from ppomax.models.load import load_tokenizer, resolve
 from ppomax.models.lora import LoraSettings
 from ppomax.pipeline import Recipe
@@ -62,11 +64,11 @@ def model_size(name: str, *, trust_remote_code: bool = False) -> Size:
     """
     try:
         config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         first = str(error).partition("\n")[0]
         raise ModelError(f"model {name!r}: its config cannot be read ({first[:200]})") from None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # theirs
     heads = config.num_attention_heads
     kv = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -151,8 +153,9 @@ def _plan_sft(config: SFTConfig, shape: Size, template: ChatTemplate) -> StagePl
     tokens = sum(data.train[index].num_targets for step in data.steps for index in step)
     memory = PROCESS_GB + _trained(shape.parameters, config.lora, shape, config.compute_dtype)
     memory += _activations(config.micro_tokens, shape, checkpointing=config.gradient_checkpointing)
+    best = 8 * shape.parameters / GB if config.early_stop else 0.0  # and the one that replaces it
     result = StagePlan(
-        "sft", memory_gb=memory, disk_gb=_disk(1, config.checkpoint.keep_last, shape)
+        "sft", memory_gb=memory, disk_gb=_disk(1, config.checkpoint.keep_last, shape) + best
     )
     result.lines = [
         ("model", f"{config.model}, {shape.parameters / 1e6:.1f} M parameters"),
@@ -175,8 +178,9 @@ def _plan_reward(config: RewardConfig, shape: Size, template: ChatTemplate) -> S
     tokens = sum(data.train[index].tokens for step in data.steps for index in step)
     memory = PROCESS_GB + _trained(shape.parameters, config.lora, shape, config.compute_dtype)
     memory += _activations(config.micro_tokens, shape, checkpointing=config.gradient_checkpointing)
+    best = 8 * shape.parameters / GB if config.early_stop else 0.0
     result = StagePlan(
-        "reward", memory_gb=memory, disk_gb=_disk(1, config.checkpoint.keep_last, shape)
+        "reward", memory_gb=memory, disk_gb=_disk(1, config.checkpoint.keep_last, shape) + best
     )
     result.lines = [
         ("model", f"{config.model}, {shape.parameters / 1e6:.1f} M parameters"),
@@ -184,6 +188,9 @@ def _plan_reward(config: RewardConfig, shape: Size, template: ChatTemplate) -> S
         ("step", f"{config.batch_tokens} tokens, {config.min_pairs} to {config.max_pairs} pairs"),
         ("optimizer steps", f"{len(data.steps)}, {tokens} tokens in all"),
     ]
+    if config.ensemble:
+        result.lines.append(("ensemble", f"{config.ensemble} models, each so, one after the other"))
+        result.disk_gb *= config.ensemble
     return result
 
 
@@ -192,8 +199,10 @@ def _plan_ppo(config: PPOConfig, shape: Size) -> StagePlan:
     compute = torch.finfo(config.compute_dtype).bits / 8
     backbone = shape.parameters
     frozen = {"engine": compute * shape.parameters / GB}
-    if config.reward.callable is None:
-        frozen["reward model"] = compute * backbone / GB
+    judges = _reward_models(config, shape)
+    if judges:
+        name = "reward model" if len(judges) == 1 else f"{len(judges)} reward models"
+        frozen[name] = compute * sum(judges) / GB
     if config.kl is not None and (config.reference or not config.lora):
         frozen["reference"] = compute * shape.parameters / GB
     policy = _trained(shape.parameters, config.lora, shape, config.compute_dtype)
@@ -236,6 +245,18 @@ def _plan_ppo(config: PPOConfig, shape: Size) -> StagePlan:
         *[("advice", note) for note in config.advice()],
     ]
     return result
+
+
+def _reward_models(config: PPOConfig, shape: Size) -> list[int]:
+    """Parameters of each reward model; one that the run has yet to train has the policy's."""
+    names = [name for source in config.reward.all_models for name in members(source.model)]
+    trust = config.trust_remote_code
+    return [
+        shape.parameters
+        if Path(name).is_relative_to(config.out.parent) and not Path(name).exists()
+        else model_size(name, trust_remote_code=trust).parameters
+        for name in names
+    ]
 
 
 def _disk(models: int, keep: int, shape: Size) -> float:

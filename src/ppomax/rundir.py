@@ -14,6 +14,9 @@ from ppomax.errors import ConfigError
 
 CONFIG, ENV = "config.yaml", "env.json"
 METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.jsonl"
+HELDOUT = "heldout.jsonl"
+LOGS = (METRICS, SAMPLES, EVENTS, HELDOUT)
+"""Files that grow with the run."""
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -38,12 +41,18 @@ def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
         file.write(_lines(rows))
 
 
-def cut_back(path: Path, keep: "dict[str, int]") -> None:
-    """Drop rows past the resumed step of each stage (and a torn last line), by atomic replace."""
+def cut_back(path: Path, keep: "dict[str, int]", attempt: int = 0) -> None:
+    """Drop rows past the resumed step of each stage (and a torn last line), by atomic replace.
+
+    Rows of an attempt before the resumed one stay: a rollback left them as they were.
+    """
     if not path.exists():
         return
     rows = [
-        row for row in read_jsonl(path) if row.get("step", 0) <= keep.get(row.get("stage", ""), -1)
+        row
+        for row in read_jsonl(path)
+        if row.get("step", 0) <= keep.get(row.get("stage", ""), -1)
+        or row.get("attempt", 0) < attempt
     ]
     write_text(path, _lines(rows))
 

@@ -106,6 +106,13 @@ def test_equal_lengths_do_not_count_as_longer_or_shorter():
     assert longer_wins([row("a", "b")]) is None
 
 
+def test_a_file_whose_labels_are_lengths_is_said_to_be(write):
+    rows = [pair(i, chosen="a longer answer", rejected="no") for i in range(60)]
+    assert any("one-sided" in line for line in render(check_files([write("a.jsonl", rows)])))
+    rows[:2] = [pair(0, chosen="no", rejected="a longer answer")] * 2
+    assert not any("one-sided" in line for line in render(check_files([write("b.jsonl", rows)])))
+
+
 def test_every_real_file_is_checked_as_what_it_is(shared_data):
     kinds = {"pref": "preference", "sft": "SFT", "prompts": "prompt", "ptx": "text"}
     for folder, kind in kinds.items():

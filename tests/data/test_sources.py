@@ -13,6 +13,7 @@ from ppomax.config import Settings, parse
 from ppomax.data.sources import (
     SourceConfig,
     Sources,
+    exchange_overlap,
     load_preferences,
     load_prompts,
     load_sft,
@@ -376,3 +377,38 @@ def test_real_texts_load_from_both_forms(shared_data):
     loaded = load_text([source(path) for path in paths], max_bad_rows=0)
     assert Counter(loaded.source_of)[0] == 300
     assert set(loaded.source_of) == set(range(len(paths)))
+
+
+def test_exchanges_meet_though_their_prompts_differ():
+    def dialogue(start, question, chosen, rejected, where):
+        turns = ({"role": "user", "content": start}, {"role": "assistant", "content": "Yes?"})
+        last = {"role": "user", "content": question}
+        return PreferenceRow(where, (*turns, last), chosen, rejected, where=where)
+
+    train = [
+        dialogue("Hi", "Why?", "Because.", "No.", "t:1"),
+        dialogue("Hi", "How?", "So.", "No.", "t:2"),
+    ]
+    heldout = [
+        dialogue("Ho", "Why?", "Because.", "No.", "h:1"),
+        dialogue("Ho", "Why?", "No.", "Because.", "h:2"),  # labelled the other way
+        dialogue("Ho", "ｈow?", " so. ", "NO.", "h:3"),
+        dialogue("Ho", "Why?", "Because.", "Never.", "h:4"),
+        dialogue("Hi", "When?", "So.", "No.", "h:5"),
+    ]
+    assert overlap(train, heldout) == []
+    assert exchange_overlap(train, heldout) == [
+        ("t:1", "h:1", "exact"),
+        ("t:1", "h:2", "exact"),
+        ("t:2", "h:3", "normalised"),
+    ]
+
+
+def test_a_column_can_be_named_as_the_strength(write):
+    rows = [pair(0, gap=2, strength=9), pair(1, gap=0.5, margin=9), pair(2), pair(3, gap=-1)]
+    path = write("a.jsonl", rows)
+    loaded = load_preferences([source(path, strength="gap")], max_bad_rows=0.5)
+    assert [row.strength for row in loaded.rows] == [2, 0.5, None]
+    assert [bad.kind for bad in loaded.bad] == ["wrong-type"]
+    plain = load_preferences([source(path)], max_bad_rows=0.5)
+    assert [row.strength for row in plain.rows] == [9, 9, None, None]

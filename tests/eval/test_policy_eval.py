@@ -28,6 +28,7 @@ FIELDS = {
     "samples",
     "scores",
     "sampling",
+    "repeated_prompts",
 }
 
 

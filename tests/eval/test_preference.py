@@ -75,7 +75,7 @@ def test_a_model_that_scores_length_is_seen_to():
     good, bad = np.array([10, 4, 7, 3]), np.array([5, 8, 2, 9])
     found = evaluate(good * 0.1, bad * 0.1, good, bad)
     assert found["length"]["score_length_correlation"] == pytest.approx(1)
-    assert found["length"]["difference_correlation"] == pytest.approx(1)
+    assert found["length"]["given_preference_correlation"] == pytest.approx(1)
     assert found["length"]["longer_preferred_by_model"] == 1
     assert found["length"]["longer_preferred_by_people"] == 0.5
     assert found["accuracy"]["accuracy"] == found["baselines"]["longer wins"]["accuracy"]

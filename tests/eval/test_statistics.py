@@ -21,7 +21,6 @@ from ppomax.eval.statistics import (
     pearson,
     regularized_incomplete_beta,
     reliability_table,
-    sign_test_p,
     t_quantile,
     wilson_interval,
     win_tie_lose,
@@ -165,19 +164,6 @@ def test_swapping_sides_swaps_wins_and_losses(pairs, tie):
     assert one == WinTieLose(other.lose, other.tie, other.win)
     assert sum(one) == len(pairs)
     assert one.win_rate + other.win_rate == pytest.approx(1)
-
-
-@given(st.integers(0, 3000), st.integers(0, 3000))
-def test_sign_test_agrees_with_scipy(wins, losses):
-    if wins + losses == 0:
-        assert sign_test_p(0, 0) == 1
-        return
-    expected = scipy.stats.binomtest(wins, wins + losses).pvalue
-    assert sign_test_p(wins, losses) == pytest.approx(expected, rel=1e-8, abs=1e-200)
-
-
-def test_sign_test_of_five_to_none_is_one_in_sixteen():
-    assert sign_test_p(5, 0) == pytest.approx(2 / 32)
 
 
 @given(st.lists(st.tuples(finite, finite), min_size=3, max_size=30))

@@ -64,3 +64,30 @@ def test_its_gradient_is_its_derivative():
     generator = torch.Generator().manual_seed(0)
     logits, other = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
     assert gradcheck(lambda x: categorical_kl(x, other), (logits.requires_grad_(),))
+
+
+def test_the_reference_is_a_constant_of_the_divergence_too():
+    logits, other = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    other.requires_grad_()
+    categorical_kl(logits.requires_grad_(), other).sum().backward()
+    assert logits.grad is not None
+    assert other.grad is None
+
+
+def test_the_temperature_is_one_unless_said():
+    own, reference = problem()
+    found = token_kl(own, reference)
+    torch.testing.assert_close(found, definition(own, reference, 1.0).float())
+
+
+@pytest.mark.parametrize(
+    ("elements", "held"),
+    [(VOCAB - 1, [1] * TOKENS), (4 * VOCAB, [4, 4, 1]), (100 * VOCAB, [TOKENS])],
+)
+def test_no_more_than_a_chunk_is_held_and_never_less_than_a_token(elements, held, monkeypatch):
+    seen = []
+    monkeypatch.setattr(exact_kl, "CHUNK_ELEMENTS", elements)
+    plain = exact_kl.categorical_kl
+    monkeypatch.setattr(exact_kl, "categorical_kl", lambda a, b: seen.append(len(a)) or plain(a, b))
+    token_kl(*problem())
+    assert seen == held

@@ -283,12 +283,12 @@ def test_preference_page_shows_figure_2_reliability_tables_and_worst_pairs(tmp_p
         f"The reward model agrees with people on {share} of 40 pairs",
         "Score difference, preferred minus other answer: 40 pairs",
         "Confidence and accuracy: the least sure 4 pairs",
-        "by length alone, longer wins",
+        "by a rule alone, longer wins",
         "ece_noise_p95",
         "preferred by people",
     ):
         assert wanted in text
-    assert out.read_text(encoding="utf-8").count("<svg ") == 2
+    assert out.read_text(encoding="utf-8").count("<svg ") == 3
 
 
 def test_several_runs_share_axes_and_show_what_differs(tmp_path):

@@ -82,7 +82,7 @@ WORDS = {
     "no model": (["model=null"], "setting model is missing"),
     "a preset that is not there": (
         ["ppo.preset=ppo-min"],
-        "there are paper-scripts, ppo-max, vanilla",
+        "paper-scripts, ppo-max, vanilla",
     ),
     "a dtype that is not there": (["dtype=float8"], "dtype"),
     "a device that is not there": (["device=abacus"], "setting device: 'abacus'"),

@@ -153,7 +153,8 @@ def test_a_reference_that_is_not_the_policy_is_measured_from_the_first_step(smal
 def test_the_penalty_s_gradient_is_autograd_s(small, tmp_path, monkeypatch):
     change = {"loss": {"policy_clip": None, "penalty_coef": 2.0}, "micro_tokens": 14}
     now, experience, minibatch = made(small, tmp_path / "run", change)
-    noise = 0.3 * torch.randn(experience.scored.logprobs.shape)
+    generator = torch.Generator().manual_seed(2)
+    noise = 0.3 * torch.randn(experience.scored.logprobs.shape, generator=generator)
     scored = dataclasses.replace(experience.scored, logprobs=experience.scored.logprobs + noise)
     experience = dataclasses.replace(experience, scored=scored)
     values, caught, kl = stepped(now, experience, minibatch, monkeypatch, first=False)
@@ -178,6 +179,14 @@ def test_the_penalty_s_coefficient_follows_its_target_and_is_saved(small, tmp_pa
     assert [row["policy/penalty_coef"] for row in rows(run)] == [1.0, 0.5]
     state = json.loads((max((run / "checkpoints").iterdir()) / "state.json").read_text())
     assert state["penalty"] == {"coef": 0.25}
+
+
+def test_an_update_that_target_kl_ends_moves_the_penalty_too(small, tmp_path):
+    loss = {"policy_clip": None, "penalty_coef": 1.0, "penalty_target": 1e-9, "target_kl": 1e-12}
+    run = train_ppo(small("ppo", tmp_path / "run", {"loss": loss}))
+    assert [row["policy/penalty_coef"] for row in rows(run)] == [1.0, 2.0]
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert len([row for row in events if row["kind"] == "target_kl"]) == 2
 
 
 def test_the_entropy_threshold_is_held_against_the_policy_as_it_is(small, tmp_path, monkeypatch):

@@ -12,9 +12,10 @@ from ppomax.data.template import ChatTemplate
 from ppomax.errors import ConfigError, DataError
 from ppomax.models.language import LanguageModel
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer, load_value_model
+from ppomax.rollout.engine import merge_rollouts
 from ppomax.train import ppo
 from ppomax.train.experience_batch import plan_updates
-from ppomax.train.ppo import merge_rollouts, train_ppo
+from ppomax.train.ppo import train_ppo
 from ppomax.train.ppo_config import PtxSettings
 from ppomax.train.prompts import Prompt, TextStream, load_stream, reply_seeds
 from ppomax.types import PromptRow

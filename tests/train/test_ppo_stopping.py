@@ -27,6 +27,7 @@ BUSY = {
     "checkpoint": {"every": 2},
     "log": {"samples_every": 1},
 }
+UNASKED = ("checkpoint", "alarm")
 CLOCK = ("time", "throughput/", "memory/")
 
 
@@ -116,6 +117,57 @@ def test_a_run_stopped_anywhere_goes_on_to_the_undisturbed_end(
     assert_same(tmp_path / "run", expected)
 
 
+RED = {
+    "iterations": 4,
+    "monitor": {"max_kl": 1e-9, "action": "rollback", "max_rollbacks": 1},
+    "checkpoint": {"every": 1, "asynchronous": True},
+}
+
+
+@pytest.mark.parametrize("number", [6, 10])
+def test_a_run_stopped_inside_an_update_before_or_after_a_rollback_goes_on_as_if_it_had_not_been(
+    number, small, tmp_path, monkeypatch
+):
+    expected = train_ppo(small("ppo", tmp_path / "alone", RED))
+    assert [row["to"] for row in jsonl(expected / "events.jsonl") if row["kind"] == "rollback"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, Trainable, "step", number)
+        with pytest.raises(Interrupted, match="state saved"):
+            train_ppo(small("ppo", tmp_path / "run", RED))
+    state = checkpoint.latest(tmp_path / "run" / "checkpoints").state
+    assert state["update"]
+    assert state["update"]["taken"]
+    assert state["iteration"] + 1 not in state["watch"]["green"], "it is none to go back to"
+    train_ppo(small("ppo", tmp_path / "run", RED), resume=True)
+    assert told(tmp_path / "run") == told(expected)
+    (state, state_b) = (latest(run).state for run in (tmp_path / "run", expected))
+    assert state == state_b
+    files = [run / "export" / "model.safetensors" for run in (tmp_path / "run", expected)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def latest(run):
+    return checkpoint.latest(run / "checkpoints")
+
+
+def test_an_update_that_target_kl_ended_ends_there_when_resumed(small, tmp_path, monkeypatch):
+    """The signal meets the policy's step that is one too many; the critic's beside it follows."""
+    change = {"iterations": 1, "epochs": 2, "loss": {"target_kl": 1e-9}, "optim": {"lr": 1e-2}}
+    expected = train_ppo(small("ppo", tmp_path / "alone", change))
+    (ended,) = [row for row in jsonl(expected / "events.jsonl") if row["kind"] == "target_kl"]
+    number = 2 * ended["minibatch"] + 1
+    assert number > 1, "the first step is always within the limit"
+    assert ended["epoch"] == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, Trainable, "step", number)
+        with pytest.raises(Interrupted, match="state saved"):
+            train_ppo(small("ppo", tmp_path / "run", change))
+    train_ppo(small("ppo", tmp_path / "run", change), resume=True)
+    assert told(tmp_path / "run") == told(expected)
+    (state, state_b) = (latest(run).state for run in (tmp_path / "run", expected))
+    assert state == state_b
+
+
 def test_a_step_that_does_not_fit_into_the_grace_is_dropped_and_taken_again(
     small, tmp_path, monkeypatch, alone
 ):
@@ -190,7 +242,7 @@ def test_what_is_not_finite_reaches_no_parameter_moment_or_controller(
     rows = jsonl(run / "metrics.jsonl")
     assert len(rows) == 2
     assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
-    events = [row for row in jsonl(run / "events.jsonl") if row["kind"] != "checkpoint"]
+    events = [row for row in jsonl(run / "events.jsonl") if row["kind"] not in UNASKED]
     assert events, "nothing was said"
     kinds = {"score", "value", "log-prob"}
     assert {row["kind"] for row in events} <= (

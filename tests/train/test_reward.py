@@ -15,14 +15,9 @@ from ppomax.distributed import World
 from ppomax.errors import ConfigError, DataError
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
 from ppomax.train import reward
-from ppomax.train.reward import (
-    RewardConfig,
-    encode_pair,
-    load_data,
-    probe_messages,
-    stack,
-    train_reward,
-)
+from ppomax.train.pairs import encode_pair, stack
+from ppomax.train.probes import probe_messages
+from ppomax.train.reward import RewardConfig, load_data, train_reward
 from ppomax.train.settings import StageSettings
 from ppomax.types import Message, PreferenceRow
 
@@ -288,14 +283,17 @@ CHANGES = {
     "max_pairs": {"max_pairs": 2},
     "eval_every": {"eval_every": 1},
     "eval_pairs": {"eval_every": 1, "eval_pairs": 1, "heldout": 0.6},
+    "centre_coef": {"centre_coef": 0.1},
+    "ensemble": {"ensemble": 2},
+    "early_stop": {"eval_every": 1, "early_stop": {"patience": 1}, "optim": {"lr": 0.5}},
 }
+ELSEWHERE = {"data", "optim", "lora", "strength", "licence", "share_prompts"}
+"""Keys whose effect, or none, has a test of its own."""
 
 
 @pytest.mark.slow
 def test_13_every_key_of_its_own_changes_the_result(small, tmp_path):
-    own = (
-        set(RewardConfig.model_fields) - set(StageSettings.model_fields) - {"data", "optim", "lora"}
-    )
+    own = set(RewardConfig.model_fields) - set(StageSettings.model_fields) - ELSEWHERE
     assert own == set(CHANGES)
     base = {"max_steps": 3, "epochs": 2, "batch_tokens": 10_000, "eval_every": 20}
     base |= {"min_pairs": 1}
@@ -344,3 +342,173 @@ def test_a_reward_model_is_no_policy_and_a_policy_has_no_language_loss_left(smal
 
     with pytest.raises(ModelError, match="reward model"):
         load_policy(small_reward)
+
+
+def test_strength_can_weigh_a_pair_instead_of_widening_its_margin(small, tmp_path, template):
+    path = tmp_path / "pairs.jsonl"
+    strengths = [2.0, 0.5, 0.0, None]
+    lines = [
+        {"prompt": f"Q{i}?", "chosen": "Yes. " * (i + 1), "rejected": "No.", "how_much": strength}
+        for i, strength in enumerate(strengths)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = {"path": str(path), "strength": "how_much"}
+    change = {"data": source, "heldout": 0.0, "batch_tokens": 10_000, "lm_coef": 0.0}
+    change |= {"strength": "weight", "margin": 0.3, "max_steps": 1}
+    config = small("reward", tmp_path / "run", change)
+    found = rows(train_reward(config))[0]
+    pairs = load_data(config, template).train
+    with torch.no_grad():
+        scores, _, _ = scores_of(load_reward_model("tiny", seed=config.seed), pairs)
+    z = (scores[:, 0] - scores[:, 1] - 0.3).tolist()
+    weights = [2.0, 0.5, 0.0, 1.0]
+    by_id = dict(zip([f"Q{i}?" for i in range(4)], weights, strict=True))
+    own = [by_id[pair.row.prompt[0]["content"]] for pair in pairs]
+    expected = sum(w * math.log1p(math.exp(-x)) for w, x in zip(own, z, strict=True)) / 3.5
+    assert found["reward/pair_loss"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(DataError, match=r"reward\.strength: no pair has a strength"):
+        train_reward(small("reward", tmp_path / "b", change | {"data": str(path)}))
+
+
+def test_the_centring_term_is_the_squared_sum_of_a_pairs_scores(small, tmp_path, template):
+    change = {"max_steps": 1, "lm_coef": 0.0, "centre_coef": 0.25, "micro_tokens": 90}
+    config = small("reward", tmp_path / "run", change)
+    found = rows(train_reward(config))[0]
+    data = load_data(config, template)
+    pairs = [data.train[index] for index in data.steps[0]]
+    with torch.no_grad():
+        scores, _, _ = scores_of(load_reward_model("tiny", seed=config.seed), pairs)
+    expected = float(scores.sum(1).square().mean())
+    assert found["reward/centre_loss"] == pytest.approx(expected, rel=1e-5)
+    total = found["reward/pair_loss"] + 0.25 * found["reward/centre_loss"]
+    assert found["reward/loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_a_score_that_is_no_number_stops_with_its_pair(small, tmp_path, monkeypatch):
+    from ppomax.errors import TrainingError
+
+    plain = reward.forward_pairs
+
+    def broken(model, pairs, *rest, **options):
+        output = plain(model, pairs, *rest, **options)
+        lost = [math.nan if "moon" in pair.row.chosen else 0.0 for pair in pairs]
+        return output._replace(rejected=output.rejected + torch.tensor(lost))
+
+    monkeypatch.setattr(reward, "forward_pairs", broken)
+    change = {"heldout": 0.0, "batch_tokens": 10_000, "micro_tokens": 120}
+    with pytest.raises(
+        TrainingError, match=r"score in step 1 is not finite, pair .*pairs\.jsonl:4"
+    ):
+        train_reward(small("reward", tmp_path / "run", change))
+
+
+@pytest.mark.parametrize("change", [{}, {"lora": {"rank": 2}}, {"lm_coef": 0.0}], ids=str)
+def test_a_shared_prompt_gives_the_same_loss_norm_and_weights(change, small, tmp_path):
+    found = []
+    for share in (False, True):
+        more = {"share_prompts": share, "micro_tokens": 130, "max_steps": 3, "epochs": 3}
+        run = train_reward(small("reward", tmp_path / str(share), change | more))
+        found.append((rows(run), load_file(run / "export" / "model.safetensors")))
+    for one, two in zip(found[0][0], found[1][0], strict=True):
+        numbers = {k: v for k, v in one.items() if k != "stage"}
+        assert {k: two[k] for k in numbers} == pytest.approx(numbers, rel=1e-5, abs=1e-7)
+    for name, value in found[1][1].items():
+        torch.testing.assert_close(value, found[0][1][name], rtol=0, atol=1e-5)
+
+
+def test_prompts_are_shared_where_it_pays_and_never_where_the_model_cannot(
+    small, tmp_path, template, monkeypatch
+):
+    from ppomax.train import pair_forward
+    from ppomax.train.pair_forward import settle_sharing
+
+    def pairs(prompt, answer):
+        row = PreferenceRow("a", (Message(role="user", content=prompt),), answer, answer + "!")
+        return [encode_pair(row, template, 500)]
+
+    here = World(0, 1, torch.device("cpu"))
+    model = load_reward_model("tiny")
+    long, short = pairs("Why is it so? " * 9, "So."), pairs("Why?", "Because it is so. " * 9)
+    assert settle_sharing(None, model, long, 3, here)
+    assert not settle_sharing(None, model, short, 3, here)
+    assert settle_sharing(True, model, short, 3, here)
+    assert not settle_sharing(False, model, long, 3, here)
+    plain = pair_forward._layout
+    monkeypatch.setattr(pair_forward, "_layout", lambda *given: (plain(*given)[0], None))
+    assert not settle_sharing(None, model, long, 3, here)
+    with pytest.raises(ConfigError, match=r"share_prompts: this model scores a pair otherwise"):
+        train_reward(small("reward", tmp_path / "run", {"share_prompts": True}))
+
+
+def test_an_ensemble_is_k_runs_exported_together(small, tmp_path):
+    change = {"ensemble": 2, "heldout": 0.5, "max_steps": 2, "epochs": 2}
+    run = train_reward(small("reward", tmp_path / "run", change))
+    names = json.loads((run / "export" / "ensemble.json").read_text())["members"]
+    assert names == ["member-0", "member-1"]
+    alone = train_reward(
+        small("reward", tmp_path / "alone", change | {"ensemble": None, "seed": 1})
+    )
+    weights = load_file(alone / "export" / "model.safetensors")
+    second = load_file(run / "export" / "member-1" / "model.safetensors")
+    assert all(torch.equal(weights[name], second[name]) for name in weights)
+    first = run / "export" / "member-0"
+    for file in first.iterdir():
+        assert (run / "export" / file.name).read_bytes() == file.read_bytes()
+    assert AutoModelForSequenceClassification.from_pretrained(run / "export").num_labels == 1
+    assert not torch.equal(
+        load_file(first / "model.safetensors")["score.weight"], second["score.weight"]
+    )
+    last = rows(run)[-1]
+    losses = [rows(run / name)[-1]["eval/loss"] for name in names]
+    assert last["eval/loss"] == pytest.approx(sum(losses) / 2)
+    assert last["ensemble/loss"] <= last["eval/loss"] + 1e-6, "the loss is convex in the scores"
+    assert last["ensemble/score_std"] > 0
+    (run / "member-1" / "done.json").unlink()
+    (run / "done.json").unlink()
+    again = train_reward(small("reward", tmp_path / "run", change), resume=True)
+    assert rows(again)[-1] == last
+
+
+def test_the_card_says_what_the_model_was_made_of(small, tmp_path, small_data):
+    import hashlib
+    from pathlib import Path
+
+    path = tmp_path / "pairs.jsonl"
+    lines = [json.loads(line) for line in Path(small_data["pairs"]).read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line["lang"] = ("en", "zh")[i % 2]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    change = {"data": str(path), "heldout": 0.5, "licence": "mit", "system": "Be kind."}
+    run = train_reward(small("reward", tmp_path / "run", change))
+    card = json.loads((run / "export" / "reward_card.json").read_text())
+    assert card["data"] == {str(path): hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert (card["licence"], card["system"], card["heldout"]) == ("mit", "Be kind.", 0.5)
+    assert "im_start" in card["template"]
+    assert card["accuracy"]["all"] == pytest.approx(rows(run)[-1]["eval/accuracy"])
+    parts = [card["accuracy_pairs"][f"lang: {lang}"] for lang in ("en", "zh")]
+    assert sum(parts) == card["accuracy_pairs"]["all"] == card["counts"]["heldout"]
+    weighted = sum(
+        card["accuracy"][f"lang: {lang}"] * n for lang, n in zip(("en", "zh"), parts, strict=True)
+    )
+    assert weighted == pytest.approx(card["accuracy"]["all"] * sum(parts))
+    assert set(card["length_correlation"]) == {
+        "correlation of score and length",
+        "within a pair, given the preference",
+    }
+    readme = (run / "export" / "README.md").read_text()
+    assert "license: mit" in readme
+    assert "held-out accuracy (lang: en)" in readme
+
+
+@pytest.mark.slow
+def test_thirty_steps_do_not_depend_on_micro_tokens(small, tmp_path):
+    found = {}
+    for micro in (1, 130, 260, 100_000):
+        more = {"micro_tokens": micro, "max_steps": 30, "epochs": 30, "eval_every": 1000}
+        more |= {"checkpoint": {"every": 1000}, "optim": {"lr": 1e-4}}
+        found[micro] = rows(train_reward(small("reward", tmp_path / str(micro), more)))
+    assert all(len(steps) == 30 for steps in found.values())
+    for key in ("reward/loss", "reward/pair_loss", "reward/lm_loss", "reward/grad_norm"):
+        expected = [row[key] for row in found[100_000]]
+        for micro, steps in found.items():
+            assert [row[key] for row in steps] == pytest.approx(expected, rel=1e-5), (micro, key)

@@ -6,7 +6,9 @@ import math
 import sys
 import threading
 import time
+from collections import deque
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +93,12 @@ def test_none_becomes_nan():
         (1.0, "2 scores wanted, found float"),
         ([math.inf, 0.0], "infinite"),
         (["good", 0.0], "could not convert"),
+        ("ab", "2 scores wanted, found str"),
+        ({"p1": 1.0, "p2": 2.0}, "2 scores wanted, found dict"),
+        (np.ones((2, 1)), "one number each wanted for scores"),
+        (torch.tensor(1.0), "2 scores wanted, found Tensor"),
+        ([1e39, 0.0], "infinite"),
+        ([10**400, 0.0], "too large"),
     ],
     ids=str,
 )
@@ -98,6 +106,29 @@ def test_what_is_not_one_number_per_reply_stops_the_run(answer, text):
     with pytest.raises(TrainingError, match=text) as caught:
         ask(lambda *_, **__: answer)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (1, 2.5),
+        np.array([1, 2.5], dtype=np.float32),
+        torch.tensor([1, 2.5], requires_grad=True),
+        torch.tensor([1, 2.5], dtype=torch.bfloat16),
+        [np.float64(1), torch.tensor(2.5)],
+        deque([True, 2.5]),
+        {1: 1.0, 2: 2.5}.values(),
+    ],
+    ids=lambda answer: type(answer).__name__,
+)
+def test_any_sequence_of_numbers_is_an_answer(answer):
+    assert ask(lambda *_, **__: answer) == [1.0, 2.5]
+
+
+def test_nan_in_an_array_sets_a_reply_aside_as_none_does():
+    found = ask(lambda *_, **__: np.array([np.nan, 2.0]))
+    assert math.isnan(found[0])
+    assert found[1] == 2.0
 
 
 def test_it_is_tried_again_after_an_error_and_no_more_than_asked():
@@ -123,22 +154,63 @@ def test_it_is_tried_again_after_an_error_and_no_more_than_asked():
 def test_the_clock_ends_a_call_and_no_thread_keeps_the_process_alive():
     before = {thread for thread in threading.enumerate() if not thread.daemon}
     began = time.monotonic()
-    with pytest.raises(TrainingError, match=r"failed 2 times, last: no answer within 0\.1 s"):
-        ask(lambda *_, **__: time.sleep(20), timeout=0.1, retries=1)
+    with pytest.raises(TrainingError, match=r"failed 1 times, last: no answer within 0\.1 s"):
+        ask(lambda *_, **__: time.sleep(20), timeout=0.1)
     assert time.monotonic() - began < 5
     assert {thread for thread in threading.enumerate() if not thread.daemon} <= before
 
 
-def test_a_slow_try_may_be_followed_by_a_good_one():
+def test_a_call_that_does_not_end_is_not_called_again_beside_itself():
     tries = []
 
     def scorer(prompts, responses, *, ids, metadata):
         tries.append(1)
-        if len(tries) == 1:
-            time.sleep(1)
-        return [0.0, 1.0]
+        time.sleep(20)
 
-    assert ask(scorer, timeout=0.2, retries=1) == [0.0, 1.0]
+    with pytest.raises(
+        TrainingError, match=r"still running 0\.1 s later; it is abandoned, and not"
+    ):
+        ask(scorer, timeout=0.1, retries=3)
+    assert len(tries) == 1
+
+
+def test_a_slow_try_may_be_followed_by_a_good_one_once_it_has_ended():
+    running, most = [], []
+
+    def scorer(prompts, responses, *, ids, metadata):
+        running.append(1)
+        most.append(len(running))
+        if len(most) == 1:
+            time.sleep(0.6)
+        running.pop()
+        return [0.0, float(len(most))]
+
+    assert ask(scorer, timeout=0.4, retries=1) == [0.0, 2.0], "the late answer is not used"
+    assert most == [1, 1]
+
+
+def test_a_late_coroutine_is_cancelled_and_tried_again():
+    seen = []
+
+    async def scorer(prompts, responses, *, ids, metadata):
+        seen.append("begun")
+        try:
+            await asyncio.sleep(0 if seen.count("begun") == 2 else 20)
+        except asyncio.CancelledError:
+            seen.append("cancelled")
+            raise
+        return [1.0, 2.0]
+
+    assert ask(scorer, timeout=0.3, retries=1) == [1.0, 2.0]
+    assert seen == ["begun", "cancelled", "begun"]
+
+
+def test_a_functions_own_timeout_is_an_error_like_any_other():
+    def scorer(prompts, responses, *, ids, metadata):
+        raise TimeoutError("the judge's server")
+
+    with pytest.raises(TrainingError, match="last: TimeoutError: the judge's server"):
+        ask(scorer)
 
 
 # --- finding it

@@ -119,7 +119,8 @@ def test_dialogues_that_cannot_fit_are_set_aside_with_their_line(small, tmp_path
     path = tmp_path / "rows.jsonl"
     lines = [{"prompt": "A?", "completion": "B"}, {"prompt": "C?", "completion": "D " * 300}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = train_sft(small("sft", tmp_path / "run", {"data": str(path), "heldout": 0.0}))
+    change = {"data": str(path), "heldout": 0.0, "max_bad_rows": 0.5}
+    run = train_sft(small("sft", tmp_path / "run", change))
     events = [row for row in jsonl(run / "events.jsonl") if row["kind"] == "quarantined_row"]
     assert [(row["where"], row["defect"]) for row in events] == [(f"{path}:2", "too-long")]
     assert "eval/loss" not in rows(run)[-1]
@@ -205,3 +206,74 @@ def test_it_overfits_a_small_set(small, tmp_path):
 def test_settings_have_the_papers_defaults():
     config = SFTConfig(model="m", data=["d"], out="o")
     assert (config.epochs, config.optim.schedule, config.optim.floor) == (2, "cosine", 0.1)
+
+
+def test_held_out_perplexity_is_given_by_language(small, tmp_path, template):
+    path = tmp_path / "rows.jsonl"
+    lines = [
+        {
+            "prompt": f"Say {i}.",
+            "completion": f"{i} and {i}" * (1 + i % 3),
+            "lang": ("en", "zh-CN")[i % 2],
+        }
+        for i in range(16)
+    ]
+    del lines[0]["lang"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    change = {"data": str(path), "heldout": 0.6, "max_steps": 1, "micro_tokens": 70}
+    config = small("sft", tmp_path / "run", change)
+    found = rows(train_sft(config))[0]
+    data = load_data(config, template)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export")
+    for key, lang in (("en", "en"), ("zh_cn", "zh-CN")):
+        own = [
+            encoded
+            for encoded, row in zip(data.heldout, data.heldout_rows, strict=True)
+            if row.meta.get("lang") == lang
+        ]
+        total, count = nll(trained, own)
+        assert found[f"eval/perplexity_{key}"] == pytest.approx(math.exp(total / count), rel=1e-3)
+    assert found["eval/perplexity"] == pytest.approx(math.exp(found["eval/loss"]))
+    plain = rows(train_sft(small("sft", tmp_path / "plain", change | {"eval_by": None})))[0]
+    assert set(found) - set(plain) == {"eval/perplexity_en", "eval/perplexity_zh_cn"}
+
+
+def test_the_log_holds_replies_to_held_out_prompts(small, tmp_path, template):
+    change = {"log": {"samples": 2}, "heldout": 0.5, "max_steps": 1}
+    config = small("sft", tmp_path / "run", change)
+    found = jsonl(train_sft(config) / "samples.jsonl")
+    heldout = load_data(config, template).heldout_rows
+    assert [row["id"] for row in found] == [row.id for row in heldout[:2]]
+    for row, said in zip(heldout, found, strict=False):
+        assert said["prompt"] == list(row.messages[:-1])
+        assert said["wanted"] == row.messages[-1]["content"]
+        assert said["response"] != ""
+        assert 0 < said["length"] <= 64
+
+
+def test_the_system_prompt_of_training_is_the_default_when_it_writes(
+    small, tmp_path, small_data, monkeypatch
+):
+    from ppomax.eval import generate
+    from ppomax.rollout import SamplingParams
+
+    used = []
+
+    class Noted(ChatTemplate):
+        def __init__(self, tokenizer, system=None):
+            used.append(system)
+            super().__init__(tokenizer, system)
+
+    monkeypatch.setattr(generate, "ChatTemplate", Noted)
+    run = train_sft(small("sft", tmp_path / "run", {"system": "Answer in rhyme.", "max_steps": 1}))
+    plain = train_sft(small("sft", tmp_path / "plain", {"max_steps": 1}))
+    params = SamplingParams(temperature=0, max_new_tokens=2)
+    for model in (run, plain):
+        for system in (None, "No."):
+            options = {"seed": 0, "dtype": "float32", "limit": 1, "system": system}
+            out = tmp_path / "replies.jsonl"
+            generate.generate_file(
+                str(model / "export"), small_data["prompts"], out, params, **options
+            )
+            generate.Chat(str(model / "export"), params, seed=0, system=system)
+    assert used[::2] == used[1::2] == ["Answer in rhyme.", "No.", None, "No."]

@@ -228,6 +228,14 @@ def test_the_best_checkpoints_stay_beside_the_newest(tmp_path):
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["5", "7", "8"]
 
 
+def test_the_best_and_the_named_checkpoints_both_stay(tmp_path):
+    for step, quality in enumerate([0.1, 0.9, 0.5, 0.3, 0.0], start=1):
+        checkpoint.save(tmp_path, step, {"policy": {"w": torch.zeros(1)}}, {"quality": quality})
+    checkpoint.prune(tmp_path, 1, 1, keep=[1, 2])
+    kept = sorted(path.name[-1] for path in tmp_path.iterdir())
+    assert kept == ["1", "2", "3", "5"], "a named one takes no place of the best"
+
+
 def test_room_for_all_checkpoints_to_come_is_asked_for_before_the_first_step(tmp_path, monkeypatch):
     usage = checkpoint.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=2500))

@@ -84,7 +84,7 @@ def test_the_window_is_part_of_the_state(tmp_path):
     state = json.loads(json.dumps(model.state()))
     assert state["policy_norms"] == list(model.norms)
     assert len(state["policy_norms"]) == SPIKE_WINDOW
-    assert trainable().state() == {"policy_steps": 0}
+    assert trainable().state() == {"policy_steps": 0, "policy_lr_factor": 1.0}
 
 
 def test_the_third_bad_batch_in_a_row_is_left_in_a_file_and_spikes_do_not_count(tmp_path):

@@ -215,7 +215,7 @@ def test_whitening_is_over_the_optimizer_batch_and_leaves_other_rows(stage):
     assert float(chosen.mean()) == pytest.approx(0, abs=1e-6)
     assert float(chosen.std()) == pytest.approx(1, rel=1e-5)
     assert torch.equal(found[[2, 3]], experience.advantages[[2, 3]])
-    assert actors.scorer is None
+    assert actors.rewards.functions == []
 
 
 def test_the_text_term_is_added_to_the_same_step_with_its_weight(stage, monkeypatch):

@@ -33,6 +33,9 @@ COUNTED = ("lang", "kind", "source", "label_by", "written_by", "category", "subs
 """Columns whose values are counted."""
 
 
+ONE_SIDED = 0.98
+"""Share of pairs in which the same answer is the longer one above which length explains a data set
+(ours)."""
 MAX_NUMBERS = 500
 """Line numbers printed of one defect."""
 
@@ -184,6 +187,8 @@ def _render(file: FileCheck) -> list[str]:
             else (f"; the longer answer is the chosen one in {file.longer_wins:.1%}")
         )
         lines.append(f"  pairs: {file.pairs}{wins}")
+    if file.longer_wins is not None and not ONE_SIDED > file.longer_wins > 1 - ONE_SIDED:
+        lines.append("  one-sided: length alone tells which answer is preferred")
     for column, counts in file.values.items():
         lines.append(f"  {column}: {_top(counts)}")
     by_line = ":row " not in place(file.path, 1)

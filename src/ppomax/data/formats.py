@@ -23,13 +23,14 @@ from ppomax.data.layouts import (
     read_ranked,
     unknown,
 )
-from ppomax.data.raw import BadRow, iter_raw, place
+from ppomax.data.raw import BadRow, count_kinds, iter_raw, place
 from ppomax.data.turns import Defect, check_turns, text_of
 from ppomax.types import PreferenceRow, PromptRow, SFTRow, TextRow
 
 __all__ = [
     "BadRow",
     "Format",
+    "count_kinds",
     "detect_format",
     "iter_raw",
     "parse_preference",

@@ -4,7 +4,8 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,12 @@ class BadRow:
     """The defect in a word: `not-json`, `empty-answer`, ..."""
     reason: str
     """What was found, for people."""
+
+
+def count_kinds(bad: Sequence[BadRow]) -> str:
+    """Rows set aside by kind of defect, the commonest first."""
+    counts = Counter(row.kind for row in bad)
+    return ", ".join(f"{kind} {count}" for kind, count in counts.most_common())
 
 
 def iter_raw(path: str | Path) -> Iterator[tuple[int, object | BadRow]]:

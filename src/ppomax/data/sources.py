@@ -29,6 +29,7 @@ from ppomax.data.splits import (
     Overlap,
     Split,
     check_weights,
+    exchange_overlap,
     mixture_order,
     overlap,
     prompt_of,
@@ -44,6 +45,7 @@ __all__ = [
     "SourceConfig",
     "Sources",
     "Split",
+    "exchange_overlap",
     "load_preferences",
     "load_prompts",
     "load_sft",
@@ -72,6 +74,9 @@ class SourceConfig(Settings):
     """At most this many usable rows of the source, from its start (a ranked list is one)."""
     where: dict[str, str] = Field(default_factory=dict)
     """Take only rows whose columns have these values, as in `{lang: en}`."""
+    strength: str | None = None
+    """Column of a preference file that says how much better the chosen answer is, 0 or more; null
+    takes `strength` or `margin` where a row has them. `reward.strength` says what it does."""
     format: Literal["auto"] | Format = "auto"
     """How the rows are written; found out row by row unless said."""
 
@@ -232,6 +237,8 @@ def _parsed(
             isinstance(raw, dict) and _written(raw.get(column)) == value
             for column, value in source.where.items()
         ):
+            if source.strength and isinstance(raw, dict):
+                raw = {**raw, "strength": raw.get(source.strength)}
             yield where, parse(raw, where, layout)
 
 

@@ -96,7 +96,7 @@ class Overlap(NamedTuple):
     """`file:line` of the first such training row."""
     heldout: str
     how: Literal["exact", "normalised"]
-    """Whether the prompts are equal, or equal but for case, spaces and character width."""
+    """Whether the texts are equal, or equal but for case, spaces and character width."""
 
 
 def overlap(
@@ -104,19 +104,56 @@ def overlap(
     heldout: Sequence[PreferenceRow | SFTRow | PromptRow],
 ) -> list[Overlap]:
     """Every held-out row whose prompt stands among the training rows too."""
+    return _shared(
+        [Text(_text(prompt_of(row)), _normalised(row), row.where) for row in train],
+        [Text(_text(prompt_of(row)), _normalised(row), row.where) for row in heldout],
+    )
+
+
+def exchange_overlap(
+    train: Sequence[PreferenceRow | SFTRow], heldout: Sequence[PreferenceRow | SFTRow]
+) -> list[Overlap]:
+    """Every held-out row whose last question and answers stand in a training row too.
+
+    A split by prompt cannot see these: the dialogues part in an earlier turn. The answers of a pair
+    count in either order.
+    """
+    return _shared([_exchange(row) for row in train], [_exchange(row) for row in heldout])
+
+
+class Text(NamedTuple):
+    """What a row is compared by."""
+
+    exact: str
+    normalised: str
+    where: str
+
+
+def _shared(train: list[Text], heldout: list[Text]) -> list[Overlap]:
+    """Held-out texts that are training texts, as they are or evened out."""
     exact: dict[str, str] = {}
     near: dict[str, str] = {}
-    for row in train:
-        exact.setdefault(_text(prompt_of(row)), row.where)
-        near.setdefault(_normalised(row), row.where)
+    for text in train:
+        exact.setdefault(text.exact, text.where)
+        near.setdefault(text.normalised, text.where)
     found = []
-    for row in heldout:
-        text, rough = _text(prompt_of(row)), _normalised(row)
-        if text in exact:
-            found.append(Overlap(exact[text], row.where, "exact"))
-        elif rough in near:
-            found.append(Overlap(near[rough], row.where, "normalised"))
+    for text in heldout:
+        if text.exact in exact:
+            found.append(Overlap(exact[text.exact], text.where, "exact"))
+        elif text.normalised in near:
+            found.append(Overlap(near[text.normalised], text.where, "normalised"))
     return found
+
+
+def _exchange(row: PreferenceRow | SFTRow) -> Text:
+    """The last question and what answers it."""
+    if isinstance(row, PreferenceRow):
+        answers = [row.chosen, row.rejected]
+    else:
+        answers = [row.messages[-1]["content"]]
+    question = prompt_of(row)[-1]["content"]
+    exact = "\x1e".join([question, *sorted(answers)])
+    return Text(exact, "\x1e".join([_flat(question), *sorted(map(_flat, answers))]), row.where)
 
 
 def _stream(seed: int, source: int, length: int, *, first: int, count: int) -> list[int]:
@@ -154,9 +191,11 @@ def _text(messages: Messages) -> str:
 def _normalised(row: PreferenceRow | SFTRow | PromptRow) -> str:
     """The prompt with case, white space and character width (NFKC) evened out."""
     turns = (f"{message['role']} {message['content']}" for message in prompt_of(row))
-    return "\n".join(
-        " ".join(unicodedata.normalize("NFKC", turn).casefold().split()) for turn in turns
-    )
+    return "\n".join(map(_flat, turns))
+
+
+def _flat(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _place(salt: str, key: str) -> float:

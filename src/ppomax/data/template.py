@@ -95,6 +95,10 @@ class ChatTemplate:
             mask += [False] * len(prompt) + [True] * len(answer)
         return Encoded(ids, mask)
 
+    def whole(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a dialogue as the template writes it to its end, for models trained elsewhere."""
+        return self._tokenize(self._render(self._with_system(messages), generation=False))
+
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids up to the point where the assistant is to write."""
         return self.encode([*messages, Message(role="assistant", content="")]).ids[:-1]

@@ -1,7 +1,9 @@
 """Replies to files and to people."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,9 +12,9 @@ from ppomax.data.sources import SourceConfig, load_prompts
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World, world
 from ppomax.errors import ConfigError
-from ppomax.models.load import load_policy, load_tokenizer
+from ppomax.models.load import load_policy, load_tokenizer, system_of
 from ppomax.rollout import Engine, EngineSettings, SamplingParams, build_engine
-from ppomax.types import Message
+from ppomax.types import Message, PromptRow
 
 
 def compute_dtype(name: str) -> torch.dtype:
@@ -42,38 +44,60 @@ def generate_file(
     seed: int,
     dtype: str,
     limit: int | None,
+    system: str | None = None,
 ) -> int:
     """Answer every prompt of a file; returns how many.
+
+    Args:
+        system: prompt for dialogues that have none; default the one the model was trained with.
 
     Writes JSONL rows {id, prompt, response, finished, model, sampling, seed}.
     """
     rows = load_prompts([SourceConfig(path=prompts)]).rows[:limit]
-    with world() as here:
-        template = ChatTemplate(load_tokenizer(model))
-        engine = _engine(model, here, template, compute_dtype(dtype), 32)
-        ids = [template.prompt(row.messages) for row in rows]
-        seeds = [derived_seed(seed, "generate", row.id, index) for index, row in enumerate(rows)]
-        rollout = engine.generate(ids, params, seeds)
     lines = [
-        json.dumps(
-            {
-                "id": row.id,
-                "prompt": list(row.messages),
-                "response": template.decode(reply),
-                "finished": done,
-                "model": model,
-                "sampling": params.model_dump(mode="json"),
-                "seed": seed,
-            },
-            ensure_ascii=False,
-        )
-        for row, reply, done in zip(rows, rollout.responses, rollout.finished, strict=True)
+        json.dumps(reply, ensure_ascii=False)
+        for reply in generate_rows(model, rows, params, seed=seed, dtype=dtype, system=system)
     ]
     try:
         out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"option out: cannot write {out} ({error.strerror})") from None
     return len(lines)
+
+
+def generate_rows(
+    model: str,
+    rows: Sequence[PromptRow],
+    params: SamplingParams,
+    *,
+    seed: int,
+    dtype: str,
+    system: str | None = None,
+) -> list[dict[str, Any]]:
+    """One reply per prompt, as rows {id, prompt, response, finished, model, sampling, seed}.
+
+    Args:
+        system: as in `generate_file`.
+    """
+    with world() as here:
+        own = system_of(model) if system is None else system
+        template = ChatTemplate(load_tokenizer(model), own)
+        engine = _engine(model, here, template, compute_dtype(dtype), 32)
+        ids = [template.prompt(row.messages) for row in rows]
+        seeds = [derived_seed(seed, "generate", row.id, index) for index, row in enumerate(rows)]
+        rollout = engine.generate(ids, params, seeds)
+    return [
+        {
+            "id": row.id,
+            "prompt": list(row.messages),
+            "response": template.decode(reply),
+            "finished": done,
+            "model": model,
+            "sampling": params.model_dump(mode="json"),
+            "seed": seed,
+        }
+        for row, reply, done in zip(rows, rollout.responses, rollout.finished, strict=True)
+    ]
 
 
 class Chat:
@@ -84,7 +108,8 @@ class Chat:
     ) -> None:
         self.params, self.seed = params, seed
         self.history: list[Message] = []
-        self.template = ChatTemplate(load_tokenizer(model), system)
+        own = system_of(model) if system is None else system
+        self.template = ChatTemplate(load_tokenizer(model), own)
         with world() as here:
             self.engine = _engine(model, here, self.template, torch.float32, 1)
 

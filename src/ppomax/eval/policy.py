@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from ppomax import rundir
@@ -20,6 +20,11 @@ from ppomax.data.sources import Sources, load_prompts, split_by_prompt
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World, barrier, gather, sum_tensor, world
 from ppomax.errors import ConfigError, DataError
+from ppomax.eval.capability import CapabilityConfig, evaluate_capability
+from ppomax.eval.compare import check_labels, judged_record
+from ppomax.eval.judges import JudgeConfig
+from ppomax.eval.replies import pairs_of, say, unique
+from ppomax.eval.rubrics import load_rubrics
 from ppomax.eval.statistics import paired_difference, wilson_interval, win_tie_lose
 from ppomax.experience import kl_penalty
 from ppomax.masked import masked_mean
@@ -27,10 +32,10 @@ from ppomax.models.export import tokenizer_hash
 from ppomax.models.language import LanguageModel, place
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
 from ppomax.rollout import EngineSettings, Rollout, SamplingParams, build_engine
+from ppomax.rollout.engine import merge_rollouts
 from ppomax.train.experience_batch import reply_batch, response_mask, unflatten
 from ppomax.train.loop import autocast, rank_micro_batches
 from ppomax.train.observe import response_metrics
-from ppomax.train.ppo import merge_rollouts
 from ppomax.train.settings import Dtype
 from ppomax.types import PromptRow
 
@@ -72,6 +77,15 @@ class EvalConfig(Settings):
     engine: EngineSettings = EngineSettings()
     max_prompt: int = Field(512, ge=1)
     """Longest prompt in tokens; older turns are dropped."""
+    judges: list[JudgeConfig] = []
+    """Judges of the two models' replies, pair by pair and in both orders (`ppomax eval policy`):
+    `[reward:PATH, openai:BASE_URL#MODEL]`. Their verdict stands first in the report."""
+    rubrics: Path | None = None
+    """Folder with rubrics that replace the shipped ones; for judges that are asked in words."""
+    capability: CapabilityConfig | None = None
+    """Questions with a known answer for both models: what alignment cost (paper, figure 12)."""
+    capability_models: dict[str, str] = {}
+    """Further models by name, asked the same questions: PPO without or with the LM mix."""
     samples: int = Field(24, ge=0)
     """Prompts whose replies the report shows side by side."""
     seed: int = 0
@@ -82,6 +96,19 @@ class EvalConfig(Settings):
     micro_tokens: int = Field(8192, ge=1)
     max_bad_rows: float = Field(0.05, ge=0, le=1)
     trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> "EvalConfig":
+        if self.rubrics is not None and not any(j.kind in ("openai", "local") for j in self.judges):
+            raise ValueError("rubrics: no judge reads them; name an openai or local one in judges")
+        if self.capability_models and self.capability is None:
+            raise ValueError("capability_models has no effect without capability")
+        taken = {"sft", "ppo"} & set(self.capability_models)
+        if taken:
+            raise ValueError(f"capability_models: {min(taken)} is the name of a model of the run")
+        if self.judges:
+            check_labels(self.judges)
+        return self
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -126,15 +153,19 @@ def compare(config: EvalConfig, here: World) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.baseline, trust_remote_code=config.trust_remote_code)
     check_tokenizers(config, tokenizer)
     template = ChatTemplate(tokenizer, config.system)
-    rows, prompts = load_eval_prompts(config, template)
+    rows, prompts, repeated = load_eval_prompts(config, template)
     sft = load_model(config.baseline, config, here)
     sft_answers = answer(sft, rows, prompts, template, config, here)
     ppo = load_model(config.policy, config, here)
     ppo_answers = answer(ppo, rows, prompts, template, config, here)
     under_sft = logprobs_of(sft, ppo_answers.rollout, template, config, here)
     pair = (ppo_answers.logprobs, under_sft, ppo_answers.mask)
+    # Of replies drawn otherwise than from the plain policy the mean log-ratio is no KL.
+    plain = config.sampling.is_plain and config.sampling.temperature == 1
     kl = {
-        f"kl_ref_{name}": float(masked_mean(kl_penalty(*pair, estimator=name), ppo_answers.mask))
+        f"{'kl_ref' if plain else 'log_ratio'}_{name}": float(
+            masked_mean(kl_penalty(*pair, estimator=name), ppo_answers.mask)
+        )
         for name in ("k1", "k3")
     }
     del sft, ppo
@@ -160,7 +191,26 @@ def compare(config: EvalConfig, here: World) -> dict[str, Any]:
         "samples": samples(rows, sft_answers, ppo_answers, first, config.samples),
         "scores": first,
         "sampling": config.sampling.model_dump(mode="json"),
+        "repeated_prompts": repeated,
+        **(judge_and_ask(config, rows, sft_answers, ppo_answers) if here.is_main else {}),
     }
+
+
+def judge_and_ask(
+    config: EvalConfig, rows: list[PromptRow], sft: Answers, ppo: Answers
+) -> dict[str, Any]:
+    """What judges and questions say, where the settings name any; for one rank."""
+    found: dict[str, Any] = {}
+    if config.judges:
+        pairs = {"ppo": pairs_of(rows, {"sft": sft.texts, "ppo": ppo.texts})}
+        rubrics = load_rubrics(config.rubrics)
+        found |= judged_record(pairs, config.judges, rubrics, config.out, seed=config.seed, say=say)
+    if config.capability:
+        models = {"sft": config.baseline, "ppo": config.policy} | config.capability_models
+        options: dict[str, Any] = {"dtype": config.dtype, "say": say}
+        options["trust_remote_code"] = config.trust_remote_code
+        found["capability"] = evaluate_capability(models, config.capability, **options)
+    return found
 
 
 def check_tokenizers(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -182,13 +232,15 @@ def check_tokenizers(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> 
 
 def load_eval_prompts(
     config: EvalConfig, template: ChatTemplate
-) -> tuple[list[PromptRow], list[list[int]]]:
-    """Rows and prompt ids that fit.
+) -> tuple[list[PromptRow], list[list[int]], int]:
+    """Rows and prompt ids that fit, each prompt once, and how many were repeats.
 
     Raises:
         DataError: none does.
     """
-    rows = load_prompts(config.data, max_bad_rows=config.max_bad_rows).rows
+    every = load_prompts(config.data, max_bad_rows=config.max_bad_rows).rows
+    rows = unique(every)
+    repeated = len(every) - len(rows)
     if config.heldout is not None:
         rows = split_by_prompt(rows, config.heldout).heldout
     rows = rows[: config.limit]
@@ -198,7 +250,7 @@ def load_eval_prompts(
         raise DataError(
             f"setting eval.max_prompt: none of {len(rows)} prompts fits {config.max_prompt} tokens"
         )
-    return [row for row, _ in kept], [ids for _, ids in kept]
+    return [row for row, _ in kept], [ids for _, ids in kept], repeated
 
 
 def load_model(name: str, config: EvalConfig, here: World) -> LanguageModel:

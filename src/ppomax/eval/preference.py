@@ -6,13 +6,15 @@ prefers the first is σ(score difference) (Bradley & Terry 1952), as in the rank
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ppomax.errors import ModelError
 from ppomax.eval import statistics
+from ppomax.eval.comparison import cluster_bootstrap, paired_accuracy
+from ppomax.eval.length_bias import length_bias
 from ppomax.eval.statistics import Floats
 from ppomax.types import Message
 
@@ -21,6 +23,9 @@ MAX_SUBSETS = 30
 """Values of one column that get a row of their own; the rarest of more go into one row."""
 OTHERS = "(all others)"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+MAX_HISTOGRAMS = 4
+"""Values of one column whose score differences are drawn, the commonest: more cannot be told
+apart in grey."""
 
 
 def evaluate_pairs(
@@ -34,18 +39,25 @@ def evaluate_pairs(
     prompts: Sequence[Sequence[Message]],
     chosen: Sequence[str],
     rejected: Sequence[str],
+    likelihoods: tuple[ArrayLike, ArrayLike] | None = None,
+    columns: Sequence[str] = SUBSET_COLUMNS,
     seed: int = 0,
     bins: int = 10,
     num_worst: int = 10,
 ) -> dict[str, Any]:
     """Accuracy, calibration and length bias of scores on preference pairs, ready for JSON.
 
-    Every argument has one entry per pair; lengths are tokens of the response. `meta` may hold the
-    columns `lang`, `kind` and `source`, by each of which accuracy is given. A tie counts half.
+    Every argument has one entry per pair; lengths are tokens of the response. A tie counts half.
+
+    Args:
+        meta: rows' other columns; accuracy is given by each of `columns`.
+        likelihoods: log-probs of chosen and rejected answers under a language model, for two more
+            baselines.
 
     Returns:
-        `kind` ("preference"), `num_pairs`, `accuracy`, `subsets`, `baselines`, `histogram`,
-        `calibration`, `length`, `scores`, `worst`: see the functions below.
+        `kind` ("preference"), `num_pairs`, `accuracy`, `subsets`, `baselines`, `differences` (the
+        model against each baseline, per subset), `histogram`, `histograms`, `calibration`,
+        `length`, `scores`, `score_histogram`, `worst`: see the functions below.
 
     Raises:
         ModelError: a score is not finite.
@@ -59,20 +71,36 @@ def evaluate_pairs(
     if len(sizes) != 1 or not ids:
         raise ValueError(f"evaluate_pairs: columns of {sorted(sizes)} rows")
     difference = good - bad
+    baselines = _baselines(good_length, bad_length, likelihoods)
+    groups = _groups(meta, columns)
+    prompted = clusters_of(prompts)
     return {
         "kind": "preference",
         "num_pairs": len(ids),
+        "num_prompts": len(set(prompted)),
         "seed": seed,
         "accuracy": accuracy(difference),
-        "subsets": _subsets(difference, meta),
-        "baselines": {
-            "longer wins": accuracy(good_length - bad_length),
-            "shorter wins": accuracy(bad_length - good_length),
-        },
+        "subsets": [
+            {"column": group.column, "value": group.value, **accuracy(difference[group.inside])}
+            for group in groups
+        ],
+        "baselines": {name: accuracy(gap) for name, gap in baselines.items()},
+        "differences": [
+            {
+                "column": group.column,
+                "value": group.value,
+                "baseline": name,
+                **against(difference, gap, prompted, group.inside),
+            }
+            for group in (Group("", "all", np.ones(len(ids), dtype=np.bool_)), *groups)
+            for name, gap in baselines.items()
+        ],
         "histogram": difference_histogram(difference),
+        "histograms": _histograms(difference, groups),
         "calibration": calibration(difference, seed=seed, bins=bins),
-        "length": _length_bias(good, bad, good_length, bad_length),
+        "length": length_bias(good, bad, good_length, bad_length),
         "scores": {"chosen": _distribution(good), "rejected": _distribution(bad)},
+        "score_histogram": _score_histogram(good, bad),
         "worst": _worst(difference, good, bad, ids, prompts, chosen, rejected, num_worst),
     }
 
@@ -90,9 +118,73 @@ def accuracy(difference: Floats) -> dict[str, Any]:
     }
 
 
-def difference_histogram(difference: Floats, num_bins: int = 40) -> dict[str, Any]:
+def correct(difference: Floats) -> Floats:
+    """1 where the preferred answer has more, 0 where it has less, 0.5 where they are equal."""
+    return np.asarray((np.sign(difference) + 1) / 2, dtype=np.float64)
+
+
+def clusters_of(prompts: Sequence[Sequence[Message]]) -> list[str]:
+    """A name for each pair's prompt: pairs of one prompt are not independent."""
+    return [
+        "\x1e".join(f"{turn['role']}\x1f{turn['content']}" for turn in prompt) for prompt in prompts
+    ]
+
+
+def against(
+    difference: Floats, other: Floats, prompts: Sequence[str], inside: NDArray[np.bool_]
+) -> dict[str, Any]:
+    """How much more often one rule is right than another on the same pairs."""
+    found = paired_accuracy(
+        correct(difference[inside]),
+        correct(other[inside]),
+        [prompt for prompt, kept in zip(prompts, inside, strict=True) if kept],
+    )
+    return {
+        "n": found.num,
+        "difference": found.difference,
+        "standard_error": found.standard_error,
+        "ci95": None if found.interval is None else list(found.interval),
+        "p": found.p_value,
+        "only_first": found.only_first,
+        "only_second": found.only_second,
+    }
+
+
+def compare(
+    names: Sequence[str],
+    differences: Sequence[Floats],
+    meta: Sequence[Mapping[str, Any]],
+    prompts: Sequence[Sequence[Message]],
+    *,
+    columns: Sequence[str] = SUBSET_COLUMNS,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Every two reward models on the same pairs: overall with a bootstrap of prompts, by subset.
+
+    Args:
+        differences: chosen - rejected score of each model, one entry per pair.
+    """
+    prompted = clusters_of(prompts)
+    groups = (Group("", "all", np.ones(len(prompted), dtype=np.bool_)), *_groups(meta, columns))
+    rows = []
+    for i, first in enumerate(names):
+        for j in range(i + 1, len(names)):
+            gap = correct(differences[i]) - correct(differences[j])
+            for group in groups:
+                row: dict[str, Any] = {"first": first, "second": names[j]}
+                row |= {"column": group.column, "value": group.value}
+                row |= against(differences[i], differences[j], prompted, group.inside)
+                if not group.column:
+                    row["bootstrap_ci95"] = list(cluster_bootstrap(gap, prompted, seed=seed))
+                rows.append(row)
+    return rows
+
+
+def difference_histogram(
+    difference: Floats, num_bins: int = 40, reach: float | None = None
+) -> dict[str, Any]:
     """Counts of chosen - rejected score (Zheng et al. 2023, figure 2); zero is an edge."""
-    reach = float(np.abs(difference).max()) or 1.0
+    reach = reach or float(np.abs(difference).max()) or 1.0
     counts, edges = np.histogram(difference, bins=num_bins, range=(-reach, reach))
     return {
         "counts": counts.tolist(),
@@ -117,6 +209,8 @@ def calibration(difference: Floats, *, seed: int, bins: int = 10) -> dict[str, A
     temperature = statistics.fit_temperature(difference, always)
     error = statistics.ece(confidence, agreed, seed=seed, bins=bins)
     table = statistics.reliability_table(confidence, agreed, bins=bins)
+    scaled = _sigmoid(np.abs(difference) / temperature)
+    after = statistics.ece(scaled, agreed, seed=seed, bins=bins)
     return {
         "reliability": [
             {
@@ -134,26 +228,49 @@ def calibration(difference: Floats, *, seed: int, bins: int = 10) -> dict[str, A
         "nll": statistics.nll_binary(difference, always),
         "temperature": temperature,
         "nll_at_temperature": statistics.nll_binary(difference / temperature, always),
+        "ece_at_temperature": after.ece,
+        "ece_at_temperature_noise_mean": after.noise_mean,
+        "ece_at_temperature_noise_p95": after.noise_p95,
     }
 
 
-def _subsets(difference: Floats, meta: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Accuracy by each column that has values, and by language and kind together."""
-    columns = {name: [_label(row.get(name)) for row in meta] for name in SUBSET_COLUMNS}
-    languages, kinds = columns["lang"], columns["kind"]
+class Group(NamedTuple):
+    """The pairs that share a column's value."""
+
+    column: str
+    value: str
+    inside: NDArray[np.bool_]
+
+
+def _baselines(
+    good_length: Floats, bad_length: Floats, likelihoods: tuple[ArrayLike, ArrayLike] | None
+) -> dict[str, Floats]:
+    """Rules that no preference was needed for; positive where the preferred answer would win."""
+    found = {"longer wins": good_length - bad_length, "shorter wins": bad_length - good_length}
+    if likelihoods is not None:
+        good, bad = (np.asarray(side, dtype=np.float64) for side in likelihoods)
+        found["likelier wins"] = good - bad
+        found["likelier per token wins"] = good / good_length - bad / bad_length
+    return found
+
+
+def _groups(meta: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Group]:
+    """The values of each column that has any, and of language and kind together."""
+    columns = {name: [_label(row.get(name)) for row in meta] for name in names}
+    languages, kinds = columns.get("lang", []), columns.get("kind", [])
     if min(len(set(languages) - {""}), len(set(kinds) - {""})) > 1:
         columns["lang, kind"] = [
             f"{lang}, {kind}" if lang and kind else ""
             for lang, kind in zip(languages, kinds, strict=True)
         ]
     return [
-        {"column": name, "value": value, **accuracy(difference[inside])}
+        Group(name, value, inside)
         for name, values in columns.items()
-        for value, inside in _groups(values)
+        for value, inside in _by_value(values)
     ]
 
 
-def _groups(values: list[str]) -> list[tuple[str, NDArray[np.bool_]]]:
+def _by_value(values: list[str]) -> list[tuple[str, NDArray[np.bool_]]]:
     """Each value and where it stands, in order; the rarest of a long list as one group."""
     counts = Counter(value for value in values if value)
     ranked = sorted(counts, key=lambda value: (-counts[value], value))
@@ -164,19 +281,35 @@ def _groups(values: list[str]) -> list[tuple[str, NDArray[np.bool_]]]:
     ]
 
 
-def _length_bias(
-    good: Floats, bad: Floats, good_length: Floats, bad_length: Floats
-) -> dict[str, Any]:
-    """Correlations with length; within a pair the prompt, and so its difficulty, is held fixed."""
-    both_scores, both_lengths = np.append(good, bad), np.append(good_length, bad_length)
-    gap, length_gap = good - bad, good_length - bad_length
+def _histograms(difference: Floats, groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Figure 2 per subset: the commonest values of each column that has several, same edges."""
+    reach = float(np.abs(difference).max()) or 1.0
+    rows: list[dict[str, Any]] = []
+    for column in dict.fromkeys(group.column for group in groups):
+        own = [group for group in groups if group.column == column]
+        ranked = sorted(own, key=lambda group: -int(group.inside.sum()))[:MAX_HISTOGRAMS]
+        rows += [
+            {
+                "column": column,
+                "value": group.value,
+                "n": int(group.inside.sum()),
+                **difference_histogram(difference[group.inside], reach=reach),
+            }
+            for group in ranked
+            if len(own) > 1
+        ]
+    return rows
+
+
+def _score_histogram(good: Floats, bad: Floats, num_bins: int = 40) -> dict[str, Any]:
+    """Counts of the scores of preferred and other answers over the same edges."""
+    both = np.append(good, bad)
+    low, high = float(both.min()), float(both.max())
+    edges = np.linspace(low, high if high > low else low + 1, num_bins + 1)
     return {
-        "score_length_correlation": statistics.pearson(both_scores, both_lengths),
-        "difference_correlation": statistics.pearson(gap, length_gap),
-        "longer_preferred_by_model": accuracy(gap * np.sign(length_gap))["accuracy"],
-        "longer_preferred_by_people": accuracy(length_gap)["accuracy"],
-        "chosen_mean": float(good_length.mean()),
-        "rejected_mean": float(bad_length.mean()),
+        "edges": edges.tolist(),
+        "chosen": np.histogram(good, edges)[0].tolist(),
+        "rejected": np.histogram(bad, edges)[0].tolist(),
     }
 
 

@@ -1,85 +1,222 @@
-"""Judge a reward model on held-out preferences: score both answers, then `preference` counts."""
+"""Judge reward models on held-out preferences: score all answers, then `preference` counts.
 
-from typing import Any
+Several models are judged on the same pairs, those that fit all of them.
+"""
 
-import torch
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from ppomax.config import parse
-from ppomax.data.sources import SourceConfig, load_preferences, split_by_prompt
-from ppomax.data.template import ChatTemplate
-from ppomax.distributed import world
-from ppomax.errors import DataError
-from ppomax.eval.preference import evaluate_pairs
-from ppomax.models.load import load_reward_model, load_tokenizer
-from ppomax.train.reward import RewardConfig, encode_pair, score_pairs
+from ppomax.data.sources import (
+    SourceConfig,
+    exchange_overlap,
+    file_sha256,
+    load_preferences,
+    locate,
+    overlap,
+    split_by_prompt,
+)
+from ppomax.distributed import World, world
+from ppomax.errors import DataError, PpomaxError
+from ppomax.eval.best_of_n import best_of_n_curve, load_candidates
+from ppomax.eval.preference import SUBSET_COLUMNS, compare, evaluate_pairs
+from ppomax.eval.scorers import (
+    Judge,
+    JudgedPairs,
+    encode_for_all,
+    judge_pairs,
+    load_judge,
+    log_likelihoods,
+    score_candidates,
+)
+from ppomax.eval.statistics import Floats
+from ppomax.train.pairs import Pair
+from ppomax.train.settings import StageSettings
+from ppomax.types import PreferenceRow
+
+BASE = "base"
+"""As language model: the one the first reward model's card says it started from."""
 
 
 def evaluate_reward(
-    model: str,
+    models: Sequence[str],
     files: list[str],
     *,
     dtype: str = "float32",
     max_length: int = 1024,
     limit: int | None = None,
     heldout: float | None = None,
+    by: Sequence[str] = (),
+    language_model: str | None = BASE,
+    gold: str | None = None,
+    candidates: Sequence[str] = (),
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Every number of `ppomax eval reward`, JSON-ready.
 
     Args:
+        models: reward models; each reads a dialogue with its own tokenizer, template and system
+            prompt.
         heldout: take only the pairs that training holds out with this share.
+        by: columns to give numbers by, beside language, kind and source.
+        language_model: whose likelihood of an answer is a baseline; `base`: what the first model
+            started from, if that is still there; None: no such baseline.
+        gold: another reward model, by which the replies that each model likes best are judged.
+        candidates: files of several replies to each prompt for that; default the pairs' answers.
+
+    Returns:
+        `evaluate_pairs`' result for one model; for several a record of kind `comparison` with
+        `models` (such results) and `comparisons`.
 
     Raises:
         DataError: no pair fits `max_length`.
-        ModelError: the model cannot be loaded as a reward model.
+        ModelError: a model cannot be loaded as a reward model.
     """
-    sources = [SourceConfig(path=path) for path in files]
     settings = parse(
-        RewardConfig,
+        StageSettings,
         {
-            "model": model,
+            "model": models[0],
             "out": ".",
-            "data": [{"path": path} for path in files],
             "dtype": dtype,
             "max_length": max_length,
             "device": device,
+            "trust_remote_code": trust_remote_code,
         },
         "options",
     )
+    columns = tuple(dict.fromkeys((*SUBSET_COLUMNS, *by)))
     with world(device) as here:
-        template = ChatTemplate(load_tokenizer(model, trust_remote_code=trust_remote_code))
-        loaded = load_preferences(sources, max_bad_rows=1.0)
+        judges = [load_judge(name, settings) for name in models]
+        loaded = load_preferences([SourceConfig(path=path) for path in files], max_bad_rows=1.0)
         rows = loaded.rows if heldout is None else split_by_prompt(loaded.rows, heldout).heldout
-        encoded = [encode_pair(row, template, max_length) for row in rows[:limit]]
-        pairs = [pair for pair in encoded if pair is not None]
-        if not pairs:
+        rows = rows[:limit]
+        encoded = encode_for_all(rows, judges, max_length)
+        if not encoded:
             raise DataError(
                 f"setting max_length: no pair of {', '.join(files)} fits {max_length} tokens"
             )
-        scorer = load_reward_model(
-            model,
-            dtype=torch.float32 if dtype == "float32" else torch.bfloat16,
-            init_from_lm=False,
-            trust_remote_code=trust_remote_code,
-        ).to(here.device)
-        pad = int(template.tokenizer.pad_token_id)
-        chosen, rejected = score_pairs(scorer, pairs, pad, settings, here)
-        rows = [pair.row for pair in pairs]
-        result = evaluate_pairs(
-            chosen.tolist(),
-            rejected.tolist(),
-            [pair.chosen.num_targets for pair in pairs],
-            [pair.rejected.num_targets for pair in pairs],
-            meta=[row.meta for row in rows],
-            ids=[row.id for row in rows],
-            prompts=[list(row.prompt) for row in rows],
-            chosen=[row.chosen for row in rows],
-            rejected=[row.rejected for row in rows],
-        )
-    return result | {
-        "model": model,
+        kept = [pairs[0].row for pairs in encoded]
+        likelihoods = _likelihoods(language_model, judges[0], kept, settings, here)
+        curves = _curves(judges, gold, candidates, kept, settings, here)
+        judged = [
+            judge_pairs(judge, [pairs[place] for pairs in encoded], settings, here)
+            for place, judge in enumerate(judges)
+        ]
+    results = [
+        _result(scores, [pairs[place] for pairs in encoded], likelihoods, columns)
+        | {"model": judge.name, "warnings": _trained_on(judge, kept)}
+        | curves.get(place, {})
+        for place, (judge, scores) in enumerate(zip(judges, judged, strict=True))
+    ]
+    common = {
         "files": files,
         "quarantined": len(loaded.bad),
-        "over_long": len(encoded) - len(pairs),
+        "over_long": len(rows) - len(kept),
+        "language_model": likelihoods.model,
+        "notes": [likelihoods.note] if likelihoods.note else [],
     }
+    if len(results) == 1:
+        return results[0] | common
+    gaps = [scores.chosen - scores.rejected for scores in judged]
+    meta, prompts = [row.meta for row in kept], [list(row.prompt) for row in kept]
+    return {
+        "kind": "comparison",
+        "models": results,
+        "comparisons": compare(list(models), gaps, meta, prompts, columns=columns),
+        **common,
+    }
+
+
+class Likelihoods(NamedTuple):
+    """Log-probs of both answers of every pair under a language model, or why there are none."""
+
+    sides: tuple[Floats, Floats] | None
+    model: str | None = None
+    note: str | None = None
+
+
+def _result(
+    scores: JudgedPairs, pairs: list[Pair], likelihoods: Likelihoods, columns: tuple[str, ...]
+) -> dict[str, Any]:
+    rows = [pair.row for pair in pairs]
+    found = evaluate_pairs(
+        scores.chosen,
+        scores.rejected,
+        [pair.chosen.num_targets for pair in pairs],
+        [pair.rejected.num_targets for pair in pairs],
+        meta=[row.meta for row in rows],
+        ids=[row.id for row in rows],
+        prompts=[list(row.prompt) for row in rows],
+        chosen=[row.chosen for row in rows],
+        rejected=[row.rejected for row in rows],
+        likelihoods=likelihoods.sides,
+        columns=columns,
+    )
+    return found | scores.extra
+
+
+def _likelihoods(
+    name: str | None, judge: Judge, rows: list[PreferenceRow], settings: StageSettings, here: World
+) -> Likelihoods:
+    if name is None:
+        return Likelihoods(None)
+    asked = name != BASE
+    if not asked:
+        base = judge.card.source_model if judge.card else None
+        if base is None:
+            return Likelihoods(None, note="No likelihood baseline: the model names no base")
+        name = base
+    try:
+        return Likelihoods(log_likelihoods(name, rows, settings, here), name)
+    except PpomaxError as error:
+        if asked:
+            raise
+        return Likelihoods(None, note=f"No likelihood baseline: {error}")
+
+
+def _curves(
+    judges: list[Judge],
+    gold: str | None,
+    files: Sequence[str],
+    rows: list[PreferenceRow],
+    settings: StageSettings,
+    here: World,
+) -> dict[int, dict[str, Any]]:
+    """`best_of_n` of each model, by its place, where a gold scorer is given."""
+    if gold is None:
+        return {}
+    found = load_candidates(files, rows)
+    truth = score_candidates(load_judge(gold, settings), found, settings, here)
+    return {
+        place: {
+            "best_of_n": {
+                "judge": gold,
+                **best_of_n_curve(found, score_candidates(judge, found, settings, here), truth),
+            }
+        }
+        for place, judge in enumerate(judges)
+    }
+
+
+def _trained_on(judge: Judge, rows: list[PreferenceRow]) -> list[str]:
+    """Pairs that the model's card shows to be training data, where its files are still there."""
+    card = judge.card
+    files = {
+        path: digest
+        for path, digest in (card.data if card else {}).items()
+        if Path(locate(path)).is_file() and file_sha256(Path(locate(path))) == digest
+    }
+    if card is None or not files:
+        return []
+    loaded = load_preferences([SourceConfig(path=path) for path in files], max_bad_rows=1.0)
+    train = split_by_prompt(loaded.rows, card.heldout or 0.0).train
+    found = {"prompt": overlap(train, rows), "last exchange": exchange_overlap(train, rows)}
+    return [
+        f"{len(same)} of {len(rows)} pairs have a {what} that the model was trained on "
+        f"({sum(one.how == 'exact' for one in same)} exactly), the first: {same[0].heldout} and "
+        f"{same[0].train}"
+        for what, same in found.items()
+        if same
+    ]

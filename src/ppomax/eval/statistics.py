@@ -231,12 +231,11 @@ def win_tie_lose(a: ArrayLike, b: ArrayLike, *, tie: float = 0.0) -> WinTieLose:
 def sign_test_p(wins: int, losses: int) -> float:
     """Two-sided exact sign test: probability of a split at least as uneven from a fair coin.
 
-    Ties are left out (Dixon & Mood 1946). P(X ≤ k) = I_{1/2}(n - k, k + 1) for X ~ B(n, 1/2).
+    Ties are left out (Dixon & Mood 1946).
     """
     n, k = wins + losses, min(wins, losses)
-    if 2 * k == n:
-        return 1.0
-    return min(1.0, 2 * regularized_incomplete_beta(n - k, k + 1, 0.5))
+    tail = sum(math.comb(n, i) for i in range(k + 1))
+    return float(min(1.0, 2 * tail / (1 << n)))
 
 
 def pearson(a: ArrayLike, b: ArrayLike) -> float | None:

@@ -33,7 +33,7 @@ def token_kl(
     def chunk(hidden: Tensor, weight: Tensor, ref_hidden: Tensor) -> Tensor:
         logits = (hidden.to(dtype) @ weight.to(dtype).T).float() / temperature
         ref_logits = (ref_hidden.to(dtype) @ reference.weight.to(dtype).T).float() / temperature
-        return categorical_kl(logits, ref_logits.detach())
+        return categorical_kl(logits, ref_logits)
 
     size = max(1, CHUNK_ELEMENTS // len(own.weight))
     with torch.autocast(device, enabled=False):

@@ -19,8 +19,11 @@ from ppomax.errors import ModelError
 from ppomax.models.folders import atomic_folder, quiet
 from ppomax.models.heads import ScalarModel, save_scalar, set_pad, set_saved_dtype
 from ppomax.models.lora import adapter_state_dict, effective_state_dict, has_lora
+from ppomax.visible import visible
 
 REWARD_CARD_FILE = "reward_card.json"
+TRAINING_FILE = "ppomax.json"
+"""In a policy's folder: what a user of the model must know of its training, `{"system": ...}`."""
 
 
 class Card(TypedDict, total=False):
@@ -52,8 +55,26 @@ class RewardCard:
     score_std: float
     accuracy: dict[str, float]
     """Held-out accuracy: `all`, then per subset."""
+    accuracy_pairs: dict[str, int] = field(default_factory=dict)
+    """Held-out pairs behind each accuracy."""
+    length_correlation: dict[str, float] = field(default_factory=dict)
+    """Of held-out scores with length, over all answers and within pairs given the preference."""
     counts: dict[str, int] = field(default_factory=dict)
     """Pairs trained on, held out, quarantined."""
+    quarantined: dict[str, int] = field(default_factory=dict)
+    """Rows set aside by kind of defect."""
+    notes: list[str] = field(default_factory=list)
+    """What the run warned of in its data."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Source to SHA-256."""
+    heldout: float | None = None
+    """Share of prompts that training held out."""
+    system: str | None = None
+    """System prompt that training put before dialogues without one."""
+    template: str = ""
+    """The chat template itself."""
+    exported: str = ""
+    """Which step's weights these are."""
     licence: str | None = None
     source_model: str | None = None
 
@@ -68,6 +89,7 @@ def export_policy(
     generation: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     state: dict[str, Tensor] | None = None,
+    system: str | None = None,
 ) -> Path:
     """Write a policy: config, safetensors, tokenizer, chat template, generation config, card.
 
@@ -76,6 +98,7 @@ def export_policy(
         generation: sampling settings to ship (temperature, top_p, ...); without them none is.
         dtype: of the weights in the file; default as the model holds them.
         state: the full state dict where the model's own tensors are sharded.
+        system: the system prompt of its training, which `trained_system` finds again.
 
     Raises:
         ModelError: `adapter` was asked of a model without one.
@@ -91,6 +114,9 @@ def export_policy(
             ends = own.eos_token_id if own is not None else None
             generation_config(tokenizer, ends, generation).save_pretrained(place)
         tokenizer.save_pretrained(place)
+        if system is not None:
+            text = json.dumps({"system": system}, ensure_ascii=False)
+            (place / TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
         text = model_card(card, pipeline="text-generation", adapter=mode == "adapter")
         (place / "README.md").write_text(text, encoding="utf-8")
     return folder
@@ -130,6 +156,22 @@ def read_reward_card(folder: Path) -> RewardCard:
         raise ModelError(f"{path}: missing; a reward model is exported with its card") from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{path}: not a reward card ({error})") from None
+
+
+def trained_system(folder: Path) -> str | None:
+    """The system prompt a policy was trained with, where its folder says.
+
+    Raises:
+        ModelError: the file that says so is damaged.
+    """
+    path = folder / TRAINING_FILE
+    if not path.is_file():
+        return None
+    try:
+        system = json.loads(path.read_text(encoding="utf-8")).get("system")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path}: cannot be read ({error})") from None
+    return system if isinstance(system, str) else None
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -200,8 +242,8 @@ def source_licence(folder: Path) -> str | None:
 
 
 def escape(text: str) -> str:
-    """Text on one line of markdown, with nothing in it that markdown or HTML would act on."""
-    line = html.escape(" ".join(text.split()), quote=False)
+    """Text on one line, with nothing in it that markdown, HTML or a terminal acts on."""
+    line = html.escape(visible(" ".join(text.split())), quote=False)
     line = re.sub(r"([\\`*_{}\[\]#|~!])", r"\\\1", line)
     line = re.sub(r"^(\d+)(?=[.)](\s|$))", r"\1\\", line)  # a numbered list
     return re.sub(r"^(?=[-+=](\s|[-=]|$))", r"\\", line)  # a list or an underline

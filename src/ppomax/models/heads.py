@@ -138,9 +138,17 @@ class ScalarModel(nn.Module):
         self,
         input_ids: Int[Tensor, "batch sequence"],
         position_ids: Int[Tensor, "batch sequence"] | None = None,
+        attention_mask: Tensor | None = None,
     ) -> ScalarOutput:
-        """Hidden states and the head's reading of each, the latter in fp32 even under autocast."""
-        hidden = hidden_states(self.backbone, input_ids, position_ids=position_ids)
+        """Hidden states and the head's reading of each, the latter in fp32 even under autocast.
+
+        Args:
+            attention_mask: additive, [batch, 1, sequence, sequence]; None: every token sees those
+                before it.
+        """
+        hidden = hidden_states(
+            self.backbone, input_ids, position_ids=position_ids, attention_mask=attention_mask
+        )
         with torch.autocast(hidden.device.type, enabled=False):
             values = F.linear(hidden.float(), self.score.weight.float()).squeeze(-1)
         return ScalarOutput(values=values, hidden=hidden)

@@ -28,7 +28,7 @@ from transformers import (
 
 from ppomax.data.template import settle_template
 from ppomax.errors import ModelError
-from ppomax.models.export import generation_config
+from ppomax.models.export import generation_config, source_licence, trained_system
 from ppomax.models.folders import quiet
 from ppomax.models.heads import LM_HEAD_FILE, ScalarModel, hidden_states, output_weight, set_pad
 from ppomax.models.pull import NAME, cache_dir, pull
@@ -57,6 +57,18 @@ def resolve(name: str, *, cache: Path | None = None) -> str:
     if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         return name
     raise ModelError(f"model {name!r}: no such folder, and not a short name or hub id")
+
+
+def licence_of(name: str) -> str | None:
+    """What a model says of its licence, where it is a folder here."""
+    place = Path(resolve(name))
+    return source_licence(place) if place.is_dir() else None
+
+
+def system_of(name: str) -> str | None:
+    """The system prompt of a policy's training, where it is a folder that says so."""
+    place = Path(resolve(name))
+    return trained_system(place) if place.is_dir() else None
 
 
 def load_tokenizer(

@@ -78,9 +78,17 @@ class Line(NamedTuple):
 
 
 def curves(
-    name: str, title: str, axes: Sequence[tuple[str, list[Line]]], marks: Sequence[float] = ()
+    name: str,
+    title: str,
+    axes: Sequence[tuple[str, list[Line]]],
+    marks: Sequence[float] = (),
+    xlabel: str = "step",
 ) -> Figure:
-    """Lines over steps, one set of axes below the other; `marks` are dotted vertical lines."""
+    """Lines over steps, one set of axes below the other; `marks` are dotted vertical lines.
+
+    Args:
+        xlabel: what the lines run over, if it is not steps.
+    """
 
     def draw(places: Places) -> None:
         for place, (label, lines) in zip(places, axes, strict=True):
@@ -91,15 +99,17 @@ def curves(
             place.set_ylabel(label)
             place.grid(axis="y", color=INK, alpha=0.15, linewidth=0.6)
             place.margins(x=0.01)
-        places[-1].set_xlabel("step")
-        places[-1].xaxis.get_major_locator().set_params(integer=True)
+        places[-1].set_xlabel(xlabel)
+        if xlabel == "step":
+            places[-1].xaxis.get_major_locator().set_params(integer=True)
 
-    parts = [_line_text(line) for _, lines in axes for line in lines]
+    unit = xlabel.partition(" ")[0]
+    parts = [_line_text(line, unit) for _, lines in axes for line in lines]
     marked = f" Dotted lines mark {len(marks)} steps with an alarm or rollback." if marks else ""
     more = f"; and {len(parts) - 12} more" if len(parts) > 12 else ""
     band = any(line.low is not None for _, lines in axes for line in lines)
     banded = " The band is the 5th to 95th percentile." if band else ""
-    alt = f"{title} over steps: {'; '.join(parts[:12])}{more}.{banded}{marked}"
+    alt = f"{title} over {unit.removesuffix('s')}s: {'; '.join(parts[:12])}{more}.{banded}{marked}"
     legends = [[short(line.label) for line in lines] for _, lines in axes]
     return Figure(title, alt, _svg(name, title, alt, legends, draw))
 
@@ -149,8 +159,8 @@ def short(label: str) -> str:
     return clip(" ".join(visible(label).split()), 40).lstrip("_")
 
 
-def _line_text(line: Line) -> str:
-    first, last = (f"{number(line.values[i])} (step {number(line.steps[i])})" for i in (0, -1))
+def _line_text(line: Line, unit: str) -> str:
+    first, last = (f"{number(line.values[i])} ({unit} {number(line.steps[i])})" for i in (0, -1))
     return f"{short(line.label)} from {first} to {last}"
 
 
@@ -160,6 +170,7 @@ def histograms(
     xlabel: str,
     sets: Sequence[tuple[str, ArrayLike, NDArray[np.float64]]],
     alt: str,
+    ylabel: str = "count",
 ) -> Figure:
     """Outlined histograms on top of each other.
 
@@ -178,7 +189,7 @@ def histograms(
         if all(edges[0] < 0 < edges[-1] for _, _, edges in sets):
             place.axvline(0, color=INK, linewidth=0.8, linestyle=":")
         place.set_xlabel(xlabel)
-        place.set_ylabel("count")
+        place.set_ylabel(ylabel)
         place.set_ylim(bottom=0)
 
     legend = [short(label) for label, _, _ in sets]

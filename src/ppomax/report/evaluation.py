@@ -8,7 +8,7 @@ from typing import Any
 
 from ppomax.report.read import as_interval, as_number, listed, mapping, sides
 from ppomax.report.tables import turns
-from ppomax.report.text import clip
+from ppomax.report.text import between, clip, number, percent, visible
 
 
 def scorer_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -58,7 +58,7 @@ def pair_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         for row in listed(result.get("subsets"))
     ]
     rows += [
-        (f"by length alone, {name}", mapping(row))
+        (f"by a rule alone, {name}", mapping(row))
         for name, row in mapping(result.get("baselines")).items()
     ]
     return [
@@ -72,6 +72,53 @@ def pair_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def difference_rows(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's accuracy minus each rule's on the same pairs: `rules` and `rows` of `cells`."""
+    found = listed(result.get("differences"))
+    rules = list(dict.fromkeys(str(row.get("baseline")) for row in found))
+    groups: dict[str, dict[str, Any]] = {}
+    for row in found:
+        groups.setdefault(_group_name(row), {})[str(row.get("baseline"))] = row
+    return {
+        "rules": rules,
+        "rows": [
+            {"group": clip(name, 120), "cells": [paired_text(row.get(rule)) for rule in rules]}
+            for name, row in groups.items()
+        ],
+    }
+
+
+def comparison_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every two models on the same pairs."""
+    return [
+        {
+            "models": clip(f"{row.get('first', '')} − {row.get('second', '')}", 200),
+            "group": clip(_group_name(row), 120),
+            "n": as_number(row.get("n")),
+            "difference": paired_text(row),
+            "bootstrap": between(as_interval(row.get("bootstrap_ci95")), "percent"),
+            "only": f"{number(as_number(row.get('only_first')))} / "
+            f"{number(as_number(row.get('only_second')))}",
+        }
+        for row in listed(report.get("comparisons"))
+    ]
+
+
+def paired_text(row: object) -> str:
+    """A difference of accuracies with its 95% interval and McNemar's p."""
+    found = mapping(row)
+    difference = as_number(found.get("difference"))
+    if difference is None:
+        return "–"
+    interval = between(as_interval(found.get("ci95")), "percent")
+    return f"{percent(difference)} ({interval}; p {number(as_number(found.get('p')))})"
+
+
+def _group_name(row: Mapping[str, Any]) -> str:
+    column = row.get("column", "")
+    return f"{column}: {row.get('value', '')}" if column else "all pairs"
+
+
 def calibration_rows(result: Mapping[str, Any]) -> list[tuple[str, float | None, str]]:
     """Name, value and meaning of the calibration numbers."""
     found = mapping(result.get("calibration"))
@@ -83,6 +130,9 @@ def calibration_rows(result: Mapping[str, Any]) -> list[tuple[str, float | None,
         "nll": "nats per pair; 0.693 for a coin",
         "temperature": "scores divided by this are best calibrated; above 1: too sure",
         "nll_at_temperature": "nats per pair after that",
+        "ece_at_temperature": "calibration error after that",
+        "ece_at_temperature_noise_mean": "the same if it were perfectly calibrated then",
+        "ece_at_temperature_noise_p95": "an error above this is not chance",
     }
     return [(key, as_number(found.get(key)), meaning) for key, meaning in meanings.items()]
 
@@ -92,13 +142,75 @@ def length_rows(result: Mapping[str, Any]) -> list[tuple[str, float | None]]:
     found = mapping(result.get("length"))
     names = {
         "score_length_correlation": "Correlation of score and length, all answers",
-        "difference_correlation": "Correlation of score difference and length difference in a pair",
+        "within_pair_correlation": "Correlation of score and length within a pair",
+        "preference_correlation": "Correlation of people's preference and length within a pair",
+        "given_preference_correlation": "Correlation of score and length within a pair, given "
+        "which answer people prefer",
         "longer_preferred_by_model": "Share of pairs whose longer answer the model prefers",
         "longer_preferred_by_people": "Share of pairs whose longer answer people prefer",
         "chosen_mean": "Mean tokens of the preferred answer",
         "rejected_mean": "Mean tokens of the other answer",
     }
     return [(name, as_number(found.get(key))) for key, name in names.items()]
+
+
+def longer_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Accuracy by which answer is the longer one, in the form of `pair_rows`."""
+    return [
+        {
+            "group": f"longer: {clip(str(row.get('longer', '')), 40)}",
+            "n": as_number(row.get("n")),
+            "accuracy": as_number(row.get("accuracy")),
+            "ci95": as_interval(row.get("ci95")),
+        }
+        for row in listed(mapping(result.get("length")).get("when"))
+    ]
+
+
+def best_of_n_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The curve of the best of n replies, as numbers."""
+    found = mapping(result.get("best_of_n"))
+    columns = [found.get(key) for key in ("n", "kl", "proxy", "gold", "gold_gain_ci95")]
+    if not all(isinstance(column, list) for column in columns):
+        return []
+    return [
+        {
+            "n": as_number(n),
+            "kl": as_number(kl),
+            "proxy": as_number(proxy),
+            "gold": as_number(gold),
+            "gain": between(as_interval(interval)),
+        }
+        for n, kl, proxy, gold, interval in zip(*columns, strict=False)
+    ]
+
+
+def preference_lines(result: Mapping[str, Any]) -> list[str]:
+    """An evaluation's main numbers as plain lines for a terminal."""
+    lines = []
+    several = result.get("kind") == "comparison"
+    for one in listed(result.get("models")) if several else [result]:
+        lines += [visible(str(one.get("model", "")))] if several else []
+        rows = [("all", mapping(one.get("accuracy")))]
+        rows += [(f"{r.get('column')} {r.get('value')}", r) for r in listed(one.get("subsets"))]
+        rows += [(name, mapping(row)) for name, row in mapping(one.get("baselines")).items()]
+        lines += [f"{visible(name):<28} {_rate(row)}" for name, row in rows]
+        lines += [
+            f"model - {row.get('baseline'):<20} {paired_text(row)}"
+            for row in listed(one.get("differences"))
+            if row.get("column") == ""
+        ]
+    lines += [
+        visible(f"{row.get('first')} - {row.get('second')}: {paired_text(row)}")
+        for row in listed(result.get("comparisons"))
+        if row.get("column") == ""
+    ]
+    return lines + [visible(str(note)) for note in result.get("notes") or ()]
+
+
+def _rate(row: Mapping[str, Any]) -> str:
+    low, high = as_interval(row.get("ci95")) or (0.0, 1.0)
+    return f"{row.get('accuracy', 0.0):.3f}  [{low:.3f}, {high:.3f}]  n {row.get('n')}"
 
 
 def score_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:

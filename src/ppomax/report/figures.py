@@ -65,6 +65,21 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel("Explained variance of the critic", (Axis("share", ("value/explained_variance",)),)),
         Panel(
+            "Held-out prompts: proxy and second scorer",
+            (
+                Axis("proxy", ("heldout/score_mean",)),
+                Axis("second scorer", ("heldout/second_mean",)),
+                Axis("share against SFT", ("heldout/win", "heldout/tie", "heldout/lose")),
+            ),
+        ),
+        Panel(
+            "Repetition",
+            (
+                Axis("share", ("response/distinct_2", "response/repetition_4")),
+                Axis("cut at the limit", ("response/truncated_share",)),
+            ),
+        ),
+        Panel(
             "Critic pre-training",
             (
                 Axis("value loss", ("critic: value/loss",)),
@@ -74,6 +89,10 @@ PANELS: dict[str, tuple[Panel, ...]] = {
     ),
 }
 """The curves of each stage; the first six of PPO are figures 4 and 9 of Zheng et al. 2023."""
+
+
+DISTRIBUTIONS = 4
+"""Steps whose score distributions are drawn over each other."""
 
 
 def stage_figures(stage: str, runs: Sequence[tuple[str, RunData]]) -> list[Figure]:
@@ -87,7 +106,8 @@ def stage_figures(stage: str, runs: Sequence[tuple[str, RunData]]) -> list[Figur
         if axes:
             name = f"{stage}-{panel.title}"
             figures.append(curves(name, panel.title, axes, marks))
-    return figures
+    spread = [score_distributions(label if len(runs) > 1 else "", run) for label, run in runs]
+    return figures + [figure for figure in spread if figure is not None]
 
 
 def _lines(axis: Axis, data: Sequence[tuple[str, dict[str, Any]]]) -> list[Line]:
@@ -138,6 +158,33 @@ def score_histogram(label: str, report: Mapping[str, Any]) -> Figure | None:
     return histograms(f"scores-{label}", title, "score", counted, f"{title}: {'; '.join(parts)}.")
 
 
+def score_distributions(label: str, run: RunData) -> Figure | None:
+    """Scores of the tracked prompts at a few steps: figure 13 of Zheng et al. 2023."""
+    rows = [(row, _finite(row.get("scores"))) for row in run.heldout]
+    rows = [(row, values) for row, values in rows if len(values)]
+    if len(rows) < 2:
+        return None
+    places = sorted(
+        {round(i * (len(rows) - 1) / (DISTRIBUTIONS - 1)) for i in range(DISTRIBUTIONS)}
+    )
+    shown = [rows[place] for place in places]
+    low = min(float(values.min()) for _, values in shown)
+    high = max(float(values.max()) for _, values in shown)
+    edges = np.linspace(low, high if high > low else low + 1, 31)
+    sets = [
+        (f"step {number(row['step'])}", np.histogram(values, edges)[0].tolist(), edges)
+        for row, values in shown
+    ]
+    parts = [
+        f"step {number(row['step'])}: mean {number(float(values.mean()))}, 95th percentile "
+        f"{number(float(np.quantile(values, 0.95)))}"
+        for row, values in shown
+    ]
+    title = "Scores of the same held-out prompts by step" + (f", {label}" if label else "")
+    alt = f"{title}, {len(shown[0][1])} prompts. {'; '.join(parts)}."
+    return histograms(f"heldout-{label}", title, "score", sets, alt)
+
+
 def difference_figure(label: str, result: Mapping[str, Any]) -> Figure | None:
     """Chosen minus rejected score over preference pairs: figure 2 of Zheng et al. 2023."""
     histogram = mapping(result.get("histogram"))
@@ -153,6 +200,60 @@ def difference_figure(label: str, result: Mapping[str, Any]) -> Figure | None:
     )
     sets = [("pairs", counts, edges)]
     return histograms(f"differences-{label}", title, "score difference", sets, alt)
+
+
+def subset_figures(label: str, result: Mapping[str, Any]) -> list[Figure]:
+    """Figure 2 by subset: one drawing per column, its values over each other."""
+    columns: dict[str, list[Mapping[str, Any]]] = {}
+    for row in listed(result.get("histograms")):
+        columns.setdefault(str(row.get("column", "")), []).append(row)
+    figures = []
+    for column, rows in columns.items():
+        sets, parts = [], []
+        for row in rows:
+            counts, edges = _finite(row.get("counts")), _finite(row.get("edges"))
+            if len(counts) and len(edges) == len(counts) + 1:
+                value = str(row.get("value", ""))
+                sets.append((value, counts / max(counts.sum(), 1), edges))
+                parts.append(f"{value} mean {signed(as_number(row.get('mean')))}")
+        if sets:
+            title = f"Score difference by {column}" + (f", {label}" if label else "")
+            alt = f"{title}, as shares of each: {'; '.join(parts)}."
+            name = f"differences-{label}-{column}"
+            figures.append(
+                histograms(name, title, "score difference", sets, alt, ylabel="share of pairs")
+            )
+    return figures
+
+
+def answers_figure(label: str, result: Mapping[str, Any]) -> Figure | None:
+    """Scores of the answers people preferred and of the others."""
+    found = mapping(result.get("score_histogram"))
+    edges = _finite(found.get("edges"))
+    sides = [("preferred", "chosen"), ("other", "rejected")]
+    sets = [(name, _finite(found.get(key)), edges) for name, key in sides]
+    if any(not len(counts) or len(edges) != len(counts) + 1 for _, counts, _ in sets):
+        return None
+    means = [
+        as_number(mapping(mapping(result.get("scores")).get(key)).get("mean")) for _, key in sides
+    ]
+    title = "Scores of both answers" + (f", {label}" if label else "")
+    alt = f"{title}: preferred mean {number(means[0])}, other mean {number(means[1])}."
+    return histograms(f"answers-{label}", title, "score", sets, alt)
+
+
+def best_of_n_figure(label: str, result: Mapping[str, Any]) -> Figure | None:
+    """Gold and proxy score of the proxy's best of n replies, over the KL that choosing costs."""
+    found = mapping(result.get("best_of_n"))
+    kl, gold, proxy = (_finite(found.get(key)).tolist() for key in ("kl", "gold", "proxy"))
+    if not len(kl) == len(gold) == len(proxy) > 0:
+        return None
+    title = "Best of n replies" + (f", {label}" if label else "")
+    axes = [
+        ("gold score", [Line("judged by the gold scorer", kl, gold)]),
+        ("own score", [Line("judged by the model", kl, proxy, 1, 1)]),
+    ]
+    return curves(f"best-of-n-{label}", title, axes, xlabel="nats from the sampler: ln n - (n-1)/n")
 
 
 def reliability_figure(label: str, result: Mapping[str, Any]) -> Figure | None:

@@ -13,12 +13,16 @@ from typing import Any
 import yaml
 
 from ppomax.errors import ConfigError
-from ppomax.report import evaluation, tables
+from ppomax.report import evaluation, judged, tables
+from ppomax.report.drawing import Figure
 from ppomax.report.figures import (
+    answers_figure,
+    best_of_n_figure,
     difference_figure,
     reliability_figure,
     score_histogram,
     stage_figures,
+    subset_figures,
 )
 from ppomax.report.read import STAGES, RunData, as_number, listed, mapping, read_runs
 from ppomax.report.text import between, clip, duration, percent, shown, signed
@@ -58,26 +62,79 @@ def write_report(runs: list[Path], out: Path) -> Path:
 
 
 def write_preference_report(result: Mapping[str, Any], out: Path) -> Path:
-    """Write the page of `ppomax.eval.preference.evaluate_pairs`' result to `out`.
+    """Write the page of `ppomax.eval.reward.evaluate_reward`'s result to `out`.
 
     Raises:
         ConfigError: `out` cannot be written.
     """
+    several = result.get("kind") == "comparison"
+    found = listed(result.get("models")) if several else [result]
+    names = [clip(str(one.get("model") or "the model"), 120) for one in found]
     fixed = {
-        "title": "Reward model on preference pairs",
-        "verdicts": [{"label": "", **preference_verdict(result)}],
-        "evaluation": _evaluation("", result),
-        "calibration": evaluation.calibration_rows(result),
-        "lengths": evaluation.length_rows(result),
-        "scores": evaluation.score_rows(result),
+        "title": "Reward models on preference pairs"
+        if several
+        else "Reward model on preference pairs",
+        "comparisons": evaluation.comparison_rows(result),
+        "notes": [str(note) for note in result.get("notes") or () if several],
+        "models": [
+            _judged(name if several else "", one) for name, one in zip(names, found, strict=True)
+        ],
     }
 
     def render(limit: int) -> str:
-        worst = evaluation.worst_pairs(result, limit)
+        worst = [evaluation.worst_pairs(one, limit) for one in found]
         return _render("preference.html.j2", fixed | {"worst": worst})
 
     _write(out, _fitting(render))
     return out
+
+
+def _judged(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of one reward model."""
+    best = mapping(result.get("best_of_n"))
+    return {
+        "name": name,
+        "verdict": {"label": name, **preference_verdict(result)},
+        "pairs": evaluation.pair_rows(result),
+        "differences": evaluation.difference_rows(result),
+        "figures": _pair_figures(name, result),
+        "calibration": evaluation.calibration_rows(result),
+        "lengths": evaluation.length_rows(result),
+        "longer": evaluation.longer_rows(result),
+        "scores": evaluation.score_rows(result),
+        "ensemble": tables.flatten(mapping(result.get("ensemble"))),
+        "gold": clip(str(best.get("judge", "")), 120),
+        "prompts": as_number(best.get("num_prompts")),
+        "best_of_n": evaluation.best_of_n_rows(result),
+    }
+
+
+def _pair_figures(name: str, result: Mapping[str, Any]) -> list[Figure]:
+    drawn = [difference_figure(name, result), *subset_figures(name, result)]
+    drawn += [answers_figure(name, result), reliability_figure(name, result)]
+    drawn += [best_of_n_figure(name, result)]
+    return [figure for figure in drawn if figure is not None]
+
+
+def write_judged_report(result: Mapping[str, Any], title: str, out: Path) -> None:
+    """Write the page of `ppomax eval policy` or `ppomax eval capability` to `out`.
+
+    Raises:
+        ConfigError: `out` cannot be written.
+    """
+    found = judged.judged_verdict(result)
+    fixed = {
+        "title": title,
+        "verdicts": [{"label": "", **found}] if found else [],
+        "evaluation": _evaluation("", result),
+        "replies": judged.reply_rows(result),
+    }
+
+    def render(limit: int) -> str:
+        samples = judged.judged_samples(result, NUM_SAMPLES // 2, limit)
+        return _render("judged.html.j2", fixed | {"samples": samples})
+
+    _write(out, _fitting(render))
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
@@ -114,8 +171,13 @@ def _stage_numbers(run: RunData) -> dict[str, Any]:
         "metrics": {
             key: {"step": steps, "value": values} for key, (steps, values) in run.series.items()
         },
+        "abandoned": {
+            key: {"step": steps, "value": values} for key, (steps, values) in run.abandoned.items()
+        },
+        "heldout": run.heldout,
         "num_events": len(run.events),
         "alarms": [row for row in tables.event_rows(run, 2000) if row["alarm"]],
+        "evidence": tables.evidence(run, 2000),
         "evaluation": run.report,
         "config": run.config,
         "env": run.env,
@@ -156,6 +218,12 @@ def _texts(runs: Sequence[Run], limit: int) -> dict[str, Any]:
             for label, stages in runs
             for run in stages
             for row in tables.event_rows(run, short)
+        ],
+        "alarms": [
+            {"label": label, **row}
+            for label, stages in runs
+            for run in stages
+            for row in tables.evidence(run, short)
         ],
         "samples": _samples(runs, limit),
         "config_differences": [
@@ -209,6 +277,10 @@ def _evaluation(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
         "policies": evaluation.policy_rows(report),
         "groups": evaluation.group_rows(report),
         "pairs": evaluation.pair_rows(report),
+        "comparisons": judged.comparison_rows(report),
+        "agreement": judged.agreement_rows(report),
+        "capability": judged.capability_rows(report),
+        "judged_figures": judged.judged_figures(name, report),
         "figures": [figure for figure in drawn if figure is not None],
     }
 
@@ -222,12 +294,13 @@ def _samples(runs: Sequence[Run], limit: int) -> list[dict[str, Any]]:
             "stage": run.stage,
             "pairs": tables.pair_samples(mapping(run.report), each, limit),
             "total": len(listed(mapping(run.report).get("samples"))),
-            "training": tables.training_samples(run, each // 2, limit),
+            "judged": judged.judged_samples(mapping(run.report), each // 2, limit),
+            "training": tables.training_samples(run, max(3, each // 3), limit),
         }
         for label, stages in runs
         for run in stages
     ]
-    return [group for group in groups if group["pairs"] or group["training"]]
+    return [group for group in groups if group["pairs"] or group["training"] or group["judged"]]
 
 
 def _stage_order(runs: Sequence[Run]) -> list[str]:

@@ -4,13 +4,13 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ppomax.config import read_yaml
 from ppomax.errors import ConfigError
-from ppomax.rundir import CONFIG, ENV, EVENTS, METRICS, SAMPLES
+from ppomax.rundir import CONFIG, ENV, EVENTS, HELDOUT, METRICS, SAMPLES
 
 STAGES = ("sft", "reward", "ppo", "eval")
 REPORT = "report.json"
@@ -45,6 +45,10 @@ class RunData:
     """An evaluation's own record, where there is one."""
     notes: tuple[str, ...]
     """What could not be read, for the reader of the report."""
+    abandoned: Series = field(default_factory=dict)
+    """The series of rows that rollbacks left behind."""
+    heldout: list[Row] = field(default_factory=list)
+    """Scores of the tracked prompts, one row per round, without abandoned ones."""
 
 
 def read_runs(path: Path) -> list[RunData]:
@@ -80,7 +84,10 @@ def read_run(path: Path) -> RunData:
     report = _read_object(path / REPORT, notes)
     if report is not None and report.get("kind") == "report":
         report = None
-    stage, metrics = _stage(path, metrics, report), _last_attempts(metrics)
+    stage, begins = _stage(path, metrics, report), _begins(metrics)
+    left = [row for row in metrics if _is_abandoned(row, begins)]
+    metrics = _last_attempts(metrics)
+    heldout = [row for row in _read_lines(path / HELDOUT, notes) if _is_step(row.get("step"))]
     return RunData(
         path=path,
         stage=stage,
@@ -88,10 +95,16 @@ def read_run(path: Path) -> RunData:
         env=_read_object(path / ENV, notes) or {},
         metrics=metrics,
         series=_series(stage, metrics),
-        samples=_last_attempt_samples(_read_lines(path / SAMPLES, notes)),
+        samples=[
+            row
+            for row in _last_attempt_samples(_read_lines(path / SAMPLES, notes))
+            if not (_is_step(row.get("step")) and _is_abandoned(row, begins))
+        ],
         events=_read_lines(path / EVENTS, notes),
         report=report,
         notes=tuple(notes),
+        abandoned=_series(stage, left),
+        heldout=[row for row in heldout if not _is_abandoned(row, begins)],
     )
 
 
@@ -205,9 +218,15 @@ def _attempt(row: Row) -> float:
 
 
 def _last_attempts(rows: list[Row]) -> list[Row]:
-    """Of each step the rows of its last attempt, joined to one."""
+    """Of each step the rows of its last attempt, joined to one.
+
+    Steps that a later attempt has not come to yet are left out too: that stretch was abandoned.
+    """
     joined: dict[tuple[str, float], Row] = {}
+    begins = _begins(rows)
     for row in rows:
+        if _is_abandoned(row, begins):
+            continue
         place = (str(row.get("stage", "")), float(row["step"]))
         before = joined.get(place)
         if before is None or _attempt(row) > _attempt(before):
@@ -215,6 +234,24 @@ def _last_attempts(rows: list[Row]) -> list[Row]:
         elif _attempt(row) == _attempt(before):
             joined[place] = {**before, **row}
     return sorted(joined.values(), key=lambda row: float(row["step"]))
+
+
+def _begins(rows: list[Row]) -> dict[tuple[str, float], float]:
+    """The first step of each attempt of each stage."""
+    found: dict[tuple[str, float], float] = {}
+    for row in rows:
+        key, step = (str(row.get("stage", "")), _attempt(row)), float(row["step"])
+        found[key] = min(found.get(key, step), step)
+    return found
+
+
+def _is_abandoned(row: Row, begins: Mapping[tuple[str, float], float]) -> bool:
+    """Whether a later attempt went back to this step or before it."""
+    stage, own, step = str(row.get("stage", "")), _attempt(row), float(row["step"])
+    return any(
+        name == stage and attempt > own and first <= step
+        for (name, attempt), first in begins.items()
+    )
 
 
 def _series(stage: str, rows: list[Row]) -> Series:

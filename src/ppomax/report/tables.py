@@ -128,7 +128,9 @@ def event_rows(run: RunData, text_limit: int) -> list[dict[str, Any]]:
             {
                 key: number(value) if isinstance(value, float) else value
                 for key, value in row.items()
-                if key not in EVENT_FIELDS and (key, value) != ("attempt", 0)
+                if key not in EVENT_FIELDS
+                and (key, value) != ("attempt", 0)
+                and not (isinstance(value, list) and listed(value))  # shown as evidence
             }
         )
         text = ", ".join(f"{key}: {value}" for key, value in details.items())
@@ -167,20 +169,56 @@ def pair_samples(report: Mapping[str, Any], limit: int, text_limit: int) -> list
 
 
 def training_samples(run: RunData, limit: int, text_limit: int) -> list[dict[str, Any]]:
-    """Replies of the last logged step."""
-    last = [row for row in run.samples if row.get("step") == run.samples[-1].get("step")]
+    """Replies of the first, the middle and the last logged step, `limit` of each."""
+    steps = list(dict.fromkeys(str(row.get("step")) for row in run.samples))
+    wanted = dict.fromkeys([steps[place] for place in (0, len(steps) // 2, -1)] if steps else [])
     return [
         {
             "id": clip(str(row.get("id", "")), 80),
             "step": row.get("step"),
+            "pick": clip(str(row.get("pick", "")), 20),
             "prompt": turns(row.get("prompt"), text_limit),
             "text": clip(str(row.get("response", "")), text_limit),
             "score": as_number(row.get("score")),
             "length": as_number(row.get("length")),
             "truncated": row.get("truncated") is True,
         }
-        for row in last[:limit]
+        for step in wanted
+        for row in [row for row in run.samples if str(row.get("step")) == step][:limit]
     ]
+
+
+def evidence(run: RunData, text_limit: int) -> list[dict[str, Any]]:
+    """Alarms with what they rest on: signals, since when, replies from before and from now."""
+    return [
+        {
+            "stage": run.stage,
+            "step": row.get("step"),
+            "attempt": as_number(row.get("attempt")) or 0,
+            "level": clip(str(row.get("level", "")), 20),
+            "score": as_number(row.get("score")),
+            "limits": [clip(str(text), 200) for text in row.get("limits") or []],
+            "signals": [
+                {
+                    "signal": clip(str(signal.get("signal", "")), 60),
+                    **{k: as_number(signal.get(k)) for k in ("deviation", "usually", "now")},
+                    "since": as_number(signal.get("since")),
+                }
+                for signal in listed(row.get("signals"))
+            ],
+            "replies": [
+                {
+                    "name": f"{name}, step {reply.get('step')}",
+                    "score": as_number(reply.get("score")),
+                    "text": clip(str(reply.get("response", "")), text_limit),
+                }
+                for name in ("before", "now")
+                for reply in listed(row.get(f"samples_{name}"))
+            ],
+        }
+        for row in run.events
+        if row.get("alarm") == "collapse" and is_alarm(event_name(row))
+    ][:20]
 
 
 def turns(prompt: object, text_limit: int) -> list[dict[str, str]]:

@@ -6,6 +6,7 @@ Pure functions of what was read; every result is ready for JSON.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ppomax.report.judged import judged_verdict
 from ppomax.report.read import (
     ALARMS,
     RunData,
@@ -24,6 +25,15 @@ TRUNCATED_RISE = 0.1
 """So is this much more of the replies without an end (ours)."""
 DISTINCT_FALL = 0.8
 """And distinct bigrams down to this share of the baseline's (ours)."""
+
+FOLLOWS_LENGTH = 0.9
+"""A reward model that prefers the longer answer in so large a share of pairs goes by it (ours)."""
+_RULES = {
+    "longer wins": "the longer answer wins",
+    "shorter wins": "the shorter answer wins",
+    "likelier wins": "the answer likelier under the language model wins",
+    "likelier per token wins": "the answer likelier per token wins",
+}
 
 
 def verdict(stages: Sequence[RunData]) -> dict[str, Any]:
@@ -52,6 +62,7 @@ def policy_verdict(report: Mapping[str, Any]) -> dict[str, Any]:
 
     The proxy is the reward model the policy was trained on; gains on it alone can be gamed.
     """
+    judged = judged_verdict(report)
     scorers = listed(report.get("scorers"))
     held_out = [scorer for scorer in scorers if scorer.get("role") != "proxy"]
     deciding = (held_out or scorers or [{}])[0]
@@ -74,15 +85,29 @@ def policy_verdict(report: Mapping[str, Any]) -> dict[str, Any]:
     kl = as_number(report.get("kl_ref_k3"))
     if kl is not None:
         points.append(f"KL to the reference {number(kl)} nats per token")
+    drift = as_number(report.get("log_ratio_k1"))
+    if drift is not None:
+        points.append(
+            f"Log-ratio to the reference {signed(drift)} nats per token of these replies (no KL: "
+            "they were not drawn from the plain policy)"
+        )
     warnings = _drift(report)
     if gamed:
         warnings.insert(0, "The proxy says better and the held-out scorer does not: over-optimised")
     tone = {1: "good", -1: "bad"}.get(0 if sign is None else sign, "unclear")
+    if judged is not None:  # judges read the replies: their word comes first
+        said = [f"Scorers: {headline}"] if scorers else []
+        return {
+            "headline": judged["headline"],
+            "tone": judged["tone"],
+            "points": judged["points"] + said + points,
+            "warnings": judged["warnings"] + warnings,
+        }
     return {"headline": headline, "tone": tone, "points": points, "warnings": warnings}
 
 
 def preference_verdict(result: Mapping[str, Any]) -> dict[str, Any]:
-    """A reward model on preference pairs: against a coin and against choosing by length."""
+    """A reward model on preference pairs: against a coin, and against rules that need no model."""
     overall = mapping(result.get("accuracy"))
     share, interval = as_number(overall.get("accuracy")), as_interval(overall.get("ci95"))
     headline = (
@@ -92,14 +117,54 @@ def preference_verdict(result: Mapping[str, Any]) -> dict[str, Any]:
     baselines = mapping(result.get("baselines"))
     rates = {name: as_number(mapping(row).get("accuracy")) for name, row in baselines.items()}
     known = {name: rate for name, rate in rates.items() if rate is not None}
-    points = [f"Choosing by length alone, {name}: {percent(rate)}" for name, rate in known.items()]
-    tone, warnings = "unclear", []
+    gains = {
+        str(row.get("baseline")): row
+        for row in listed(result.get("differences"))
+        if row.get("column") == ""
+    }
+    points = [
+        f"By a rule alone, {name}: {percent(rate)}"
+        + (f"; the model is right more often by {_gain(gains[name])}" if name in gains else "")
+        for name, rate in known.items()
+    ]
+    warnings = [
+        f"Not shown to be better than the rule alone that {_RULES.get(name, name)}"
+        for name, rate in known.items()
+        if (_sign(gains[name]) != 1 if name in gains else share is not None and rate >= share)
+    ]
+    fed = [str(note) for note in result.get("warnings") or ()]
+    warnings = [*_follows_length(result), *warnings, *fed]
+    points += [str(note) for note in result.get("notes") or ()]
+    tone = "unclear"
     if interval is not None:
         tone = "good" if interval[0] > 0.5 else "bad" if interval[1] < 0.5 else "unclear"
-    if share is not None and known and max(known.values()) >= share:
-        tone = "unclear" if tone == "good" else tone
-        warnings.append("Choosing by length alone does as well as the model")
+    if warnings and tone == "good":
+        tone = "unclear"
     return {"headline": headline, "tone": tone, "points": points, "warnings": warnings}
+
+
+def _follows_length(result: Mapping[str, Any]) -> list[str]:
+    """Whether the model has learned to prefer the longer (or shorter) answer and little else."""
+    length = mapping(result.get("length"))
+    share = as_number(length.get("longer_preferred_by_model"))
+    if share is None or 1 - FOLLOWS_LENGTH < share < FOLLOWS_LENGTH:
+        return []
+    rates = {str(row.get("longer")): row for row in listed(length.get("when"))}
+    longer, shorter = (
+        percent(as_number(mapping(rates.get(name)).get("accuracy")))
+        for name in ("preferred answer", "other answer")
+    )
+    which, times = ("longer", share) if share > 0.5 else ("shorter", 1 - share)
+    return [
+        f"It follows length: it prefers the {which} answer in {percent(times)} of pairs; it is "
+        f"right in {longer} of those where people prefer the longer answer and in {shorter} of "
+        "those where they prefer the shorter one"
+    ]
+
+
+def _gain(row: Mapping[str, Any]) -> str:
+    interval = as_interval(row.get("ci95"))
+    return f"{percent(as_number(row.get('difference')))}{_bracket(interval, percent)}"
 
 
 def _trend(run: RunData) -> str | None:

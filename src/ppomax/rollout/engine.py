@@ -81,6 +81,18 @@ def build_engine(
     return engine
 
 
+def merge_rollouts(parts: list[Rollout], count: int) -> Rollout:
+    """The ranks' shares (every size-th prompt) back in the order of the prompts."""
+    size = len(parts)
+    places = [divmod(index, size) for index in range(count)]
+    return Rollout(
+        prompts=[parts[rank].prompts[row] for row, rank in places],
+        responses=[parts[rank].responses[row] for row, rank in places],
+        logprobs=[parts[rank].logprobs[row] for row, rank in places],
+        finished=[parts[rank].finished[row] for row, rank in places],
+    )
+
+
 def check_prompts(prompts: list[list[int]], max_positions: float) -> None:
     """Every prompt leaves a position for a reply.
 

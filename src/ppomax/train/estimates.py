@@ -18,14 +18,16 @@ from ppomax.experience import (
     FixedKL,
     missing_eos_scores,
     reparameterize_scores,
+    reparameterize_steps,
     token_rewards,
 )
 from ppomax.masked import masked_whiten
 from ppomax.normalise import RunningMoments
 from ppomax.rollout.engine import Rollout
 from ppomax.train.experience_batch import Experience, Scored
-from ppomax.train.ppo_config import PPOConfig, RewardSettings
+from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.ppo_settings import AdvantageSettings
+from ppomax.train.reward_settings import RewardSettings
 
 
 def normalised_scores(
@@ -34,14 +36,37 @@ def normalised_scores(
     moments: RunningMoments,
     settings: RewardSettings,
 ) -> Float[Tensor, " batch"]:
-    """Eq. 18 with moments that already hold this rollout; then the missing-EOS penalty."""
+    """Eq. 18 with moments that already hold this rollout; then the missing-EOS penalty.
+
+    Where only steps are rewarded the scores are 0 and stay there.
+    """
+    centred = settings.normalise == "standardize" and settings.has_outcome
     result = reparameterize_scores(
         scores,
-        mean=moments.mean if settings.normalise == "standardize" else None,
+        mean=moments.mean if centred else None,
         std=moments.std if settings.normalise is not None else None,
         clip=settings.clip,
     )
     return missing_eos_scores(result, truncated, penalty=settings.missing_eos_penalty)
+
+
+def outcome_scores(scored: Scored, settings: RewardSettings) -> Float[Tensor, " batch"]:
+    """The scores without the step rewards that are in them."""
+    if scored.steps is None:
+        return scored.scores
+    if not settings.has_outcome:
+        return torch.zeros_like(scored.scores)
+    return scored.scores - scored.steps.sum(1)
+
+
+def normalised_steps(
+    scored: Scored, moments: RunningMoments, settings: RewardSettings
+) -> Float[Tensor, "batch response"] | None:
+    """Step rewards in the units of the normalised scores; none where there is no process."""
+    if scored.steps is None:
+        return None
+    std = moments.std if settings.normalise is not None else None
+    return reparameterize_steps(scored.steps, std=std, clip=settings.clip)
 
 
 def estimate(
@@ -55,7 +80,7 @@ def estimate(
     alive = scored.mask.any(1)
     moments.update(scored.scores[alive])
     truncated = ~torch.tensor(rollout.finished, device=scored.scores.device)
-    scores = torch.where(alive, scored.scores, 0.0)
+    scores = torch.where(alive, outcome_scores(scored, config.reward), 0.0)
     scores = normalised_scores(scores, truncated, moments, config.reward)
     mask = scored.mask
     if config.advantage.missing_eos == "drop":
@@ -69,6 +94,7 @@ def estimate(
         scored.ref_logprobs,
         scored.mask,
         kl_coef=float(kl.coef) if in_reward else 0.0,
+        step_rewards=normalised_steps(scored, moments, config.reward),
     )
     found, monte_carlo = credit(rewards, scored, mask, truncated, config)
     return Experience(

@@ -20,7 +20,7 @@ from ppomax.train.actors import Actors
 from ppomax.train.loop import Watched, autocast, rank_micro_batches
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.prompts import Prompt
-from ppomax.train.rewards import call
+from ppomax.train.reward_scores import judge
 
 Plan = list[list[list[int]]]
 """Minibatches (one optimizer step each) of micro-batches of reply indices."""
@@ -43,7 +43,11 @@ class Scored:
     last_values: Float[Tensor, " batch"] | None
     """V after each reply's last token, where replies cut at the limit go on in it."""
     scores: Float[Tensor, " batch"]
-    """nan where a reply was set aside; its mask row is empty."""
+    """Of the outcome and all steps; nan where a reply was set aside: its mask row is empty."""
+    steps: Float[Tensor, "batch response"] | None = None
+    """Raw step rewards, on the tokens where the steps end; None without a process function."""
+    spread: Float[Tensor, " batch"] | None = None
+    """Std over an ensemble's members; None without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,6 @@ def score(
     mask = response_mask(rollout, here.device)
     tables: dict[str, Tensor] = defaultdict(lambda: torch.zeros(mask.shape, device=here.device))
     last_values = torch.zeros(len(rollout.responses), device=here.device)
-    scores = torch.zeros(len(rollout.responses), device=here.device)
     for minibatch in plan:
         for indices, weight in watched(rank_micro_batches(minibatch, here)):
             batch = reply_batch(rollout, indices, actors.pad, here.device)
@@ -126,24 +129,21 @@ def score(
                 flat = _log_probs(batch, actors, config)
                 if actors.critic is not None:
                     flat["values"], last = values_of_replies(actors.critic.model, batch)
-                if actors.reward is not None:
-                    found = actors.reward.scores(batch.input_ids, batch.lengths)
             for name, values in flat.items():
                 table = tables[name]  # on every rank, also where its micro-batch is a filler
                 if weight:
                     table[indices] = unflatten(values, mask[indices])
             if weight and actors.critic is not None:
                 last_values[indices] = last
-            if weight and actors.reward is not None:
-                scores[indices] = found
     tables = {name: sum_tensor(table, here) for name, table in sorted(tables.items())}
-    if actors.scorer is not None:
-        scores = _called_scores(rollout, prompts, actors, config, here)
-    scores = sum_tensor(scores, here)
+    every = [micro for minibatch in plan for micro in minibatch]
+    judged = judge(rollout, prompts, every, actors.rewards, actors.template, config, here)
     bootstrap = config.advantage.missing_eos == "bootstrap"
     return Scored(
-        mask=mask & ~torch.isnan(scores)[:, None],
-        scores=scores,
+        mask=mask & ~torch.isnan(judged.scores)[:, None],
+        scores=judged.scores,
+        steps=judged.steps,
+        spread=judged.spread,
         logprobs=tables["logprobs"],
         plain=tables["plain"],
         entropy=tables["entropy"],
@@ -186,25 +186,3 @@ def exact_kl(rollout: Rollout, actors: Actors, config: PPOConfig, here: World, c
         share = batch.num_targets * weight / num_tokens
         sums.add("kl", float(found.ref_kl.sum()) * weight / num_tokens, share)
     return sums.merged(here)["kl"]
-
-
-def _called_scores(
-    rollout: Rollout, prompts: list[Prompt], actors: Actors, config: PPOConfig, here: World
-) -> Float[Tensor, " batch"]:
-    """The Python function's scores, each rank calling it for its share of the replies."""
-    assert actors.scorer is not None
-    mine = here.share(range(len(rollout.responses)))
-    scores = torch.zeros(len(rollout.responses), device=here.device)
-    if mine:
-        rows = [prompts[index].row for index in mine]
-        found = call(
-            actors.scorer,
-            [row.messages for row in rows],
-            [actors.template.decode(rollout.responses[index]) for index in mine],
-            [row.id for row in rows],
-            [row.meta for row in rows],
-            timeout=config.reward.timeout,
-            retries=config.reward.retries,
-        )
-        scores[mine] = torch.tensor(found, device=here.device)
-    return scores

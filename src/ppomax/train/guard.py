@@ -33,7 +33,10 @@ def without_non_finite(scored: Scored) -> tuple[Scored, dict[int, str]]:
         bad = bad | rows
         for index in rows.nonzero().flatten().tolist():
             defects.setdefault(index, f"non-finite {name}")
-    return replace(scored, mask=mask & ~bad[:, None]), defects
+    steps = scored.steps
+    if steps is not None:
+        steps = torch.where(bad[:, None], 0.0, steps)
+    return replace(scored, mask=mask & ~bad[:, None], steps=steps), defects
 
 
 def contents(experience: Experience, rows: list[int]) -> list[dict[str, object]]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ppomax import checkpoint, distributed, rundir
 from ppomax.config import dump, parse, read_yaml
-from ppomax.data.formats import BadRow
+from ppomax.data.formats import BadRow, count_kinds
 from ppomax.distributed import World, agree, all_max, barrier, gather
 from ppomax.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from ppomax.metrics import as_row
@@ -114,7 +114,7 @@ class StageRun:
             checkpoint.check_room(self.path / "checkpoints", size, copies)
         if self.found is None:
             if self.world.is_main:
-                for name in (rundir.METRICS, rundir.SAMPLES, rundir.EVENTS):
+                for name in rundir.LOGS:
                     rundir.cut_back(self.path / name, {})
             return None
         state = self.found.state
@@ -128,8 +128,8 @@ class StageRun:
         self.skipped_in_a_row = dict(state["skipped_in_a_row"])
         self.saved_at = sum(state["progress"].values())
         if self.world.is_main:
-            for name in (rundir.METRICS, rundir.SAMPLES, rundir.EVENTS):
-                rundir.cut_back(self.path / name, state["progress"])
+            for name in rundir.LOGS:
+                rundir.cut_back(self.path / name, state["progress"], self.attempt)
         barrier(self.world)
         return state
 
@@ -140,6 +140,7 @@ class StageRun:
         state: dict[str, Any],
         progress: Mapping[str, int],
         more: Mapping[str, Mapping[str, Tensor]] | None = None,
+        keep: Sequence[int] = (),
     ) -> None:
         """Write a checkpoint (collective: sharded tensors are gathered).
 
@@ -147,6 +148,7 @@ class StageRun:
             step: number in the directory's name.
             progress: last logged step of each stage name; rows past it are cut on resume.
             more: further groups of tensors.
+            keep: numbers of checkpoints that stay beside the newest.
         """
         began = time.monotonic()
         groups: dict[str, Mapping[str, Tensor]] = dict(more or {})
@@ -164,14 +166,14 @@ class StageRun:
             where = {"number": step}  # counts critic rollouts too; the row's step is its stage's
             row = self._event_row("checkpoint", progress[self.stage], where)
             if self._writer is None:
-                self._write(step, groups, state, row)
+                self._write(step, groups, state, row, keep)
             else:
                 self._writer.wait()
                 copied = {  # training changes the tensors while they are written
                     name: {key: value.clone() for key, value in tensors.items()}
                     for name, tensors in groups.items()
                 }
-                self._writer.start(lambda: self._write(step, copied, state, row))
+                self._writer.start(lambda: self._write(step, copied, state, row, keep))
         barrier(self.world)
         self.saved_at = sum(progress.values())
         self.save_seconds = time.monotonic() - began
@@ -182,14 +184,21 @@ class StageRun:
         groups: Mapping[str, Mapping[str, Tensor]],
         state: dict[str, Any],
         row: dict[str, Any],
+        keep: Sequence[int],
     ) -> None:
         """On rank 0: rows first, so that a checkpoint never knows of steps the rows do not."""
-        for name in (rundir.METRICS, rundir.SAMPLES, rundir.EVENTS):
+        for name in rundir.LOGS:
             rundir.sync(self.path / name)
         root, kept = self.path / "checkpoints", self.config.checkpoint
         checkpoint.save(root, step, groups, state)
-        checkpoint.prune(root, kept.keep_last, kept.keep_best or 0)
+        checkpoint.prune(root, kept.keep_last, kept.keep_best or 0, keep)
         rundir.append_jsonl(self.path / rundir.EVENTS, [row])
+
+    def written(self) -> None:
+        """Until every checkpoint is on the disk (collective); raises what its write raised."""
+        if self._writer is not None:
+            self._writer.wait()
+        barrier(self.world)
 
     def log(self, step: int, values: Mapping[str, float], *, total: int) -> None:
         """One row of metrics.jsonl, checked against the declarations; rank 0 writes.
@@ -210,28 +219,37 @@ class StageRun:
 
     def event(self, kind: str, *, step: int, **fields: object) -> None:
         """One row of events.jsonl, and a line on the terminal."""
+        text = ", ".join(f"{key} {value}" for key, value in fields.items())
+        self.record(kind, text, step=step, **fields)
+
+    def record(self, kind: str, text: str, *, step: int, **fields: object) -> None:
+        """An event whose line on the terminal is the text: its fields are too long for one."""
         if self.world.is_main:
             row = self._event_row(kind, step, fields)
             rundir.append_jsonl(self.path / rundir.EVENTS, [row])
-            self.progress.say(
-                f"{kind}: " + ", ".join(f"{key} {value}" for key, value in fields.items())
-            )
+            self.progress.say(f"{kind}: {text}")
 
-    def set_aside(self, rows: Sequence[BadRow]) -> None:
-        """Rows of the data that are not used: one event each, one line on the terminal."""
-        if self.world.is_main and rows:
+    def set_aside(self, bad: Sequence[BadRow], notes: Sequence[str] = ()) -> None:
+        """Rows of the data that are not used and what else there is to know of it.
+
+        One event each; on the terminal the rows' counts by kind and the first of them.
+        """
+        for note in notes:
+            self.event("data_warning", step=0, note=note)
+        if self.world.is_main and bad:
             found = [
                 self._event_row(
                     "quarantined_row",
                     0,
                     {"where": row.where, "defect": row.kind, "reason": row.reason},
                 )
-                for row in rows
+                for row in bad
             ]
             rundir.append_jsonl(self.path / rundir.EVENTS, found)
-            first = f"{rows[0].where} {rows[0].kind} ({rows[0].reason})"
-            more = f" and {len(rows) - 1} more, see events.jsonl" if len(rows) > 1 else ""
-            self.progress.say(f"set aside: {first}{more}")
+            self.progress.say(
+                f"set aside {len(bad)} rows ({count_kinds(bad)}), see events.jsonl; the first: "
+                f"{bad[0].where} ({bad[0].reason})"
+            )
 
     def _event_row(self, kind: str, step: int, fields: Mapping[str, object]) -> dict[str, Any]:
         seconds = round(time.monotonic() - self.started, 3)

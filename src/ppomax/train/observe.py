@@ -35,6 +35,8 @@ def observe(experience: Experience, config: PPOConfig) -> dict[str, float]:
         "advantage/std": unbiased_std(moments),
     }
     values |= critic_metrics(experience) | reference_metrics(scored)
+    if scored.spread is not None:
+        values["reward/ensemble_std"] = float(scored.spread[alive].mean())
     if config.kl is not None:
         values["kl/coef"] = experience.kl_coef
     if experience.exact_kl is not None:
@@ -147,15 +149,16 @@ def sample_rows(
     step: int,
     attempt: int,
 ) -> list[dict[str, Any]]:
-    """The first few replies with their scores."""
+    """A few replies with their scores: any, and of three or more the best and the worst scored."""
     rows = []
-    for index in range(min(count, len(prompts))):
+    for index, pick in picked(experience.scored.scores.tolist()[: len(prompts)], count):
         score = float(experience.scored.scores[index])
         rows.append(
             {
                 "stage": "ppo",
                 "step": step,
                 "attempt": attempt,
+                "pick": pick,
                 "id": prompts[index].row.id,
                 "prompt": list(prompts[index].row.messages),
                 "response": actors.template.decode(experience.rollout.responses[index]),
@@ -165,6 +168,16 @@ def sample_rows(
             }
         )
     return rows
+
+
+def picked(scores: Sequence[float], count: int) -> list[tuple[int, str]]:
+    """Places of the replies to show and why: the first ones (prompts are shuffled), best, worst."""
+    known = [index for index, score in enumerate(scores) if math.isfinite(score)]
+    if count >= len(scores) or count < 3 or not known:
+        return [(index, "random") for index in range(min(count, len(scores)))]
+    best, worst = (choose(known, key=lambda index: scores[index]) for choose in (max, min))
+    rest = [index for index in range(len(scores)) if index not in (best, worst)]
+    return [*((index, "random") for index in rest[: count - 2]), (best, "best"), (worst, "worst")]
 
 
 def _mean(values: list[float]) -> float:

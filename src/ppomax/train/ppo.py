@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ppomax.checkpoint import Checkpoint
 from ppomax.data.batching import plan_micro_batches
 from ppomax.distributed import World, gather, state_on_main
 from ppomax.errors import TrainingError
@@ -16,8 +17,8 @@ from ppomax.metrics import MetricSums
 from ppomax.models.export import Card, export_policy
 from ppomax.models.language import LanguageModel
 from ppomax.normalise import RunningMoments
-from ppomax.rollout.engine import Rollout
-from ppomax.train.actors import Actors, load_actors
+from ppomax.rollout.engine import Rollout, merge_rollouts
+from ppomax.train.actors import Actors, check_entropy, load_actors
 from ppomax.train.buffer import pack, unpack
 from ppomax.train.controllers import kl_controller, penalty_controller
 from ppomax.train.estimates import estimate
@@ -36,8 +37,12 @@ from ppomax.train.observe import observe, sample_rows, timing
 from ppomax.train.position import Position
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.prompts import Prompt, PromptStream, TextStream, load_stream, reply_seeds
+from ppomax.train.recovery import begin_watch, judge, roll_back, take_best, track
+from ppomax.train.shape import ScoreShape
 from ppomax.train.stopping import StopAsked
+from ppomax.train.tracking import Tracker
 from ppomax.train.update import Updating, update_critic, update_policy
+from ppomax.train.watching import Verdict, Watch
 
 T = TypeVar("T")
 
@@ -82,6 +87,15 @@ class PPO:
         """Where the update stands that is under way."""
         self.current: Experience | None = None
         """What it learns from."""
+        self.shape = ScoreShape()
+        monitor = config.monitor
+        self.watch = Watch(config, monitor, run) if monitor else None
+        track = monitor.track if monitor else None
+        self.tracker = Tracker(config, track, self.actors, here) if track else None
+        self.second: float | None = None
+        """Mean held-out score of the present policy by the second scorer, where it has one."""
+        self.stopped = False
+        """Whether the monitor ended training."""
         self._restore()
         fresh = run.found is None
         if fresh:
@@ -103,7 +117,8 @@ class PPO:
     def train(self) -> None:
         """All PPO iterations from where the run stands."""
         self.run.stage = "ppo"
-        while self.iteration < self.config.iterations:
+        begin_watch(self)
+        while self.iteration < self.config.iterations and not self.stopped:
             step = self.iteration + 1
             at, prompts, experience, plan = self.begin("ppo", step)
             self.buffer = [experience, *self.buffer][: self.config.buffer_iterations]
@@ -111,6 +126,9 @@ class PPO:
                 self.update(at, plan, step)
                 self.actors.engine.sync(self.policy.lm)
             values = observe(experience, self.config) | at.sums.merged(self.here)
+            first = step == 1 and self.run.attempt == 0
+            values |= self.shape.measure(experience, values, unchanged=first)
+            values |= track(self, step)
             passes = self.config.epochs * len(self.buffer)
             values |= timing(self.seconds, experience, passes, self.here)
             self.kl.update(self._kl_in_unit(values), self.config.replies)
@@ -127,7 +145,7 @@ class PPO:
                     attempt=self.run.attempt,
                 )
                 self.run.samples(rows)
-            self._save_if_due(step == self.config.iterations)
+            self._end_of_iteration(judge(self, experience, prompts, values, step), step)
         self.run.all_saved()
 
     def begin(self, stage: str, step: int) -> tuple[Position, list[Prompt], Experience, Plan]:
@@ -146,7 +164,7 @@ class PPO:
         try:
             prompts, experience, plan = self.collect(stage, step)
         except StopAsked:
-            raise self.run.stopped(self.steps, self._save) from None
+            raise self.run.stopped(self.number, partial(self.save, due=False)) from None
         self.at, self.current = Position(stage, seconds=dict(self.seconds)), experience
         return self.at, prompts, experience, plan
 
@@ -215,9 +233,18 @@ class PPO:
 
     def update(self, at: Position, plan: Plan, step: int) -> None:
         """Every epoch's optimizer steps; the first pass follows the plan that was scored."""
-        config = self.config
-        now = self.updating(step, at.sums)
-        number = 0
+        self._steps(self.updating(step, at.sums), at, plan, step)
+        if self.penalty is not None:
+            at.sums.add("policy/penalty_coef", self.penalty.coef, 1.0)
+            self.penalty.update(at.kl)
+
+    def _steps(self, now: Updating, at: Position, plan: Plan, step: int) -> None:
+        """Optimizer steps, less those taken before, until the plan or `target_kl` ends them.
+
+        The KL of replies from earlier iterations is to the policy that wrote them, and begins
+        above 0: `target_kl` and the penalty's target are held against the newest rollout alone.
+        """
+        config, number = self.config, 0
         for epoch, age, experience in self._passes():
             if epoch or age:
                 plan = plan_updates(experience.rollout, config, self.here, "ppo", step, epoch, age)
@@ -227,16 +254,13 @@ class PPO:
                 critic = partial(update_critic, clip=config.loss.value_clip)
                 for step_of in [policy] + ([critic] if self.actors.critic is not None else []):
                     if number >= at.taken:
-                        kl = self._take(now, at, step_of, experience, minibatch)
-                        at.kl = at.kl if kl is None else kl
+                        self._take(now, at, step_of, experience, minibatch, newest=age == 0)
                     number += 1
-                if config.loss.target_kl is not None and at.kl > config.loss.target_kl:
+                limit = config.loss.target_kl
+                if limit is not None and number >= at.taken and at.kl > limit:
                     where = {"epoch": epoch, "minibatch": place}
                     self.run.event("target_kl", step=step, kl=at.kl, **where)
                     return
-        if self.penalty is not None:
-            at.sums.add("policy/penalty_coef", self.penalty.coef, 1.0)
-            self.penalty.update(at.kl)
 
     def _take(
         self,
@@ -245,8 +269,13 @@ class PPO:
         step_of: Callable[[Updating, Experience, list[list[int]]], float | None],
         experience: Experience,
         minibatch: list[list[int]],
-    ) -> float | None:
+        *,
+        newest: bool = True,
+    ) -> None:
         """One optimizer step, whole or not at all; after a signal, the run's last.
+
+        Args:
+            newest: the replies are this iteration's, so that its KL is the update's.
 
         Raises:
             Interrupted: a signal came; the checkpoint says how many steps were taken.
@@ -257,18 +286,16 @@ class PPO:
             at.sums.reset(before)
             return step_of(now, experience, self._cut(experience, minibatch))
 
-        kl: float | None = None
         try:
             kl = self._fitted(now.step, attempt)
             at.taken += 1
+            at.kl = kl if newest and kl is not None else at.kl
         except StopAsked:
             at.sums.reset(before)
-            for part in self._trained():
+            for part in self.trained():
                 part.drop_gradients()
         if self.run.stop_asked():
-            at.kl = at.kl if kl is None else kl
-            raise self.run.stopped(self.steps + 1, self._save, within=True)
-        return kl
+            raise self.run.stopped(self.number + 1, self.save, within=True)
 
     def _cut(self, experience: Experience, minibatch: list[list[int]]) -> list[list[int]]:
         """The minibatch as planned; in smaller pieces where memory did not suffice for those."""
@@ -288,7 +315,7 @@ class PPO:
                 self.config = self.config.model_copy(update={"micro_tokens": micro_tokens})
             return work()
 
-        return fitted(self.run, self._trained(), step, sized)
+        return fitted(self.run, self.trained(), step, sized)
 
     def updating(self, step: int, sums: MetricSums) -> Updating:
         """What this iteration's optimizer steps are made with."""
@@ -297,6 +324,7 @@ class PPO:
         if settings.entropy_fraction is not None:
             assert self.first_entropy is not None
             threshold = settings.entropy_fraction * self.first_entropy
+            check_entropy("entropy_fraction", threshold, len(self.actors.template.tokenizer))
         return Updating(
             self.actors,
             self.config,
@@ -320,17 +348,19 @@ class PPO:
         self.run.stage = "critic"
         while settings is not None and not self.critic_ready:
             step = self.critic_rollouts + 1
-            at, _, experience, plan = self.begin("critic", step)
+            at, prompts, experience, plan = self.begin("critic", step)
             values = observe(experience, self.config)
             wanted = settings.explained_variance
             enough = wanted is not None and values["value/explained_variance"] >= wanted
             with self.clock("update"):
                 self.fit_critic(at, plan, experience, step, settings.epochs)
+            values |= self.shape.measure(experience, values, unchanged=True)
             values |= at.sums.merged(self.here)
             values |= timing(self.seconds, experience, settings.epochs, self.here)
             self.critic_rollouts, self.at, self.current = step, None, None
             self.critic_ready = enough or step >= settings.max_rollouts
             self.run.log(step, values, total=settings.max_rollouts)
+            judge(self, experience, prompts, values, step)
             if self.critic_ready:
                 assert self.actors.critic is not None
                 self.actors.critic.step_count = 0
@@ -354,6 +384,11 @@ class PPO:
                 number += 1
 
     # --- state --------------------------------------------------------------------------------
+
+    @property
+    def number(self) -> int:
+        """Iterations and critic rollouts that are over; what a checkpoint is numbered by."""
+        return self.iteration + self.critic_rollouts
 
     @property
     def policy(self) -> LanguageModel:
@@ -386,23 +421,40 @@ class PPO:
             return None
         return exact_kl(rollout, self.actors, self.config, self.here, count)
 
-    def _trained(self) -> list[Trainable[Any]]:
+    def trained(self) -> list[Trainable[Any]]:
+        """What a checkpoint holds the weights of."""
         critic = self.actors.critic
         return [self.actors.policy, *([critic] if critic is not None else [])]
 
-    @property
-    def steps(self) -> int:
-        """Iterations and critic rollouts that are over."""
-        return self.iteration + self.critic_rollouts
+    def _end_of_iteration(self, verdict: Verdict, step: int) -> None:
+        """Go on, end, or go back (docs/monitors.md)."""
+        if verdict == "rollback":
+            roll_back(self)
+            return
+        if verdict == "stop":
+            self.stopped = True
+            self.run.event("monitor_stop", step=step, iterations=self.config.iterations)
+        self._save_if_due(self.stopped or step == self.config.iterations)
 
     def _save_if_due(self, last: bool) -> None:
+        candidate = self.second is not None
+        due = last or candidate or self.number % self.config.checkpoint.every == 0
         if self.run.stop_asked() and not (last and self.iteration):
-            raise self.run.stopped(self.steps, self._save)
-        if last or self.steps % self.config.checkpoint.every == 0:
-            self._save()
+            raise self.run.stopped(self.number, partial(self.save, due=due))
+        if due:
+            self.save()
 
-    def _save(self) -> None:
-        """Everything that is state; inside an update also its replies and the place in it."""
+    def save(self, *, due: bool = True) -> None:
+        """Everything that is state; inside an update also its replies and the place in it.
+
+        Args:
+            due: saved in an undisturbed run too: only such a state may be gone back to or exported.
+        """
+        within = self.at is not None
+        keep = []
+        if self.watch is not None:
+            number = self.number if due and not within else None
+            keep = self.watch.checkpointed(number, self.second)
         state: dict[str, Any] = {
             "iteration": self.iteration,
             "critic_rollouts": self.critic_rollouts,
@@ -412,8 +464,12 @@ class PPO:
             "kl": self.kl.state_dict(),
             "penalty": None if self.penalty is None else self.penalty.state_dict(),
             "first_entropy": self.first_entropy,
-            "quality": self.score_mean if self.at is None else None,
+            "quality": None if within else self.score_mean,
             "update": None if self.at is None else self.at.state(self.here),
+            "shape": self.shape.state_dict(),
+            "watch": self.watch.state_dict() if self.watch else None,
+            "sft": self.tracker.sft if self.tracker else None,
+            "stopped": self.stopped,
         }
         kept = self.buffer[: self.config.buffer_iterations - 1]
         more = {}
@@ -421,22 +477,27 @@ class PPO:
             more["current"] = pack(self.current)
             kept = self.buffer[1:] if self.at.stage == "ppo" else self.buffer
         self.run.save(
-            self.steps + (self.at is not None),
-            self._trained(),
+            self.number + within,
+            self.trained(),
             state,
             {"ppo": self.iteration, "critic": self.critic_rollouts},
             more | {f"buffer_{age}": pack(experience) for age, experience in enumerate(kept)},
+            keep,
         )
 
     def _restore(self) -> None:
-        state = self.run.restore(self._trained())
-        if state is None or self.run.found is None:
-            return
-        found = self.run.found
+        self.run.restore(self.trained())
+        if self.run.found is not None:
+            self.take(self.run.found)
+
+    def take(self, found: Checkpoint) -> None:
+        """Go on from a checkpoint whose weights are in place."""
+        state = found.state
         self.buffer = [
             unpack(found.tensors(f"buffer_{age}"), self.here.device)
             for age in range(found.count("buffer_"))
         ]
+        self.at, self.current = None, None
         if state["update"] is not None:
             self.at = Position.of(state["update"], self.here)
             self.current = unpack(found.tensors("current"), self.here.device)
@@ -447,10 +508,18 @@ class PPO:
         self.taken, self.critic_ready = state["taken"], state["critic_ready"]
         self.moments.load_state_dict(state["moments"])
         self.kl.load_state_dict(state["kl"])
+        self.score_mean = state["quality"]
+        self.shape.load_state_dict(state["shape"])
+        if self.watch is not None:
+            self.watch.load_state_dict(state["watch"])
+        if self.tracker is not None:
+            self.tracker.sft = state["sft"]
+        self.stopped, self.second = state["stopped"], None
         self.actors.engine.sync(self.policy.lm)
 
     def export(self) -> None:
-        """Write the policy as a Hugging Face folder."""
+        """Write the policy as a Hugging Face folder: the one the monitors vouch for."""
+        take_best(self)
         state = state_on_main(self.policy.lm, self.here)  # collective
         if self.here.is_main:
             card = Card(
@@ -468,16 +537,5 @@ class PPO:
                 card=card,
                 generation=sampling,
                 state=state,
+                system=self.config.system,
             )
-
-
-def merge_rollouts(parts: list[Rollout], count: int) -> Rollout:
-    """The ranks' shares (every size-th prompt) back in the order of the prompts."""
-    size = len(parts)
-    places = [divmod(index, size) for index in range(count)]
-    return Rollout(
-        prompts=[parts[rank].prompts[row] for row, rank in places],
-        responses=[parts[rank].responses[row] for row, rank in places],
-        logprobs=[parts[rank].logprobs[row] for row, rank in places],
-        finished=[parts[rank].finished[row] for row, rank in places],
-    )

@@ -3,15 +3,15 @@
 A trick is a value and null turns it off; a setting without effect in its combination is an error.
 """
 
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from ppomax.config import Settings
 from ppomax.data.sources import Sources
 from ppomax.models.lora import LoraSettings
 from ppomax.rollout.engine import EngineSettings
 from ppomax.rollout.sampling import SamplingParams
+from ppomax.train.monitor_settings import MonitorSettings
 from ppomax.train.optim import OptimSettings
 from ppomax.train.ppo_settings import (
     GROUPED,
@@ -21,36 +21,8 @@ from ppomax.train.ppo_settings import (
     LossSettings,
     PtxSettings,
 )
+from ppomax.train.reward_settings import RewardSettings
 from ppomax.train.settings import StageSettings
-
-
-class RewardSettings(Settings):
-    """Where scores come from and how they are reparameterized (Zheng et al. 2023, eq. 18)."""
-
-    model: str | None = None
-    """Reward model: a folder or hub id. In `ppomax run` the reward stage fills it in."""
-    callable: str | None = None
-    """`module:function` called with (prompts, responses, ids=..., metadata=...); may be async."""
-    timeout: float = Field(60.0, gt=0)
-    """Seconds a callable may take for one call."""
-    retries: int = Field(2, ge=0)
-    """Further tries after a call failed or ran out of time."""
-    normalise: Literal["standardize", "scale"] | None = "standardize"
-    """By the running mean and std of all scores so far, or the std alone (paper: standardize)."""
-    clip: float | None = Field(10.0, gt=0)
-    """Bound on the reparameterized score (released code: 10, relaxed; paper tried 0.3 and 0.8)."""
-    missing_eos_penalty: float | None = Field(None, gt=0)
-    """Taken from the reparameterized score of a reply cut at the length limit (ours)."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if self.model is not None and self.callable is not None:
-            raise ValueError("give model or callable, not both")
-        own = {"timeout": self.timeout != 60.0, "retries": self.retries != 2}
-        idle = [name for name, changed in own.items() if changed]
-        if idle and self.callable is None:
-            raise ValueError(f"{idle[0]} has no effect without callable")
-        return self
 
 
 class PPOConfig(StageSettings):
@@ -87,8 +59,8 @@ class PPOConfig(StageSettings):
     advantage: AdvantageSettings = AdvantageSettings()
     loss: LossSettings = LossSettings()
     critic: str | None = "reward"
-    """What the critic starts from: `reward`, `policy` (random head), a reward-model folder. Null,
-    as are the critic's other settings, where the estimator has no critic."""
+    """What the critic starts from: `reward` (the first reward model), `policy` (random head), a
+    reward-model folder. Null, as are the critic's other settings, where the estimator has none."""
     critic_pretraining: CriticPretraining | None = CriticPretraining()
     """Null: none."""
     ptx: PtxSettings | None = None
@@ -99,6 +71,8 @@ class PPOConfig(StageSettings):
     """Critic (paper: 1.65e-6 for 7B; eps: released code)."""
     lora: LoraSettings | None = None
     """Adapters for policy and critic; the reference is the policy with adapters off."""
+    monitor: MonitorSettings | None = MonitorSettings()
+    """What is watched and what is done when it goes wrong; null: nothing."""
 
     @model_validator(mode="before")
     @classmethod
@@ -151,9 +125,16 @@ class PPOConfig(StageSettings):
                     "critic: null, but advantage.estimator gae needs one; estimators without are "
                     "reinforce, rloo, grpo and reinforce_baseline"
                 )
-            if self.critic == "reward" and self.reward.callable is not None:
+            scored = self.reward.all_callables or self.reward.process
+            if self.critic == "reward" and scored and not self.reward.all_models:
                 raise ValueError(
                     "critic: reward needs a reward model; with a callable set critic to policy"
+                )
+            if self.critic == "reward" and any(m.retokenize for m in self.reward.all_models[:1]):
+                raise ValueError(
+                    "critic: reward needs a reward model with the policy's tokenizer, and the "
+                    "first of reward.models has retokenize; put another first, or set critic to "
+                    "policy"
                 )
             return self
         for name, given in {
@@ -181,6 +162,21 @@ class PPOConfig(StageSettings):
             )
         if self.kl is None and self.reference is not None:
             raise ValueError("reference has no effect with kl: null")
+        return self
+
+    @model_validator(mode="after")
+    def _monitor(self) -> Self:
+        monitor = self.monitor
+        if monitor is None:
+            return self
+        if self.kl is None and monitor.max_kl is not None:
+            raise ValueError("monitor.max_kl needs the reference model; set kl.coef (0 is allowed)")
+        if self.kl is None and monitor.action == "rollback" and monitor.kl_factor is not None:
+            raise ValueError(
+                "monitor.kl_factor has no effect with kl: null; set it to null and give lr_factor"
+            )
+        if monitor.track is not None and monitor.track.data is None and not self.heldout:
+            raise ValueError("monitor.track needs prompts: give track.data or heldout above 0")
         return self
 
     @property

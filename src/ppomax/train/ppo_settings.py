@@ -164,6 +164,11 @@ class LossSettings(Settings):
         for name in ("policy_clip", "dual_clip"):
             if getattr(self, name) is not None:
                 raise ValueError(f"penalty_coef stands in place of a clip; set {name} to null")
+        if self.ratio_to == "reference":
+            raise ValueError(
+                "penalty_coef weighs KL to the sampling policy, which ratio_to: reference leaves "
+                "out of the ratio; for KL to the reference set kl.where: loss"
+            )
         return self
 
 

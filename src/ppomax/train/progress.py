@@ -17,6 +17,8 @@ from rich.progress import (
     Progress as Bar,
 )
 
+from ppomax.visible import visible
+
 SHOWN = {
     "sft": {"loss": "sft/loss", "held-out": "eval/loss", "lr": "sft/lr"},
     "reward": {"loss": "reward/loss", "accuracy": "reward/accuracy", "held-out": "eval/accuracy"},
@@ -70,10 +72,10 @@ class Progress:
             )
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """A line above the bar; what a model or a data file wrote cannot drive the terminal."""
         if self.enabled:
             self.console.print(
-                f"{self.name}: {text}", markup=False, highlight=False, soft_wrap=True
+                f"{self.name}: {visible(text)}", markup=False, highlight=False, soft_wrap=True
             )
 
     def close(self) -> None:

@@ -16,9 +16,10 @@ HARMLESS = (
     "checkpoint",
     "log",
     "engine.slots",
+    "licence",
 )
 """Settings of a stage that may change when it is resumed: what is learned stays the same, up to
-rounding. Everything else is another run."""
+rounding. Everything else is another run (`monitor` too: it can stop or roll back)."""
 
 
 def changed_keys(before: Settings, now: Settings) -> list[str]:

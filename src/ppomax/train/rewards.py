@@ -1,19 +1,22 @@
-"""Scores from a Python function: called with texts, watched by a clock, None sets a reply aside."""
+"""Scores from Python functions: called with texts, watched by a clock, None sets a reply aside."""
 
 import asyncio
 import importlib
 import inspect
 import math
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from collections.abc import Callable, Mapping, Sequence, Set, Sized
+from concurrent.futures import Future, wait
 from typing import Any
+
+import torch
 
 from ppomax.errors import ConfigError, TrainingError
 from ppomax.types import Messages
 
 Scorer = Callable[..., Any]
+LARGEST = torch.finfo(torch.float32).max
+"""Scores are fp32 from here on."""
 
 
 def load_callable(name: str, setting: str) -> Scorer:
@@ -45,39 +48,101 @@ def call(
     timeout: float,
     retries: int,
 ) -> list[float]:
-    """One score per reply; nan where the function gave None.
+    """One score per reply; nan where the function gave None (or nan).
 
     Raises:
-        TrainingError: it failed on every try, or returned something else than one number per reply.
+        TrainingError: it failed on every try, did not end, or returned something else than one
+            number per reply.
     """
-    arguments = ([list(prompt) for prompt in prompts], responses)
+    answer = _answer(
+        "reward callable",
+        scorer,
+        ([list(prompt) for prompt in prompts], responses),
+        {"ids": ids, "metadata": metadata},
+        timeout=timeout,
+        retries=retries,
+    )
+    return _numbers("reward callable", "scores", answer, len(responses))
+
+
+def call_steps(
+    scorer: Scorer,
+    prompts: Sequence[Messages],
+    steps: list[list[str]],
+    ids: list[str],
+    metadata: list[dict[str, Any]],
+    *,
+    timeout: float,
+    retries: int,
+) -> list[list[float]]:
+    """One reward per step of each reply; all nan where the function gave None for the reply.
+
+    Raises:
+        TrainingError: as `call`.
+    """
+    answer = _answer(
+        "process function",
+        scorer,
+        ([list(prompt) for prompt in prompts], steps),
+        {"ids": ids, "metadata": metadata},
+        timeout=timeout,
+        retries=retries,
+    )
+    return [
+        [math.nan] * len(texts)
+        if rewards is None
+        else _numbers("process function", f"step rewards of reply {place}", rewards, len(texts))
+        for place, (rewards, texts) in enumerate(
+            zip(_items("process function", "lists", answer, len(steps)), steps, strict=True)
+        )
+    ]
+
+
+def _answer(
+    name: str,
+    scorer: Scorer,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    *,
+    timeout: float,
+    retries: int,
+) -> object:
+    """What the function returns in time, on the first try that does not fail.
+
+    A late call is abandoned, for a thread cannot be stopped (a coroutine is cancelled). It is not
+    called again before the late call has ended, so two never run side by side.
+    """
+    problem = ""
     for attempt in range(retries + 1):
-        try:
-            found = _started(scorer, arguments, {"ids": ids, "metadata": metadata})
-            return _checked(found.result(timeout), len(responses))
-        except FutureTimeout:
-            problem = f"no answer within {timeout:g} s"
-        except TrainingError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever a user's function raises
+        future = _started(scorer, arguments, keywords, timeout)
+        wait([future], timeout)
+        if future.done():
+            error = future.exception()
+            if error is None:
+                return future.result()
             problem = f"{type(error).__name__}: {error}"
-        if attempt == retries:
+            continue
+        problem = f"no answer within {timeout:g} s"
+        if attempt < retries and not wait([future], timeout).done:
             raise TrainingError(
-                f"reward callable failed {retries + 1} times, last: {problem}; the last checkpoint "
-                "is good"
+                f"{name}: {problem}, and still running {timeout:g} s later; it is abandoned, and "
+                "not called again beside itself; raise ppo.reward.timeout; the last checkpoint is "
+                "good"
             )
-    raise AssertionError("unreachable")
+    raise TrainingError(
+        f"{name} failed {retries + 1} times, last: {problem}; the last checkpoint is good"
+    )
 
 
 def _started(
-    scorer: Scorer, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    scorer: Scorer, arguments: tuple[Any, ...], keywords: dict[str, Any], timeout: float
 ) -> Future[object]:
     """The call's outcome, from a thread that does not keep the process alive if it hangs."""
     future: Future[object] = Future()
 
     def work() -> None:
         try:
-            future.set_result(_run(scorer, arguments, keywords))
+            future.set_result(_run(scorer, arguments, keywords, timeout))
         except BaseException as error:  # noqa: BLE001 - handed to the caller, as a pool would
             future.set_exception(error)
 
@@ -85,24 +150,41 @@ def _started(
     return future
 
 
-def _run(scorer: Scorer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> object:
+def _run(
+    scorer: Scorer, arguments: tuple[Any, ...], keywords: dict[str, Any], timeout: float
+) -> object:
     result = scorer(*arguments, **keywords)
     if inspect.isawaitable(result):
 
-        async def wait() -> object:
-            return await result
+        async def ended() -> object:
+            return await asyncio.wait_for(result, timeout)
 
-        return asyncio.run(wait())
+        return asyncio.run(ended())
     return result
 
 
-def _checked(scores: object, count: int) -> list[float]:
-    if not isinstance(scores, Sequence) or len(scores) != count:
-        size = len(scores) if isinstance(scores, Sequence) else type(scores).__name__
-        raise TrainingError(f"reward callable: {count} scores wanted, found {size}")
-    result = [math.nan if score is None else float(score) for score in scores]
-    if any(math.isinf(score) for score in result):
-        raise TrainingError(
-            "reward callable: an infinite score; give a finite one, or None to set a reply aside"
-        )
-    return result
+def _items(name: str, what: str, answer: object, count: int) -> list[Any]:
+    """A list, array, tensor or any other sequence of `count` things."""
+    plain = getattr(answer, "tolist", None)  # numpy's, torch's and pandas' way out
+    items: Any = plain() if plain is not None else answer
+    unordered = isinstance(items, str | bytes | Mapping | Set) or not isinstance(items, Sized)
+    if unordered or len(items) != count:
+        size = type(answer).__name__ if unordered else len(items)
+        raise TrainingError(f"{name}: {count} {what} wanted, found {size}")
+    return list(items)
+
+
+def _numbers(name: str, what: str, answer: object, count: int) -> list[float]:
+    """One number each; nan for None."""
+    numbers = []
+    for item in _items(name, what, answer, count):
+        try:
+            number = math.nan if item is None else float(item)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise TrainingError(f"{name}: one number each wanted for {what} ({error})") from None
+        if abs(number) > LARGEST:
+            raise TrainingError(
+                f"{name}: an infinite score; give a finite one, or None to set a reply aside"
+            )
+        numbers.append(number)
+    return numbers

@@ -4,25 +4,24 @@ Zheng et al. 2023, §5.1: two epochs, cosine to 10% of the peak.
 """
 
 import math
-from dataclasses import dataclass
+import re
 from pathlib import Path
 
 import torch
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppomax.data.batching import collate, plan_micro_batches, token_batches
-from ppomax.data.formats import BadRow
-from ppomax.data.sources import Sources, load_sft, split_by_prompt
+from ppomax.data.batching import collate, derived_seed, plan_micro_batches
+from ppomax.data.sources import load_sft
 from ppomax.data.template import ChatTemplate, Encoded
 from ppomax.distributed import World, state_on_main
-from ppomax.errors import DataError
 from ppomax.losses import lm_loss
 from ppomax.metrics import MetricSums
 from ppomax.models.export import Card, export_policy
 from ppomax.models.language import LanguageModel, freeze_embeddings, place
-from ppomax.models.load import load_policy, load_tokenizer
-from ppomax.models.lora import LoraSettings, add_lora
+from ppomax.models.load import licence_of, load_policy, load_tokenizer
+from ppomax.models.lora import add_lora
+from ppomax.rollout import EngineSettings, SamplingParams, build_engine
 from ppomax.train.loop import (
     StageRun,
     Trainable,
@@ -33,42 +32,23 @@ from ppomax.train.loop import (
     rank_micro_batches,
 )
 from ppomax.train.optim import OptimSettings
-from ppomax.train.settings import StageSettings
-from ppomax.train.stepping import run_steps
+from ppomax.train.supervised import Fitted, StageData, SupervisedSettings, build_data, fit
 from ppomax.types import SFTRow
 
+SFTData = StageData[SFTRow, Encoded]
+SAMPLING = SamplingParams(temperature=0.8, top_p=0.9, repetition_penalty=1.1, max_new_tokens=64)
+"""How replies for the log are drawn: Zheng et al. 2023, section 6.1; their length is ours."""
 
-class SFTConfig(StageSettings):
+
+class SFTConfig(SupervisedSettings):
     """Teach the model to answer as the dialogues do."""
 
-    data: Sources
-    """Dialogues; preference files give their preferred answers."""
-    heldout: float = Field(0.1, ge=0, lt=1)
-    """Share of prompts held out for `eval/loss`; the same share as `reward` holds out the same."""
     epochs: int = Field(2, ge=1)
     """Passes over the data (paper: 2)."""
-    max_steps: int | None = Field(None, ge=1)
-    """Stop after this many optimizer steps."""
-    batch_tokens: int = Field(16384, ge=1)
-    """Tokens per optimizer step, over all ranks."""
-    eval_every: int = Field(20, ge=1)
-    """Steps between held-out evaluations."""
+    eval_by: str | None = "lang"
+    """Column by whose values held-out perplexity is given too, where rows have it."""
     optim: OptimSettings = OptimSettings(lr=9.5e-6, schedule="cosine", warmup=0.03, floor=0.1)
     """Learning rate: the paper's 9.5e-6 is for 7B; small models need more."""
-    lora: LoraSettings | None = None
-    """Train adapters on a frozen model; null trains all weights."""
-
-
-@dataclass(frozen=True, slots=True)
-class SFTData:
-    """Encoded dialogues and the batches of every step."""
-
-    train: list[Encoded]
-    heldout: list[Encoded]
-    steps: list[list[int]]
-    """Indices into `train`, one list per optimizer step, epoch after epoch."""
-    bad: list[BadRow]
-    """Rows set aside."""
 
 
 def encode_dialogue(row: SFTRow, template: ChatTemplate, max_length: int) -> Encoded | None:
@@ -84,37 +64,13 @@ def load_data(config: SFTConfig, template: ChatTemplate) -> SFTData:
     Raises:
         DataError: no dialogue fits `max_length`.
     """
-    loaded = load_sft(config.data, max_bad_rows=config.max_bad_rows)
-    split = split_by_prompt(loaded.rows, config.heldout)
-    bad = list(loaded.bad)
-    train, heldout = (encode_fitting(rows, template, config.max_length, bad) for rows in split)
-    if not train:
-        raise DataError(f"setting max_length: no dialogue fits {config.max_length} tokens")
-    lengths = [len(encoded.ids) for _, encoded in train]
-    steps: list[list[int]] = []
-    for epoch in range(config.epochs):
-        order = loaded.order_of([row for row, _ in train], config.seed, epoch)
-        steps += token_batches(order, lengths, config.batch_tokens)
-    return SFTData(
-        [encoded for _, encoded in train],
-        [encoded for _, encoded in heldout],
-        steps[: config.max_steps],
-        bad,
+    return build_data(
+        config,
+        load_sft(config.data, max_bad_rows=config.max_bad_rows),
+        lambda row: encode_dialogue(row, template, config.max_length),
+        lambda encoded: len(encoded.ids),
+        "dialogue",
     )
-
-
-def encode_fitting(
-    rows: list[SFTRow], template: ChatTemplate, max_length: int, bad: list[BadRow]
-) -> list[tuple[SFTRow, Encoded]]:
-    """The rows that fit, encoded; the others are added to `bad`."""
-    found = []
-    for row in rows:
-        encoded = encode_dialogue(row, template, max_length)
-        if encoded is None:
-            bad.append(BadRow(row.where, "too-long", f"does not fit max_length {max_length}"))
-        else:
-            found.append((row, encoded))
-    return found
 
 
 def train_sft(config: SFTConfig, *, resume: bool = False) -> Path:
@@ -139,7 +95,7 @@ def _train(config: SFTConfig, here: World, run: StageRun) -> Path:
     policy = Trainable("policy", model, config.optim, len(data.steps), here)
     state = run.restore([policy])
     if state is None:
-        run.set_aside(data.bad)
+        run.set_aside(data.bad, data.notes)
     pad = int(tokenizer.pad_token_id)
 
     def train(step: int, micro_tokens: int) -> dict[str, float]:
@@ -147,17 +103,13 @@ def _train(config: SFTConfig, here: World, run: StageRun) -> Path:
         sized = config.model_copy(update={"micro_tokens": micro_tokens})
         return train_step(policy, rows, pad, sized, here, run, step + 1)
 
-    run_steps(
-        run,
-        policy,
-        state,
-        len(data.steps),
-        train=train,
-        judge=lambda: evaluate(model, data.heldout, pad, config, here, run.watched),
-        judge_every=config.eval_every,
-        quality=lambda found: -found["eval/loss"],
-    )
-    _export(config, lm, tokenizer, run)
+    def judge(step: int) -> dict[str, float]:
+        found = evaluate(model, data, pad, config, here, run.watched)
+        write_samples(lm, data, template, config, here, run, step)
+        return found
+
+    fitted = fit(run, policy, len(data.steps), config, state, train=train, evaluate=judge)
+    _export(config, lm, tokenizer, run, fitted)
     return run.finish()
 
 
@@ -192,7 +144,7 @@ def train_step(
         contents=lambda: [{"ids": row.ids, "mask": row.mask} for row in rows],
     )
     values = sums.merged(here)
-    values["sft/perplexity"] = math.exp(min(values["sft/loss"], 80.0))
+    values["sft/perplexity"] = perplexity(values["sft/loss"])
     values |= {"sft/grad_norm": norm} if taken else {}
     return values | {"sft/lr": lr, "batch/tokens": float(num_tokens)}
 
@@ -200,34 +152,107 @@ def train_step(
 @torch.no_grad()
 def evaluate(
     model: LanguageModel,
-    rows: list[Encoded],
+    data: SFTData,
     pad: int,
     config: SFTConfig,
     here: World,
     watched: Watched = iter,
 ) -> dict[str, float]:
-    """Held-out NLL per assistant token; nothing without held-out rows."""
+    """Held-out NLL per assistant token and perplexities; nothing without held-out rows."""
+    rows = data.heldout
     if not rows:
         return {}
+    groups = [language_of(row, config.eval_by) for row in data.heldout_rows]
     plan = plan_micro_batches([len(row.ids) for row in rows], config.micro_tokens, here.size)
     sums = MetricSums()
+    for key in sorted({"", *groups}):  # every rank merges the same keys
+        sums.add(key, 0.0, 0.0)
     for indices, weight in watched(rank_micro_batches(plan, here)):
         batch = collate([(rows[i].ids, rows[i].mask) for i in indices], pad, here.device)
         with autocast(here, config.compute_dtype):
             logprobs = model(batch).logprobs
-        sums.add("eval/loss", -float(logprobs.double().sum()) * weight, batch.num_targets * weight)
-    return sums.merged(here)
+        parts = logprobs.double().split([rows[i].num_targets for i in indices])
+        for index, part in zip(indices, parts, strict=True):
+            for key in {"", groups[index]}:
+                sums.add(key, -float(part.sum()) * weight, len(part) * weight)
+    found = sums.merged(here)
+    loss = found.pop("")
+    return {
+        "eval/loss": loss,
+        "eval/perplexity": perplexity(loss),
+        **{f"eval/perplexity_{name}": perplexity(value) for name, value in found.items()},
+    }
+
+
+def language_of(row: SFTRow, column: str | None) -> str:
+    """The row's value in the column, as a metric key writes it; empty where it has none."""
+    value = row.meta.get(column) if column else None
+    return "" if value is None else re.sub("[^a-z0-9]", "_", str(value).lower())
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a mean NLL, kept finite."""
+    return math.exp(min(loss, 80.0))
+
+
+def write_samples(
+    lm: PreTrainedModel,
+    data: SFTData,
+    template: ChatTemplate,
+    config: SFTConfig,
+    here: World,
+    run: StageRun,
+    step: int,
+) -> None:
+    """What the model answers to the first held-out prompts, into samples.jsonl."""
+    chosen = range(min(config.log.samples, len(data.heldout)))
+    if not chosen:
+        return
+    settings = EngineSettings(slots=len(chosen))
+    engine = build_engine(settings, lm, template, here, config.compute_dtype)  # collective
+    if not here.is_main:
+        return
+    rows, prompts = [data.heldout_rows[i] for i in chosen], []
+    for encoded in (data.heldout[i] for i in chosen):
+        start = len(encoded.ids) - encoded.mask[::-1].index(False)
+        prompts.append(encoded.ids[:start])
+    seeds = [derived_seed(config.seed, "sft", row.id) for row in rows]
+    rollout = engine.generate(prompts, SAMPLING, seeds)
+    run.samples(
+        [
+            {
+                "stage": "sft",
+                "step": step,
+                "attempt": run.attempt,
+                "id": row.id,
+                "prompt": list(row.messages[:-1]),
+                "response": template.decode(reply),
+                "wanted": row.messages[-1]["content"],
+                "length": len(reply),
+                "truncated": not done,
+            }
+            for row, reply, done in zip(rows, rollout.responses, rollout.finished, strict=True)
+        ]
+    )
 
 
 def _export(
-    config: SFTConfig, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: StageRun
+    config: SFTConfig,
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    run: StageRun,
+    fitted: Fitted,
 ) -> None:
     state = state_on_main(lm, run.world)  # collective
     if run.world.is_main:
+        licence = config.licence or licence_of(config.model)
         card = Card(
             title="SFT model",
-            summary="Supervised fine-tuning with ppomax.",
+            summary=f"Supervised fine-tuning with ppomax. {fitted.said}",
             source_model=config.model,
             datasets=[source.path for source in config.data],
+            **({"licence": licence} if licence else {}),
         )
-        export_policy(lm, tokenizer, run.path / "export", card=card, state=state)
+        export_policy(
+            lm, tokenizer, run.path / "export", card=card, state=state, system=config.system
+        )

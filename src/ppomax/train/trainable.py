@@ -29,6 +29,8 @@ class Trainable(Generic[M]):
     ) -> None:
         self.name, self.model, self.settings, self.world = name, model, settings, world
         self.total_steps, self.step_count = total_steps, 0
+        self.lr_factor = 1.0
+        """What rollbacks have made of the schedule."""
         self.optimizer = build_optimizer(model, settings)
         self.scale = distributed.loss_scale(model, world)
         self.norms: deque[float] = deque(maxlen=SPIKE_WINDOW)
@@ -40,7 +42,8 @@ class Trainable(Generic[M]):
     @property
     def lr(self) -> float:
         """Rate of the next step."""
-        return learning_rate(self.settings, self.step_count, max(1, self.total_steps))
+        rate = learning_rate(self.settings, self.step_count, max(1, self.total_steps))
+        return rate * self.lr_factor
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradients; losses are sums over a denominator of the whole batch."""
@@ -98,7 +101,10 @@ class Trainable(Generic[M]):
 
     def state(self) -> dict[str, Any]:
         """Counters, for a checkpoint's JSON."""
-        found: dict[str, Any] = {f"{self.name}_steps": self.step_count}
+        found: dict[str, Any] = {
+            f"{self.name}_steps": self.step_count,
+            f"{self.name}_lr_factor": self.lr_factor,
+        }
         if self.settings.spike_z is not None:
             found[f"{self.name}_norms"] = list(self.norms)
         return found
@@ -109,4 +115,6 @@ class Trainable(Generic[M]):
         tensors = found.tensors(f"{self.name}_optimizer")
         checkpoint.load_optimizer_tensors(self.model, self.optimizer, tensors)
         self.step_count = found.state[f"{self.name}_steps"]
+        self.lr_factor = found.state[f"{self.name}_lr_factor"]
+        self.norms.clear()
         self.norms.extend(found.state.get(f"{self.name}_norms", []))

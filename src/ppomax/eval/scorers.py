@@ -1,0 +1,158 @@
+"""Reward models and language models as judges of texts: one is loaded at a time, for all rows."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ppomax.data.batching import collate, plan_micro_batches
+from ppomax.data.template import ChatTemplate
+from ppomax.distributed import World, sum_tensor
+from ppomax.errors import DataError
+from ppomax.eval.best_of_n import Candidates
+from ppomax.eval.statistics import Floats
+from ppomax.models.ensembles import members
+from ppomax.models.export import REWARD_CARD_FILE, RewardCard, read_reward_card
+from ppomax.models.heads import ScalarModel
+from ppomax.models.language import LanguageModel
+from ppomax.models.load import load_policy, load_reward_model, load_tokenizer, resolve
+from ppomax.train.loop import autocast, rank_micro_batches
+from ppomax.train.pairs import Pair, encode_pair
+from ppomax.train.scoring import score_pairs, score_rows
+from ppomax.train.settings import StageSettings
+from ppomax.types import PreferenceRow
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """A reward model to be judged: where it is, how it reads dialogues, what it says of itself."""
+
+    name: str
+    members: list[str]
+    """Folders or ids whose mean score is its score; one but for an ensemble."""
+    template: ChatTemplate
+    card: RewardCard | None
+
+
+def load_judge(name: str, settings: StageSettings) -> Judge:
+    """A reward model's template and card; its weights are loaded when it scores.
+
+    Raises:
+        ModelError: no such model, or a damaged list of members.
+    """
+    place = Path(resolve(name))
+    found = members(str(place)) if place.is_dir() else [name]
+    card = read_reward_card(place) if (place / REWARD_CARD_FILE).is_file() else None
+    tokenizer = load_tokenizer(name, trust_remote_code=settings.trust_remote_code)
+    return Judge(name, found, ChatTemplate(tokenizer, card.system if card else None), card)
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedPairs:
+    """Scores of an evaluation's pairs; of an ensemble the members' mean."""
+
+    chosen: Floats
+    rejected: Floats
+    extra: dict[str, Any]
+    """`ensemble`: number of members and how far they disagree; nothing for one model."""
+
+
+def judge_pairs(
+    judge: Judge, pairs: list[Pair], settings: StageSettings, here: World
+) -> JudgedPairs:
+    """Scores of both answers of each pair."""
+    pad = int(judge.template.tokenizer.pad_token_id)
+    found = []
+    for member in judge.members:
+        model = _scorer(member, settings, here)
+        found.append(torch.stack(score_pairs(model, pairs, pad, settings, here)).double().numpy())
+    scores = np.stack(found)  # members, sides, pairs
+    chosen, rejected = scores.mean(0)
+    if len(found) == 1:
+        return JudgedPairs(chosen, rejected, {})
+    votes = (scores[:, 0] > scores[:, 1]).mean(0)
+    extra = {
+        "members": len(found),
+        "score_std": float(scores.std(0, ddof=1).mean()),
+        "pairs_in_dispute": float(((votes > 0) & (votes < 1)).mean()),
+        "accuracies": (scores[:, 0] > scores[:, 1]).mean(1).tolist(),
+    }
+    return JudgedPairs(chosen, rejected, {"ensemble": extra})
+
+
+def _scorer(name: str, settings: StageSettings, here: World) -> ScalarModel:
+    model = load_reward_model(
+        name,
+        dtype=settings.compute_dtype,
+        init_from_lm=False,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    return model.to(here.device)
+
+
+def encode_for_all(
+    rows: list[PreferenceRow], judges: list[Judge], max_length: int
+) -> list[list[Pair]]:
+    """Of each row that fits every model, its pair in each model's ids."""
+    found = []
+    for row in rows:
+        pairs = [encode_pair(row, judge.template, max_length) for judge in judges]
+        kept = [pair for pair in pairs if pair is not None]
+        if len(kept) == len(judges):
+            found.append(kept)
+    return found
+
+
+@torch.no_grad()
+def log_likelihoods(
+    name: str, rows: list[PreferenceRow], settings: StageSettings, here: World
+) -> tuple[Floats, Floats]:
+    """Log-prob of the preferred and of the other answer under a language model, end included.
+
+    Raises:
+        DataError: a row does not fit `max_length` in its tokens.
+        ModelError: it cannot be loaded as a language model.
+    """
+    trust = settings.trust_remote_code
+    template = ChatTemplate(load_tokenizer(name, trust_remote_code=trust))
+    model = LanguageModel(load_policy(name, dtype=settings.compute_dtype, trust_remote_code=trust))
+    model.to(here.device)
+    pairs = [pair for (pair,) in encode_for_all(rows, [Judge(name, [], template, None)], 2**31)]
+    if max(max(len(p.chosen.ids), len(p.rejected.ids)) for p in pairs) > 2 * settings.max_length:
+        raise DataError(f"{name}: its tokenizer makes the texts twice as long; take another")
+    sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    pad = int(template.tokenizer.pad_token_id)
+    sums = torch.zeros(len(sides), dtype=torch.float64, device=here.device)
+    plan = plan_micro_batches([len(side.ids) for side in sides], settings.micro_tokens, here.size)
+    for indices, weight in rank_micro_batches(plan, here):
+        batch = collate([(sides[i].ids, sides[i].mask) for i in indices], pad, here.device)
+        with autocast(here, settings.compute_dtype):
+            logprobs = model(batch).logprobs.double()
+        parts = logprobs.split([sides[i].num_targets for i in indices])
+        if weight:
+            sums[indices] = torch.stack([part.sum() for part in parts])
+    found = sum_tensor(sums, here).cpu().numpy()
+    return found[: len(pairs)], found[len(pairs) :]
+
+
+def score_candidates(
+    judge: Judge, found: Candidates, settings: StageSettings, here: World
+) -> Floats:
+    """One score per reply, flat; nan where a reply does not fit."""
+    template, ids = judge.template, []
+    for prompt, reply in zip(found.prompts, found.replies, strict=True):
+        answer = template.answer(reply)
+        fitted = template.fit(prompt, settings.max_length - len(answer))
+        ids.append(None if fitted is None else fitted[1] + answer)
+    fitting = [i for i, row in enumerate(ids) if row is not None]
+    rows = [row for row in ids if row is not None]
+    pad = int(template.tokenizer.pad_token_id)
+    scores = np.full(len(ids), np.nan)
+    members = [
+        score_rows(_scorer(member, settings, here), rows, pad, settings, here).double().numpy()
+        for member in judge.members
+    ]
+    scores[fitting] = np.mean(members, axis=0)
+    return scores

@@ -1,0 +1,137 @@
+"""Judges that run here: a reward model, a language model, a Python function."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from ppomax.data.batching import collate, derived_seed, plan_micro_batches
+from ppomax.data.template import ChatTemplate
+from ppomax.distributed import world
+from ppomax.errors import ConfigError, ModelError
+from ppomax.eval.answers import Answer
+from ppomax.eval.asking import Ask
+from ppomax.eval.outcomes import Judged, Side, question_of
+from ppomax.eval.pairs import Pair
+from ppomax.models.load import load_policy, load_reward_model, load_tokenizer, resolve
+from ppomax.rollout import EngineSettings, SamplingParams, build_engine
+from ppomax.train.rewards import load_callable
+
+Keep = Callable[[Ask, Answer], None]
+MICRO_TOKENS = 8192
+CHUNK = 16
+"""Answers of a local judge written side by side, and kept together."""
+
+
+def score_pairs(pairs: Sequence[Pair], model: str) -> list[Judged]:
+    """The reply with the higher score wins; the score is read at the reply's end.
+
+    A reward model reads a dialogue in its own template and tokens, whole: replies are texts here.
+
+    Raises:
+        ModelError: no reward model, or a dialogue longer than its positions.
+    """
+    texts = [(pair, side) for pair in pairs for side in (pair.a.response, pair.b.response)]
+    scores = _scores(texts, model)
+    rows = []
+    for place, pair in enumerate(pairs):
+        a, b = scores[2 * place], scores[2 * place + 1]
+        # Equal replies may differ in the last bits of their scores.
+        side: Side = (
+            "tie" if pair.a.response == pair.b.response or a == b else "a" if a > b else "b"
+        )
+        rows.append(Judged(pair, question_of(pair.kind), side, side, ordered=False))
+    return rows
+
+
+@torch.no_grad()
+def _scores(texts: Sequence[tuple[Pair, str]], name: str) -> list[float]:
+    template = ChatTemplate(load_tokenizer(name))
+    ids = [template.prompt(pair.messages) + template.answer(text) for pair, text in texts]
+    with world() as here:
+        model = load_reward_model(name, init_from_lm=False).to(here.device)
+        limit = getattr(model.config, "max_position_embeddings", None)
+        longest = max(map(len, ids), default=0)
+        if limit is not None and longest > limit:
+            raise ModelError(
+                f"judge reward:{name}: a dialogue has {longest} tokens, the model {limit} positions"
+            )
+        scores = torch.zeros(len(ids))
+        pad = int(template.tokenizer.pad_token_id)
+        for indices in plan_micro_batches([len(row) for row in ids], MICRO_TOKENS):
+            rows = [(ids[i], [False] * len(ids[i])) for i in indices]
+            batch = collate(rows, pad, here.device)
+            scores[indices] = model.scores(batch.input_ids, batch.lengths).float().cpu()
+    found: list[float] = scores.tolist()
+    if not torch.isfinite(scores).all():
+        raise ModelError(f"judge reward:{name}: a score is not finite")
+    return found
+
+
+def ask_local(
+    asks: Sequence[Ask], name: str, max_tokens: int, temperature: float, keep: Keep
+) -> None:
+    """Put the questions to a language model here.
+
+    A question that leaves no room for an answer gets an empty one, which counts as unparsed.
+    """
+    template = ChatTemplate(load_tokenizer(name))
+    prompts = [template.prompt([{"role": "user", "content": ask.text}]) for ask in asks]
+    with world() as here:
+        lm = load_policy(name)
+        limit = int(getattr(lm.config, "max_position_embeddings", 1 << 30))
+        engine = build_engine(EngineSettings(slots=CHUNK), lm, template, here, torch.float32)
+        params = SamplingParams(temperature=temperature, max_new_tokens=max_tokens)
+        fits = [i for i, prompt in enumerate(prompts) if len(prompt) < limit]
+        for i in sorted(set(range(len(asks))) - set(fits)):
+            keep(asks[i], Answer("", len(prompts[i]), 0))
+        for start in range(0, len(fits), CHUNK):
+            part = fits[start : start + CHUNK]
+            seeds = [derived_seed("judge", asks[i].key) for i in part]
+            rollout = engine.generate([prompts[i] for i in part], params, seeds)
+            for i, reply in zip(part, rollout.responses, strict=True):
+                keep(asks[i], Answer(template.decode(reply), len(prompts[i]), len(reply)))
+
+
+def ask_callable(asks: Sequence[Ask], name: str, keep: Keep) -> None:
+    """Put the questions to `function(messages, first, second, *, question, lang)`.
+
+    It returns 1, 2 or "tie"; anything else counts as unparsed.
+
+    Raises:
+        ConfigError: it cannot be imported, or raises.
+    """
+    function = load_callable(name, "judge")
+    for ask in asks:
+        messages = [dict(turn) for turn in ask.pair.messages]
+        try:
+            found = function(
+                messages, ask.first, ask.second, question=ask.question, lang=ask.language
+            )
+        except Exception as error:  # noqa: BLE001 - whatever a user's function raises
+            raise ConfigError(
+                f"judge callable:{name}: {type(error).__name__} on prompt "
+                f"{ask.pair.prompt_id}: {error}"
+            ) from None
+        known = found if isinstance(found, str | int) and not isinstance(found, bool) else ""
+        keep(ask, Answer(f"{ask.mark}: {known}"))
+
+
+def source_of(name: str) -> str:
+    """The text of a judge function's module, so that another version is asked anew."""
+    module = name.partition(":")[0]
+    try:
+        return inspect.getsource(importlib.import_module(module))
+    except (ImportError, OSError, TypeError):
+        return ""
+
+
+def fingerprint(model: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of a model folder's files; empty for a hub id."""
+    folder = Path(resolve(model))
+    if not folder.is_dir():
+        return []
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]

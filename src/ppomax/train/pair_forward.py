@@ -1,0 +1,140 @@
+"""The forward of a micro-batch of pairs: each answer behind its own prompt, or both behind one.
+
+With a shared prompt a row is prompt, preferred answer, other answer. The other answer takes the
+positions of the preferred one and does not see it, so scores and gradients are those of two rows.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ppomax.data.batching import TokenBatch, collate
+from ppomax.distributed import World
+from ppomax.errors import ConfigError
+from ppomax.models.heads import ScalarModel, read_scores
+from ppomax.models.logprobs import token_logprobs
+from ppomax.train.pairs import Pair, stack
+
+WORTH_SHARING = 0.25
+"""Share of a data set's tokens that are second copies of a prompt, above which leaving them out
+was faster on a processor (measured, see docs/LOG.md)."""
+SAME_SCORE = 0.01
+"""Relative difference of a score that bf16 makes by rounding in another order."""
+
+
+class PairOutput(NamedTuple):
+    """What the losses of a micro-batch need."""
+
+    chosen: Float[Tensor, " pairs"]
+    rejected: Float[Tensor, " pairs"]
+    logprobs: Float[Tensor, " tokens"] | None
+    """Of the preferred answers' tokens; None where they are not imitated."""
+
+
+def width(pair: Pair, *, share_prompts: bool) -> int:
+    """Padded tokens of a pair that is alone in its micro-batch."""
+    if share_prompts:
+        return pair.tokens - pair.num_prompt
+    return 2 * max(len(pair.chosen.ids), len(pair.rejected.ids))
+
+
+def forward_pairs(
+    model: ScalarModel,
+    pairs: Sequence[Pair],
+    pad: int,
+    here: World,
+    *,
+    imitate: bool,
+    share_prompts: bool,
+) -> PairOutput:
+    """Scores of both answers, and log-probs of the preferred one."""
+    return (_shared if share_prompts else _apart)(model, pairs, pad, here, imitate)
+
+
+def _apart(
+    model: ScalarModel, pairs: Sequence[Pair], pad: int, here: World, imitate: bool
+) -> PairOutput:
+    batch = stack(pairs, pad, here, imitate=imitate)
+    output = model(batch.input_ids)
+    chosen, rejected = read_scores(output.values, batch.lengths).chunk(2)
+    return PairOutput(chosen, rejected, _logprobs(model, output.hidden, batch, imitate))
+
+
+def _shared(
+    model: ScalarModel, pairs: Sequence[Pair], pad: int, here: World, imitate: bool
+) -> PairOutput:
+    rows = []
+    for pair in pairs:
+        answer = pair.rejected.ids[pair.num_prompt :]
+        rows.append((pair.chosen.ids + answer, pair.chosen.mask + [False] * len(answer)))
+    batch = collate(rows, pad, here.device)
+    positions, mask = _layout(pairs, batch.input_ids.shape[1], here.device)
+    output = model(batch.input_ids, positions, mask)
+    ends = torch.tensor([len(pair.chosen.ids) for pair in pairs], device=here.device)
+    return PairOutput(
+        read_scores(output.values, ends),
+        read_scores(output.values, batch.lengths),
+        _logprobs(model, output.hidden, batch, imitate),
+    )
+
+
+def _layout(pairs: Sequence[Pair], longest: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Position ids [pairs, longest] and the additive mask [pairs, 1, longest, longest]."""
+    slot = torch.arange(longest, device=device)
+    prompt = torch.tensor([[pair.num_prompt] for pair in pairs], device=device)
+    chosen = torch.tensor([[len(pair.chosen.ids)] for pair in pairs], device=device)
+    other = slot >= chosen  # the other answer, and padding behind it
+    positions = torch.where(other, slot - chosen + prompt, slot)
+    preferred = (slot >= prompt) & ~other
+    hidden = (slot[None, :] > slot[:, None]) | (other[:, :, None] & preferred[:, None, :])
+    mask = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf)
+    return positions, mask[:, None]
+
+
+def _logprobs(
+    model: ScalarModel, hidden: Tensor, batch: TokenBatch, imitate: bool
+) -> Tensor | None:
+    if not imitate:
+        return None
+    at = batch.targets[:, 1:]
+    return token_logprobs(
+        hidden[:, :-1][at], model.output_weight(), batch.input_ids[:, 1:][at], entropy=False
+    ).logprobs
+
+
+def settle_sharing(
+    asked: bool | None, model: ScalarModel, pairs: Sequence[Pair], pad: int, here: World
+) -> bool:
+    """Whether prompts are shared: as asked, or where it pays and the architecture allows it.
+
+    Raises:
+        ConfigError: asked for, and the model scores a pair otherwise then.
+    """
+    saved = sum(pair.num_prompt for pair in pairs) / sum(pair.tokens for pair in pairs)
+    if asked is None and (here.device.type != "cpu" or saved < WORTH_SHARING):
+        return False
+    if asked is False:
+        return False
+    gap = _sharing_error(model, pairs[0], pad, here)
+    if gap <= SAME_SCORE:
+        return True
+    if asked is None:
+        return False
+    raise ConfigError(
+        "setting reward.share_prompts: this model scores a pair otherwise when its answers share "
+        f"the prompt (by {gap:.2g}, relative); set it to false"
+    )
+
+
+@torch.no_grad()
+def _sharing_error(model: ScalarModel, pair: Pair, pad: int, here: World) -> float:
+    """How far apart the two ways are, as a share of the score: a model may ignore the mask."""
+    apart, shared = (
+        forward_pairs(model, [pair], pad, here, imitate=False, share_prompts=share)
+        for share in (False, True)
+    )
+    gaps = [(apart.chosen - shared.chosen).abs(), (apart.rejected - shared.rejected).abs()]
+    return float(torch.cat(gaps).max()) / max(1.0, float(apart.chosen.abs()))

@@ -1,0 +1,236 @@
+"""Held-out tracking: the same prompts with the same seeds every few iterations, scored by two.
+
+The proxy is what PPO is trained on; a second scorer, if one is given, PPO never sees, and it alone
+says whether a reply beats the SFT model's.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ppomax import rundir
+from ppomax.data.batching import derived_seed, plan_micro_batches
+from ppomax.data.sources import load_prompts, split_by_prompt
+from ppomax.distributed import World, gather
+from ppomax.errors import ConfigError
+from ppomax.models.heads import ScalarModel
+from ppomax.models.language import LanguageModel
+from ppomax.models.load import load_reward_model
+from ppomax.rollout.engine import Rollout, merge_rollouts
+from ppomax.train.actors import Actors
+from ppomax.train.experience_batch import reply_batch
+from ppomax.train.loop import StageRun, autocast
+from ppomax.train.monitor_settings import TrackSettings
+from ppomax.train.observe import response_metrics, score_metrics
+from ppomax.train.ppo_config import PPOConfig
+from ppomax.train.prompts import Prompt
+from ppomax.train.reward_scores import judge
+from ppomax.train.rewards import Scorer, call, load_callable
+from ppomax.train.shape import wasserstein_1
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One answering of the held-out prompts."""
+
+    rollout: Rollout
+    texts: list[str]
+    scores: list[float]
+    """By the proxy; nan where it gave none."""
+    seconds: list[float] | None
+    """By the second scorer."""
+    nll: list[float]
+    """Summed over each reply's tokens, temperature 1."""
+
+    def rows(self, size: int) -> list[dict[str, float]]:
+        """What a metrics row says of the replies, in groups of `size`: KL is the SFT model's, 0."""
+        found = []
+        for start in range(0, max(1, len(self.texts) - size + 1), size):
+            part = slice(start, start + size)
+            responses = self.rollout.responses[part]
+            scores = torch.tensor([x for x in self.scores[part] if not math.isnan(x)])
+            tokens = sum(map(len, responses))
+            found.append(
+                response_metrics(responses, self.rollout.finished[part])
+                | (score_metrics(scores) if len(scores) else {})
+                | {"policy/perplexity": math.exp(sum(self.nll[part]) / tokens), "kl/ref_k3": 0.0}
+            )
+        return found
+
+
+class Tracker:
+    """The prompts, the scorers and what the SFT model scored."""
+
+    def __init__(
+        self, config: PPOConfig, settings: TrackSettings, actors: Actors, here: World
+    ) -> None:
+        self.config, self.settings, self.actors, self.here = config, settings, actors, here
+        self.prompts = load_tracked(config, settings, actors)
+        self.second_model = _second_model(config, settings, here)
+        self.second: Scorer | None = (
+            load_callable(settings.callable, "ppo.monitor.track.callable")
+            if settings.callable
+            else None
+        )
+        self.sft: dict[str, Any] | None = None
+        """Scores of the SFT model's replies."""
+
+    def answer(self, model: LanguageModel) -> Round:
+        """Each rank writes its share; the same seeds every time."""
+        config, here = self.config, self.here
+        mine = here.share(list(range(len(self.prompts))))
+        local = self.actors.engine.generate(
+            [self.prompts[i].ids for i in mine],
+            config.sampling,
+            [derived_seed(config.seed, "heldout", i) for i in mine],
+        )
+        rollout = merge_rollouts(gather(local, here), len(self.prompts))
+        texts = [self.actors.template.decode(response) for response in rollout.responses]
+        plan = plan_micro_batches(lengths_of(rollout), config.micro_tokens, here.size)
+        sources, template = self.actors.rewards, self.actors.template
+        judged = judge(rollout, self.prompts, plan, sources, template, config, here)
+        scores = judged.scores.tolist()
+        seconds = None
+        if self.second_model is not None or self.second is not None:
+            seconds = self._seconds(rollout, texts)
+        return Round(rollout, texts, scores, seconds, self._nll(rollout, model))
+
+    def measure(self, found: Round) -> dict[str, float]:
+        """Metrics of a round; the first one says what the SFT model scored."""
+        if self.sft is None:
+            self.sft = {"scores": found.scores, "seconds": found.seconds}
+        scores = _known(found.scores)
+        lengths = [len(response) for response in found.rollout.responses]
+        values = {
+            "heldout/length_mean": sum(lengths) / len(lengths),
+            "heldout/perplexity": math.exp(sum(found.nll) / sum(lengths)),
+        }
+        if len(scores):
+            shape = score_metrics(scores)
+            names = ("mean", "p05", "p50", "p95")
+            values |= {f"heldout/score_{name}": shape[f"reward/score_{name}"] for name in names}
+            sft = _known(self.sft["scores"])
+            if len(sft):
+                values["heldout/score_w1"] = wasserstein_1(scores, sft)
+        if found.seconds is not None:
+            values |= against(found.seconds, self.sft["seconds"])
+        return values
+
+    def write(self, found: Round, run: StageRun, step: int) -> None:
+        """One row of heldout.jsonl: every prompt's scores."""
+        if not self.here.is_main:
+            return
+        row = {"stage": "ppo", "step": step, "attempt": run.attempt}
+        row |= {"scores": _ready(found.scores)}
+        if found.seconds is not None:
+            row["seconds"] = _ready(found.seconds)
+        rundir.append_jsonl(run.path / rundir.HELDOUT, [row])
+
+    def _seconds(self, rollout: Rollout, texts: list[str]) -> list[float]:
+        """What the second scorer says, on every rank."""
+        if self.second is not None:
+            rows = [prompt.row for prompt in self.prompts]
+            return call(
+                self.second,
+                [row.messages for row in rows],
+                texts,
+                [row.id for row in rows],
+                [row.meta for row in rows],
+                timeout=self.config.reward.timeout,
+                retries=self.config.reward.retries,
+            )
+        model = self.second_model
+        assert model is not None
+        scores = [math.nan] * len(texts)
+        for indices in self._plan(rollout):
+            batch = reply_batch(rollout, indices, self.actors.pad, self.here.device)
+            with torch.no_grad(), autocast(self.here, self.config.compute_dtype):
+                found = model.scores(batch.input_ids, batch.lengths)
+            for index, score in zip(indices, found.tolist(), strict=True):
+                scores[index] = score
+        return scores
+
+    def _nll(self, rollout: Rollout, model: LanguageModel) -> list[float]:
+        sums = [0.0] * len(rollout.responses)
+        for indices in self._plan(rollout):
+            batch = reply_batch(rollout, indices, self.actors.pad, self.here.device)
+            with torch.no_grad(), autocast(self.here, self.config.compute_dtype):
+                flat = model(batch).plain.cpu()
+            lengths = [len(rollout.responses[index]) for index in indices]
+            for index, part in zip(indices, flat.split(lengths), strict=True):
+                sums[index] = -float(part.double().sum())
+        return sums
+
+    def _plan(self, rollout: Rollout) -> list[list[int]]:
+        """The same micro-batches on every rank: forwards of sharded models are collective."""
+        return plan_micro_batches(lengths_of(rollout), self.config.micro_tokens, 1)
+
+
+def lengths_of(rollout: Rollout) -> list[int]:
+    """Tokens of each prompt with its reply."""
+    return [len(p) + len(r) for p, r in zip(rollout.prompts, rollout.responses, strict=True)]
+
+
+def against(seconds: Sequence[float], sft: Sequence[float]) -> dict[str, float]:
+    """Mean of the second scorer and how often a reply beats the SFT model's to the same prompt."""
+    pairs = [
+        (a, b) for a, b in zip(seconds, sft, strict=True) if not (math.isnan(a) or math.isnan(b))
+    ]
+    known = _known(seconds)
+    values = {"heldout/second_mean": float(known.mean())} if len(known) else {}
+    if pairs:
+        count = len(pairs)
+        values |= {
+            "heldout/win": sum(a > b for a, b in pairs) / count,
+            "heldout/tie": sum(a == b for a, b in pairs) / count,
+            "heldout/lose": sum(a < b for a, b in pairs) / count,
+        }
+    return values
+
+
+def load_tracked(config: PPOConfig, settings: TrackSettings, actors: Actors) -> list[Prompt]:
+    """The held-out prompts.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    sources = settings.data if settings.data is not None else config.data
+    rows = load_prompts(sources, max_bad_rows=config.max_bad_rows).rows
+    if settings.data is None:
+        rows = split_by_prompt(rows, config.heldout).heldout
+    prompts: list[Prompt] = []
+    for index, row in enumerate(rows):
+        fitted = actors.template.fit(row.messages, config.max_prompt)
+        if fitted is not None and len(prompts) < settings.prompts:
+            prompts.append(Prompt(index, row, fitted[1]))
+    if len(prompts) < 2:
+        raise ConfigError(
+            f"setting ppo.monitor.track: {len(prompts)} held-out prompts found; give track.data or "
+            "a larger ppo.heldout"
+        )
+    return prompts
+
+
+def _second_model(config: PPOConfig, settings: TrackSettings, here: World) -> ScalarModel | None:
+    if settings.model is None:
+        return None
+    model = load_reward_model(
+        settings.model,
+        dtype=config.compute_dtype,
+        init_from_lm=False,
+        trust_remote_code=config.trust_remote_code,
+    )
+    model.requires_grad_(False)
+    return model.to(here.device)
+
+
+def _known(scores: Sequence[float]) -> torch.Tensor:
+    known = [score for score in scores if not math.isnan(score)]
+    return torch.tensor(known, dtype=torch.float64)
+
+
+def _ready(scores: Sequence[float]) -> list[float | None]:
+    return [None if math.isnan(score) else round(score, 6) for score in scores]

@@ -1,0 +1,197 @@
+"""Reward models judged from files: the same pairs for all, every baseline, what they were fed."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from ppomax.data.sources import SourceConfig, load_preferences
+from ppomax.data.template import ChatTemplate
+from ppomax.errors import DataError, ModelError
+from ppomax.eval.reward import evaluate_reward
+from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
+from ppomax.report import write_preference_report
+from ppomax.train.pairs import encode_pair
+
+
+@pytest.fixture
+def turned(small_reward, tmp_path):
+    """The reward model with the sign of its head turned."""
+    other = tmp_path / "turned"
+    shutil.copytree(small_reward, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["score.weight"] = -tensors["score.weight"]
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    return str(other)
+
+
+@pytest.fixture
+def several(tmp_path, tiny):
+    """Pairs of two kinds, with several answers to each prompt."""
+    path = tmp_path / "several.jsonl"
+    answers = ["A short one.", "A longer answer than that one.", "No.", "Ask someone else, please."]
+    lines = [
+        {"prompt": f"What of {i}?", "responses": answers, "ranks": [1, 2, 3, 4], "level": i % 2}
+        for i in range(4)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def pairs_of(path):
+    template = ChatTemplate(load_tokenizer("tiny"))
+    rows = load_preferences([SourceConfig(path=path)]).rows
+    return [encode_pair(row, template, 500) for row in rows]
+
+
+def test_scores_are_the_models_and_likelihoods_the_base_models(small_reward, several):
+    found = evaluate_reward([small_reward], [several], language_model="tiny", by=["level"])
+    pairs = pairs_of(several)
+    model, lm = load_reward_model(small_reward, init_from_lm=False), load_policy("tiny")
+    gaps, likelier, per_token = [], [], []
+    with torch.no_grad():
+        for pair in pairs:
+            scores, sums = [], []
+            for side in (pair.chosen, pair.rejected):
+                ids = torch.tensor([side.ids])
+                scores.append(float(model.scores(ids, torch.tensor([len(side.ids)]))))
+                losses = F.cross_entropy(lm(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+                sums.append(-float(losses[torch.tensor(side.mask[1:])].sum()))
+            gaps.append(scores[0] - scores[1])
+            likelier.append(sums[0] - sums[1])
+            each = sums[0] / pair.chosen.num_targets - sums[1] / pair.rejected.num_targets
+            per_token.append(each)
+    assert found["num_pairs"] == len(pairs) == 24
+    assert found["num_prompts"] == 4
+    assert found["accuracy"]["right"] == sum(gap > 0 for gap in gaps)
+    assert found["baselines"]["likelier wins"]["right"] == sum(gap > 0 for gap in likelier)
+    by_token = found["baselines"]["likelier per token wins"]["right"]
+    assert by_token == sum(gap > 0 for gap in per_token) != sum(gap > 0 for gap in likelier)
+    assert found["histogram"]["mean"] == pytest.approx(np.mean(gaps), abs=1e-5)
+    assert {(row["column"], row["value"]) for row in found["subsets"]} == {
+        ("level", "0"),
+        ("level", "1"),
+    }
+    groups = {(row["column"], row["value"], row["baseline"]) for row in found["differences"]}
+    assert len(groups) == len(found["differences"]) == 3 * 4
+    assert found["language_model"] == "tiny"
+
+
+def test_several_models_are_judged_on_the_same_pairs(small_reward, turned, several, tmp_path):
+    found = evaluate_reward(
+        [small_reward, turned], [several], language_model=None, gold=turned, by=["level"]
+    )
+    one, other = found["models"]
+    assert one["accuracy"]["accuracy"] + other["accuracy"]["accuracy"] == pytest.approx(1)
+    overall = found["comparisons"][0]
+    expected = one["accuracy"]["accuracy"] - other["accuracy"]["accuracy"]
+    assert overall["difference"] == pytest.approx(expected)
+    assert (overall["only_first"], overall["only_second"]) == (
+        one["accuracy"]["right"],
+        other["accuracy"]["right"],
+    )
+    assert "bootstrap_ci95" in overall
+    assert [row["value"] for row in found["comparisons"]] == ["all", "0", "1"]
+    # the gold scorer is the second model: choosing by it gains, by its opposite loses
+    curve = other["best_of_n"]
+    assert curve["n"] == [1, 2, 4]
+    assert curve["num_prompts"] == 4
+    assert curve["gold"] == sorted(curve["gold"])
+    assert curve["gold"] == pytest.approx(curve["proxy"])
+    against = one["best_of_n"]["gold"]
+    assert against == sorted(against, reverse=True)
+    page = write_preference_report(found, tmp_path / "report.html").read_text()
+    assert "Models side by side" in page
+    assert page.count("<svg ") >= 8
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_candidates_come_from_files_of_replies(small_reward, several, tmp_path):
+    path = tmp_path / "replies.jsonl"
+    lines = [
+        {"prompt": [{"role": "user", "content": f"Q{i}?"}], "response": f"Reply {k} " * (k + 1)}
+        for i in range(3)
+        for k in range(5)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"language_model": None, "gold": small_reward}
+    curve = evaluate_reward([small_reward], [several], candidates=[str(path)], **options)
+    assert curve["best_of_n"]["n"] == [1, 2, 4, 5]
+    assert curve["best_of_n"]["num_prompts"] == 3
+    path.write_text(json.dumps(lines[0]) + "\n")
+    with pytest.raises(DataError, match="no prompt has two replies"):
+        evaluate_reward([small_reward], [several], candidates=[str(path)], **options)
+
+
+def test_the_default_language_model_is_what_the_card_names(small_reward, several, turned):
+    assert evaluate_reward([small_reward], [several])["language_model"] == "tiny"
+    card = Path(turned) / "reward_card.json"
+    data = json.loads(card.read_text()) | {"source_model": "./gone"}
+    card.write_text(json.dumps(data))
+    found = evaluate_reward([turned], [several])
+    assert found["language_model"] is None
+    assert "gone" in found["notes"][0]
+    assert "likelier wins" not in found["baselines"]
+    with pytest.raises(ModelError, match="gone"):
+        evaluate_reward([turned], [several], language_model="./gone")
+
+
+def test_the_system_prompt_of_training_is_used(small, tmp_path, small_data):
+    from ppomax.train.reward import train_reward
+
+    change = {"system": "Answer in rhyme.", "heldout": 0.5, "max_steps": 1}
+    run = train_reward(small("reward", tmp_path / "run", change))
+    card = json.loads((run / "export" / "reward_card.json").read_text())
+    found = evaluate_reward(
+        [str(run / "export")], [small_data["pairs"]], heldout=0.5, language_model=None
+    )
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert card["system"] == "Answer in rhyme."
+    assert found["accuracy"]["accuracy"] == pytest.approx(last["eval/accuracy"])
+    assert found["calibration"]["nll"] == pytest.approx(last["eval/loss"], rel=1e-4)
+    assert found["warnings"] == []
+    card["system"] = None
+    (run / "export" / "reward_card.json").write_text(json.dumps(card))
+    other = evaluate_reward(
+        [str(run / "export")], [small_data["pairs"]], heldout=0.5, language_model=None
+    )
+    assert other["calibration"]["nll"] != found["calibration"]["nll"]
+
+
+def test_pairs_that_were_trained_on_are_pointed_out(small_reward, small_data, several):
+    found = evaluate_reward([small_reward], [small_data["pairs"]], language_model=None)
+    assert any("have a prompt that the model was trained on" in note for note in found["warnings"])
+    assert evaluate_reward([small_reward], [several], language_model=None)["warnings"] == []
+
+
+def test_a_pair_whose_score_is_no_number_is_named(small_reward, turned, several):
+    file = Path(turned) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["score.weight"] = tensors["score.weight"] * math.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"not finite, the first for pair .*several\.jsonl:1"):
+        evaluate_reward([turned], [several], language_model=None)
+
+
+def test_an_ensemble_is_judged_by_its_mean_and_shows_its_disagreement(
+    small_reward, turned, several, tmp_path
+):
+    folder = tmp_path / "both"
+    shutil.copytree(small_reward, folder)
+    shutil.copytree(small_reward, folder / "member-0")
+    shutil.copytree(turned, folder / "member-1")
+    (folder / "ensemble.json").write_text('{"members": ["member-0", "member-1"]}')
+    found = evaluate_reward([str(folder)], [several], language_model=None)
+    assert found["scores"]["chosen"]["max"] == pytest.approx(0, abs=1e-6)
+    assert found["ensemble"]["members"] == 2
+    assert found["ensemble"]["pairs_in_dispute"] == pytest.approx(1)
+    assert sum(found["ensemble"]["accuracies"]) == pytest.approx(1)
+    (folder / "ensemble.json").write_text('{"members": ["member-2"]}')
+    with pytest.raises(ModelError, match="member-2"):
+        evaluate_reward([str(folder)], [several], language_model=None)

@@ -1,0 +1,260 @@
+"""The monitors of a run: alarms with evidence, stop, rollback, tracking, what is exported."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ppomax.errors import ConfigError
+from ppomax.models.load import load_policy
+from ppomax.train.monitor_settings import MonitorSettings
+from ppomax.train.ppo import train_ppo
+from ppomax.train.tracking import against
+from ppomax.train.watching import Watch
+
+TIMES = ("time", "throughput/", "memory/")
+RED = {"max_kl": 1e-9}
+"""The first iteration's KL is 0, every later one's is above."""
+
+
+def jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def rows(run):
+    return [
+        {key: value for key, value in row.items() if not key.startswith(TIMES)}
+        for row in jsonl(run / "metrics.jsonl")
+    ]
+
+
+def events(run, kind):
+    return [row for row in jsonl(run / "events.jsonl") if row["kind"] == kind]
+
+
+def exported(run):
+    return load_policy(str(run / "export")).state_dict()
+
+
+def weights(run, number):
+    return load_file(run / "checkpoints" / f"step-{number:06d}" / "policy.safetensors")
+
+
+def same(exported, saved):
+    return all(
+        torch.equal(value, exported[name.removeprefix("lm.")]) for name, value in saved.items()
+    )
+
+
+def second_by_length(prompts, responses, *, ids, metadata):
+    """A second scorer that likes the short."""
+    return [-float(len(text)) for text in responses]
+
+
+def test_an_alarm_is_an_event_with_its_evidence_and_training_goes_on(small, tmp_path):
+    change = {"iterations": 4, "monitor": RED}
+    run = train_ppo(small("ppo", tmp_path / "run", change))
+    (alarm,) = events(run, "alarm_red")
+    assert (alarm["step"], alarm["before"], alarm["level"]) == (2, "green", "red")
+    assert "max_kl" in alarm["limits"][0]
+    assert [row["step"] for row in alarm["samples_before"]] == [1] * 4
+    assert [row["step"] for row in alarm["samples_now"]] == [2] * 4
+    assert all("response" in row for row in alarm["samples_now"])
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
+
+
+def test_stop_ends_there_and_exports_the_last_green_state(small, tmp_path):
+    change = {"iterations": 6, "monitor": RED | {"action": "stop"}, "checkpoint": {"every": 1}}
+    run = train_ppo(small("ppo", tmp_path / "run", change))
+    assert [row["step"] for row in rows(run)] == [1, 2]
+    assert events(run, "monitor_stop")[0]["step"] == 2
+    assert events(run, "export")[0]["checkpoint"] == 1
+    assert same(exported(run), weights(run, 1))
+    assert not same(exported(run), weights(run, 2))
+    assert train_ppo(small("ppo", tmp_path / "run", change), resume=True) == run
+    assert len(rows(run)) == 2  # the end stays the end
+
+
+def test_a_rollback_restores_raises_the_constraint_and_does_not_repeat_itself(small, tmp_path):
+    change = {
+        "iterations": 5,
+        "kl": {"coef": 0.03},
+        "monitor": RED
+        | {"action": "rollback", "max_rollbacks": 2, "lr_factor": 0.5, "kl_factor": 3.0},
+        "checkpoint": {"every": 1, "keep_last": 1},
+    }
+    run = train_ppo(small("ppo", tmp_path / "run", change))
+    found = rows(run)
+    # 1 is green, 2 is red: back to the checkpoint of 1; then 2 again as a new attempt
+    assert [(row["attempt"], row["step"]) for row in found] == [(0, 1), (0, 2), (1, 2), (2, 2)]
+    back = events(run, "rollback")
+    assert [(e["step"], e["to"], e["rollbacks"], e["left"]) for e in back] == [
+        (2, 1, 1, 1),
+        (2, 1, 2, 0),
+    ]
+    assert [row["kl/coef"] for row in found] == pytest.approx([0.03, 0.03, 0.09, 0.27])
+    rates = [row["policy/lr"] for row in found]
+    assert rates == pytest.approx([rates[0], rates[0], rates[0] / 2, rates[0] / 4])
+    # the same policy and prompts, other replies
+    assert found[1]["reward/score_mean"] != found[2]["reward/score_mean"]
+    assert len(events(run, "monitor_stop")) == 1
+    assert same(exported(run), weights(run, 1))
+
+
+def test_a_coefficient_of_zero_rises_to_the_least(small, tmp_path):
+    change = {
+        "iterations": 2,
+        "kl": {"coef": 0.0},
+        "monitor": RED | {"action": "rollback", "max_rollbacks": 1},
+    }
+    run = train_ppo(small("ppo", tmp_path / "run", change))
+    assert [row["kl/coef"] for row in rows(run)] == pytest.approx([0.0, 0.0, 0.05, 0.05])
+    assert events(run, "rollback")[0]["to"] == 0  # nothing green later: the beginning
+
+
+def test_a_run_killed_after_a_rollback_goes_on_as_if_it_had_not_been(small, tmp_path, monkeypatch):
+    change = {
+        "iterations": 5,
+        "monitor": RED | {"action": "rollback", "max_rollbacks": 2},
+        "checkpoint": {"every": 1},
+    }
+    whole = train_ppo(small("ppo", tmp_path / "whole", change))
+    from ppomax.train.ppo import PPO
+
+    plain = PPO.collect
+
+    def dies(self, stage, step):
+        if self.run.attempt == 1:
+            raise KeyboardInterrupt
+        return plain(self, stage, step)
+
+    config = small("ppo", tmp_path / "killed", change)
+    with monkeypatch.context() as patch:
+        patch.setattr(PPO, "collect", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train_ppo(config)
+    killed = train_ppo(config, resume=True)
+    assert rows(killed) == rows(whole)
+    assert same(exported(killed), exported(whole))
+
+
+def test_tracked_prompts_are_answered_first_by_sft_then_every_few_iterations(small, tmp_path):
+    change = {
+        "iterations": 5,
+        "heldout": 0.6,
+        "monitor": {
+            "track": {"every": 2, "callable": "tests_second:second_by_length"},
+        },
+        "checkpoint": {"every": 1},
+    }
+    import sys
+
+    sys.modules["tests_second"] = sys.modules[__name__]
+    run = train_ppo(small("ppo", tmp_path / "run", change))
+    tracked = jsonl(run / "heldout.jsonl")
+    assert [row["step"] for row in tracked] == [0, 2, 4, 5]
+    keys = [{key for key in row if key.startswith("heldout/")} for row in rows(run)]
+    assert [bool(found) for found in keys] == [False, True, False, True, True]
+    last = rows(run)[-1]
+    pairs = list(zip(tracked[-1]["seconds"], tracked[0]["seconds"], strict=True))
+    assert last["heldout/win"] == sum(a > b for a, b in pairs) / len(pairs)
+    assert last["heldout/win"] + last["heldout/tie"] + last["heldout/lose"] == pytest.approx(1)
+    means = {row["step"]: sum(row["seconds"]) / len(pairs) for row in tracked[1:]}
+    best = max(means, key=lambda step: (means[step], step))
+    assert same(exported(run), weights(run, best))
+
+
+def test_prompts_and_a_second_reward_model_of_ones_own(small, small_data, small_reward, tmp_path):
+    track = {"data": small_data["prompts"], "prompts": 3, "model": small_reward}
+    change = {"iterations": 1, "monitor": {"track": track}}
+    run = train_ppo(small("ppo", tmp_path / "run", change))
+    tracked = jsonl(run / "heldout.jsonl")
+    assert [len(row["scores"]) for row in tracked] == [3, 3]
+    for row in tracked:  # here the second scorer is the proxy itself
+        assert row["seconds"] == pytest.approx(row["scores"], abs=1e-5)
+
+
+def watch_of(**changes):
+    class Config:
+        class sampling:
+            max_new_tokens, is_plain = 64, True
+
+    return Watch(Config, MonitorSettings(**changes), run=None)
+
+
+def test_the_newest_green_checkpoints_are_kept_and_the_best_one():
+    watch = watch_of(keep_green=2)
+    seconds = {1: 0.1, 2: 0.9, 3: 0.2, 4: 0.3, 5: 0.2}
+    kept = [watch.checkpointed(number, second) for number, second in seconds.items()]
+    assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5]]
+    assert watch.exported() == 2
+    watch.well = False
+    assert watch.checkpointed(6, 5.0) == [2, 4, 5]  # not green: however good, no candidate
+    assert watch.exported() == 2
+    watch.went_back(4)
+    assert (watch.green, watch.exported()) == ([4], 2)
+
+
+def test_without_a_second_scorer_the_last_green_checkpoint_is_exported():
+    watch = watch_of()
+    assert watch.exported() is None
+    for number in (1, 2, 3):
+        watch.checkpointed(number, None)
+    assert watch.exported() == 3
+
+
+def test_the_same_policy_ties_with_itself_on_tracked_prompts(small, tmp_path):
+    still = {"lr": 1e-30, "grad_clip": 0.5}
+    change = {
+        "iterations": 2,
+        "heldout": 0.6,
+        "optim": still,
+        "monitor": {"track": {"every": 1, "callable": "tests_second:second_by_length"}},
+    }
+    import sys
+
+    sys.modules["tests_second"] = sys.modules[__name__]
+    run = train_ppo(small("ppo", tmp_path / "run", change))
+    first, *later = [row["scores"] for row in jsonl(run / "heldout.jsonl")]
+    assert all(row == pytest.approx(first, abs=1e-6) for row in later)
+    assert rows(run)[-1]["heldout/tie"] == 1.0
+    assert rows(run)[-1]["heldout/score_w1"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_score_that_is_missing_counts_in_no_comparison():
+    nan = float("nan")
+    found = against([1.0, nan, 3.0, 2.0], [0.0, 0.0, nan, 2.0])
+    assert found == {
+        "heldout/second_mean": 2.0,
+        "heldout/win": 0.5,
+        "heldout/tie": 0.5,
+        "heldout/lose": 0.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kl_factor": 3.0}, "kl_factor has no effect without action: rollback"),
+        ({"action": "rollback", "kl_factor": None}, "needs kl_factor or lr_factor"),
+        ({"track": {"model": "a", "callable": "b:c"}}, "not both"),
+    ],
+)
+def test_settings_without_effect_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        MonitorSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kl": None, "monitor": {"max_kl": 1.0}}, "max_kl needs the reference"),
+        ({"kl": None, "monitor": {"action": "rollback"}}, "kl_factor has no effect"),
+        ({"monitor": {"track": {}}}, "needs prompts"),
+        ({"heldout": 0.01, "monitor": {"track": {}}}, "held-out prompts found"),
+    ],
+)
+def test_monitors_that_have_nothing_to_work_with_are_refused(small, tmp_path, change, words):
+    with pytest.raises(ConfigError, match=words):
+        train_ppo(small("ppo", tmp_path / "run", change))
