@@ -316,7 +316,7 @@ ELSEWHERE = {
     },
     **{
         f"monitor.track.data.{key}": "data/test_sources.py: the same sources"
-        for key in ("where", "format", "limit", "weight")
+        for key in ("where", "format", "limit", "weight", "strength")
     },
     "model": "test_31 and every run",
     "out": "every run",
@@ -466,7 +466,7 @@ def test_13_keys_said_to_be_neutral_are(key, small, tmp_path, files, runs):
 
 def test_13_what_the_neutral_keys_do_change(small, tmp_path):
     few = {"checkpoint": {"every": 1, "keep_last": 1}, "log": {"samples_every": 2, "samples": 1}}
-    run = train_ppo(small("ppo", tmp_path / "few", few | {"iterations": 4}))
+    run = train_ppo(small("ppo", tmp_path / "few", few | {"iterations": 4, "monitor": None}))
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000004"]
     assert [row["step"] for row in jsonl(run / "samples.jsonl")] == [1, 2, 4]
     many = {"checkpoint": {"every": 1, "keep_last": 9}, "log": {"samples_every": 1, "samples": 3}}
