@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT ?= runs/demo
 
-.PHONY: demo smoke test check lint fast setup bench mutate docs clean help
+.PHONY: demo smoke test check lint fast setup bench mutate crash endurance docs clean help
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -42,6 +42,12 @@ fast: $(READY) ## tests that take seconds
 
 mutate: $(READY) ## break the mathematics on purpose and see the tests fail
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutate.py
+
+crash: $(READY) ## SIGKILL at every write of a checkpoint and at random times, resume, compare
+	$(BIN)/python benchmarks/crash.py
+
+endurance: $(READY) ## thousands of PPO iterations: memory, open files, time of an iteration
+	$(BIN)/python benchmarks/endurance.py
 
 docs: $(READY) ## docs/metrics.md from the declarations
 	$(BIN)/python -c 'from ppomax.monitors import as_markdown; print(as_markdown(), end="")' > docs/metrics.md

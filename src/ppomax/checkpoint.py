@@ -10,7 +10,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ def save(
     final = path_of(root, step)
     temporary = root / f".{final.name}.part"
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        if not root.is_dir():
+            root.mkdir(parents=True, exist_ok=True)
+            _sync(root.parent)
         shutil.rmtree(temporary, ignore_errors=True)
         _check_space(root, groups)
         temporary.mkdir()
@@ -115,14 +118,21 @@ def path_of(root: Path, step: int) -> Path:
     return root / f"step-{step:06d}"
 
 
-def prune(root: Path, keep_last: int, keep: Collection[int] = ()) -> None:
+def prune(root: Path, keep_last: int, keep_best: int = 0, keep: Collection[int] = ()) -> None:
     """Remove all but the newest `keep_last` checkpoints and those numbered in `keep`.
 
     The last that verifies always stays.
+
+    Args:
+        keep_best: so many of the others stay too: those whose state has the highest `quality`.
     """
     good, kept = latest(root), {path_of(root, step) for step in keep}
-    for path in _newest_first(root)[max(1, keep_last) :]:
-        if (good is None or path != good.path) and path not in kept:
+    older = [path for path in _newest_first(root)[max(1, keep_last) :] if path not in kept]
+    rated = [(found, path) for path in older if (found := _quality(path)) is not None]
+    rated.sort(key=lambda pair: pair[0], reverse=True)  # stable: of equals the newer comes first
+    best = {path for _, path in rated[:keep_best]}
+    for path in older:
+        if path not in best and (good is None or path != good.path):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -133,13 +143,67 @@ def drop_after(root: Path, step: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters by name, whole (collective under sharding)."""
-    return {
-        name: full(value.detach()).cpu()
-        for name, value in model.named_parameters()
-        if value.requires_grad
-    }
+def _quality(path: Path) -> float | None:
+    """The number a checkpoint is judged by, where its stage wrote one."""
+    try:
+        found = json.loads((path / STATE).read_text(encoding="utf-8")).get("quality")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return float(found) if isinstance(found, int | float) else None
+
+
+class Writer:
+    """Does writes in a thread of its own, one after the other, so that training goes on.
+
+    An error of a write is raised by the next call: nothing fails in silence.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Begin a write once the one before is done."""
+        self.wait()
+        self._pending = self._pool.submit(write)
+
+    def wait(self) -> None:
+        """Until the last write is done; raises what it raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def check_room(root: Path, size: int, copies: int) -> None:
+    """See before the first step that `copies` checkpoints of `size` bytes will fit.
+
+    Raises:
+        CheckpointError: they will not.
+    """
+    held = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
+    place = next(path for path in (root, *root.parents) if path.exists())
+    free, need = shutil.disk_usage(place).free, size * copies
+    if free + held < need:
+        raise CheckpointError(
+            f"{root}: {copies} checkpoints of {size / 1e9:.2f} GB each are to be held (the one "
+            f"being written counts), {(free + held) / 1e9:.2f} GB are free; free some, lower "
+            "checkpoint.keep_last or give another out"
+        )
+
+
+def model_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """Trainable parameters by name, whole, on the CPU (collective under sharding).
+
+    Args:
+        keep: off, this rank takes part and holds nothing: one whole tensor at a time at most.
+    """
+    found: dict[str, Tensor] = {}
+    for name, value in model.named_parameters():
+        if value.requires_grad:
+            whole = full(value.detach())
+            if keep:
+                found[name] = whole.cpu()
+    return found
 
 
 def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -158,13 +222,17 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         copy_full(parameter, tensors[name])
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer state as `{slot}.{parameter name}`, whole (collective under sharding)."""
-    return {
-        f"{slot}.{name}": full(value.detach()).cpu()
-        for name, parameter in model.named_parameters()
-        for slot, value in optimizer.state.get(parameter, {}).items()
-    }
+def optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool = True
+) -> dict[str, Tensor]:
+    """Optimizer state as `{slot}.{parameter name}`, as `model_tensors` gives the weights."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            whole = full(value.detach())
+            if keep:
+                found[f"{slot}.{name}"] = whole.cpu()
+    return found
 
 
 def load_optimizer_tensors(

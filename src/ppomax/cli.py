@@ -79,21 +79,30 @@ def demo(
     ] = False,
 ) -> None:
     """The main job on embedded defaults: SFT, reward model, PPO-max, evaluation, report."""
-    from ppomax.pipeline import load_recipe, load_run
+    from ppomax.pipeline import load_recipe, same_run
 
     fresh = load_recipe("smoke" if smoke else "demo", [f"out={out}"])
     resume = (out / "config.yaml").exists()
     if resume:
         say(f"demo: {out} exists, going on where it stood")
-    _run(load_run(out) if resume else fresh, only=None, resume=resume)
+    _run(same_run(fresh) if resume else fresh, only=None, resume=resume)
 
 
 @app.command()
-def run(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on where the directory holds this run: for requeues."),
+    ] = False,
+) -> None:
     """Every stage the recipe holds, in order, each fed by the one before."""
-    from ppomax.pipeline import load_recipe
+    from ppomax.pipeline import load_recipe, same_run
 
-    _run(load_recipe(recipe, overrides or []), only=None, resume=False)
+    found = load_recipe(recipe, overrides or [])
+    resume = resume and (found.out / "config.yaml").exists()
+    _run(same_run(found) if resume else found, only=None, resume=resume)
 
 
 @app.command()
@@ -115,11 +124,13 @@ def ppo(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def resume(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
-    """Go on exactly where the run stood."""
+def resume(
+    run: Annotated[Path, typer.Argument(help="Run directory.")], overrides: Overrides = None
+) -> None:
+    """Go on exactly where the run stood; only harmless settings may be changed."""
     from ppomax.pipeline import load_run
 
-    _run(load_run(run), only=None, resume=True)
+    _run(load_run(run, overrides or []), only=None, resume=True, asked=True)
 
 
 @app.command()
@@ -456,7 +467,7 @@ def _stage(name: str, recipe: str, overrides: list[str] | None) -> None:
     _run(load_recipe(recipe, overrides or []), only=name, resume=False)
 
 
-def _run(recipe: object, *, only: str | None, resume: bool) -> None:
+def _run(recipe: object, *, only: str | None, resume: bool, asked: bool = False) -> None:
     from ppomax.pipeline import Recipe, run_recipe
 
     if not isinstance(recipe, Recipe):
@@ -466,7 +477,7 @@ def _run(recipe: object, *, only: str | None, resume: bool) -> None:
 
         for stage in planning.plan(recipe, only):
             say(stage.text())
-    done = run_recipe(recipe, only=only, resume=resume, say=say)
+    done = run_recipe(recipe, only=only, resume=resume, asked=asked, say=say)
     say("")
     say(f"report: {done.report}")
     for name in ("ppo", "sft"):

@@ -132,6 +132,24 @@ def shard(
         register_fsdp_forward_method(model, name)
 
 
+@contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Inside, torch takes deterministic kernels only, and refuses where it has none.
+
+    cuBLAS wants its workspace setting before the first CUDA call of the process.
+    """
+    if not enabled:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def loss_scale(model: nn.Module, world: World) -> float:
     """Factor on the local loss that turns the ranks' *average* gradient into their sum.
 
@@ -193,6 +211,20 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict(keep_vars=True)
     whole = {id(value): full(value.detach()) for value in state.values()}
     return {name: whole[id(value)] for name, value in state.items()}
+
+
+def state_on_main(model: nn.Module, world: World) -> dict[str, Tensor]:
+    """`full_state` on rank 0's CPU, one gathered tensor at a time; empty elsewhere (collective)."""
+    if world.size == 1:
+        return full_state(model)
+    whole: dict[int, Tensor] = {}
+    found: dict[str, Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in whole:
+            gathered = full(value.detach())
+            whole[id(value)] = gathered.cpu() if world.is_main else gathered.new_empty(0)
+        found[name] = whole[id(value)]
+    return found if world.is_main else {}
 
 
 def reshard(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Metrics that add up: sums and weights collected over micro-batches, merged over ranks."""
 
+import copy
 import math
 from collections.abc import Mapping
 
@@ -23,6 +24,22 @@ class MetricSums:
         """Keep the largest value; nan is larger than any."""
         known = self._maxima.get(key, -math.inf)
         self._maxima[key] = value if math.isnan(value) else max(known, value)
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """Plain numbers, this rank's own."""
+        return copy.deepcopy({"sums": self._sums, "weights": self._weights, "maxima": self._maxima})
+
+    def add_state(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Add what a `state_dict` holds."""
+        for key, total in state["sums"].items():
+            self.add(key, total, state["weights"][key])
+        for key, value in state["maxima"].items():
+            self.maximum(key, value)
+
+    def reset(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Forget what was added since `state_dict` gave the state."""
+        self._sums, self._weights = dict(state["sums"]), dict(state["weights"])
+        self._maxima = dict(state["maxima"])
 
     def merged(self, world: World) -> dict[str, float]:
         """Means and maxima over all ranks; keys with no weight are absent."""

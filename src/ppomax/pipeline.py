@@ -2,7 +2,7 @@
 
 import importlib.resources
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -24,16 +24,21 @@ from ppomax.eval.replies import names_of
 from ppomax.report.evaluation import preference_lines
 from ppomax.report.page import write_judged_report, write_preference_report, write_report
 from ppomax.rollout import SamplingParams
-from ppomax.train.loop import handling, is_done
+from ppomax.train.loop import is_done
 from ppomax.train.ppo import train_ppo
 from ppomax.train.ppo_config import PPOConfig
+from ppomax.train.resuming import changed_keys, harmful
 from ppomax.train.reward import RewardConfig, train_reward
 from ppomax.train.sft import SFTConfig, train_sft
+from ppomax.train.stopping import handling
 
 STAGES = ("sft", "reward", "ppo", "eval")
+ASKED = "asked.json"
+"""In a run directory: the stages that were started there, and so are resumed."""
 SHARED = ("seed", "device", "dtype", "threads", "system", "trust_remote_code")
 """Top-level keys that every stage takes unless it sets its own."""
 TRAINED = (
+    "deterministic",
     "freeze_embeddings",
     "gradient_checkpointing",
     "max_length",
@@ -60,6 +65,23 @@ class Recipe(Settings):
     def stages(self) -> list[str]:
         """Names of the stages it holds, in order."""
         return [name for name in STAGES if getattr(self, name) is not None]
+
+
+def same_run(recipe: Recipe) -> Recipe:
+    """The run that stands in `recipe.out`, if it is one of this recipe.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    found = load_run(recipe.out)
+    changed = harmful(changed_keys(found, recipe), prefixes=STAGES)
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ConfigError(
+            f"{recipe.out} holds a run with other settings ({', '.join(changed[:3])}{more}); give "
+            f"another directory, or go on with that one by `ppomax resume {recipe.out}`"
+        )
+    return found
 
 
 def load_recipe(path: str, overrides: list[str]) -> Recipe:
@@ -230,19 +252,27 @@ class Finished:
 
 
 def run_recipe(
-    recipe: Recipe, *, only: str | None = None, resume: bool = False, say: Callable[[str], None]
+    recipe: Recipe,
+    *,
+    only: str | None = None,
+    resume: bool = False,
+    asked: bool = False,
+    say: Callable[[str], None],
 ) -> Finished:
     """Run the stages in order, skipping those that are finished; ends with the report.
 
     Args:
         only: one stage's name; default all.
         resume: continue in an existing run directory.
+        asked: only the stages that were started there before.
 
     Raises:
         ConfigError: the directory holds a run and `resume` is off.
     """
     out = recipe.out
     stages = [only] if only else recipe.stages()
+    if asked:
+        stages = _asked(out, recipe.stages())
     for name in stages:
         if getattr(recipe, name) is None:
             raise ConfigError(f"recipe has no stage {name}; it has {', '.join(recipe.stages())}")
@@ -250,6 +280,7 @@ def run_recipe(
     with _stoppable(out), world(getattr(recipe, stages[0]).device) as here:
         if here.is_main:
             _open(recipe, only, resume=resume)
+            _ask(out, stages)
         barrier(here)
         for name in stages:
             config = getattr(recipe, name)
@@ -298,22 +329,49 @@ def _open(recipe: Recipe, only: str | None, *, resume: bool) -> None:
             f"setting out: {recipe.out} already holds a run; continue it with "
             f"`ppomax resume {recipe.out}` or give another out=DIR"
         )
-    if resume and parse(Recipe, read_yaml(path)) != recipe:
-        raise CheckpointError(f"{path}: differs from the settings to resume with")
+    changed = harmful(changed_keys(parse(Recipe, read_yaml(path)), recipe), prefixes=STAGES)
+    if resume and changed:
+        raise CheckpointError(
+            f"{path}: differs from the settings to resume with in {', '.join(changed)}"
+        )
     for name in [only] if only else recipe.stages():
         config = getattr(recipe, name)
         if config is None:
             continue
         place = config.out / rundir.CONFIG
-        if place.exists() and parse(type(config), read_yaml(place)) != config:
+        if not place.exists():
+            continue
+        changed = harmful(changed_keys(parse(type(config), read_yaml(place)), config))
+        if changed:
             raise CheckpointError(
-                f"{config.out}: holds a run with other settings than these; give another out=DIR"
+                f"{config.out}: holds a run with other settings than these "
+                f"({', '.join(changed)}); give another out=DIR"
             )
     rundir.write_text(path, text)
 
 
-def load_run(path: Path) -> Recipe:
+def _ask(out: Path, stages: list[str]) -> None:
+    """Note that these stages were started in the run directory."""
+    known = _asked(out, []) if (out / ASKED).exists() else []
+    asked = [name for name in STAGES if name in {*known, *stages}]
+    if asked != known:
+        rundir.write_text(out / ASKED, json.dumps({"stages": asked}) + "\n")
+
+
+def _asked(out: Path, default: list[str]) -> list[str]:
+    """The stages started in a run directory, in order."""
+    try:
+        found = json.loads((out / ASKED).read_text(encoding="utf-8"))["stages"]
+        return [name for name in STAGES if name in found]
+    except (OSError, ValueError, KeyError, TypeError):
+        return default
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a run directory, as it was resolved.
+
+    Args:
+        overrides: `stage.key=value`, laid over it.
 
     Raises:
         ConfigError: no run there.
@@ -323,8 +381,8 @@ def load_run(path: Path) -> Recipe:
         raise ConfigError(f"{path}: no run here (config.yaml is missing)")
     data = read_yaml(place)
     if "iterations" in data or "data" in data:  # one stage's directory: its parent holds the recipe
-        return load_run(path.parent)
-    recipe = parse(Recipe, data, str(place))
+        return load_run(path.parent, overrides)
+    recipe = parse(Recipe, apply_overrides(data, list(overrides)), str(place))
     if recipe.out.resolve() != path.resolve():
         raise ConfigError(
             f"{path}: the run was made in {recipe.out}; resume it from the same working directory, "

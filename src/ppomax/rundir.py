@@ -54,9 +54,18 @@ def cut_back(path: Path, keep: "dict[str, int]", attempt: int = 0) -> None:
         if row.get("step", 0) <= keep.get(row.get("stage", ""), -1)
         or row.get("attempt", 0) < attempt
     ]
-    temporary = path.with_suffix(".part")
-    temporary.write_text(_lines(rows), encoding="utf-8", errors="backslashreplace")
-    temporary.replace(path)
+    write_text(path, _lines(rows))
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or a folder's names, to the disk; one that is not there is none to bring."""
+    if not path.exists():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _lines(rows: list[dict[str, Any]]) -> str:
@@ -71,6 +80,7 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    sync(path.parent)
 
 
 def create(path: Path, config: str) -> None:

@@ -37,7 +37,7 @@ POINTS = {
     "in the middle of critic pre-training": [*LOGGED, "'stage': 'critic', 'step': 3", 1],
     "in the middle of ppo": [*LOGGED, "'stage': 'ppo', 'step': 2", 1],
     "while a checkpoint is written": ["ppomax.checkpoint", "_sync", "step-000006", 4],
-    "when ppo is trained and not yet exported": ["ppomax.train.ppo", "full_state", "", 1],
+    "when ppo is trained and not yet exported": ["ppomax.train.ppo", "state_on_main", "", 1],
     "during evaluation": ["ppomax.eval.policy", "score_replies", "", 1],
     "before the report": ["ppomax.rundir", "write_text", "eval/done.json", 1],
 }
@@ -251,6 +251,41 @@ def test_two_ranks_stop_together_and_go_on_where_they_stood(launch, tmp_path):
         again = launch(ranks=2, argv=["resume", "run"], cwd=str(out))
         assert [end.code for end in again] == [0, 0], again[0].log
         assert_same_run(out / "run", alone / "run")
+
+
+@pytest.mark.slow
+def test_a_rank_killed_in_a_save_and_one_in_a_step_are_restarted_to_the_undisturbed_end(
+    tmp_path, tiny_cache
+):
+    """`torchrun --max-restarts` with `ppomax run --resume`; the clock's rows aside, bit for bit."""
+    import os
+    import subprocess
+
+    program = str(Path(__file__).resolve().parents[1] / "dying.py")
+    kills = [
+        [0, "ppomax.checkpoint", "_sync", "step-000004", 3],
+        [1, "ppomax.train.ppo", "update_critic", "", 7],
+    ]
+    for name, die in (("alone", []), ("killed", kills)):
+        (tmp_path / name).mkdir()
+        env = os.environ | {"PPOMAX_CACHE": str(tiny_cache), "OMP_NUM_THREADS": "1"}
+        env |= {"DIE": json.dumps(die), "GLIBC_TUNABLES": ""}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node=2", "--max-restarts=2", program, "run", str(SMOKE), "out=run"]
+        command += [*BUSY, "eval=null", "--resume"]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path / name,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        died = [line for line in done.stdout.splitlines() if line.startswith("dying:")]
+        assert len(died) == len(die), done.stdout
+    assert_same_run(tmp_path / "killed" / "run", tmp_path / "alone" / "run")
 
 
 @pytest.mark.slow

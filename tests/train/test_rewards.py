@@ -305,7 +305,7 @@ def test_a_reply_set_aside_teaches_nothing_and_moves_no_moment(module, small, tm
 
 def test_when_every_reply_is_set_aside_the_run_stops_and_says_so(module, small, tmp_path):
     name = module(LOGS)
-    with pytest.raises(TrainingError, match="set aside all 4 replies"):
+    with pytest.raises(TrainingError, match="all 4 replies of ppo rollout 1 are set aside"):
         train_ppo(called(small, tmp_path / "run", f"{name}:all_none"))
 
 

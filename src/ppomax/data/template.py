@@ -157,7 +157,7 @@ class ChatTemplate:
                 tokenize=False,
                 add_generation_prompt=generation,
             )
-        except TemplateError as error:
+        except (TemplateError, OverflowError, TypeError, ValueError) as error:  # the sandbox's too
             raise ModelError(
                 f"the chat template refuses a dialogue ({error}); set another chat template, or "
                 "leave such dialogues out"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -347,7 +348,14 @@ def _load_model(
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        KeyError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         raise _cannot_load(name, error) from None
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
@@ -363,7 +371,10 @@ def _lm_head(folder: Path, dtype: torch.dtype) -> nn.Linear | None:
     path = folder / LM_HEAD_FILE
     if not path.is_file():
         return None
-    weight = load_file(path)["lm_head.weight"].to(dtype)
+    try:
+        weight = load_file(path)["lm_head.weight"].to(dtype)
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{path}: not a readable output head ({error})") from None
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     head.weight = nn.Parameter(weight)
     return head

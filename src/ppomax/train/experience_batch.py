@@ -17,7 +17,7 @@ from ppomax.metrics import MetricSums
 from ppomax.models.language import values_of_replies
 from ppomax.rollout.engine import Rollout
 from ppomax.train.actors import Actors
-from ppomax.train.loop import autocast, rank_micro_batches
+from ppomax.train.loop import Watched, autocast, rank_micro_batches
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.prompts import Prompt
 from ppomax.train.reward_scores import judge
@@ -116,13 +116,14 @@ def score(
     actors: Actors,
     config: PPOConfig,
     here: World,
+    watched: Watched = iter,
 ) -> Scored:
     """All roles on every reply; each rank its share, then everything on every rank."""
     mask = response_mask(rollout, here.device)
     tables: dict[str, Tensor] = defaultdict(lambda: torch.zeros(mask.shape, device=here.device))
     last_values = torch.zeros(len(rollout.responses), device=here.device)
     for minibatch in plan:
-        for indices, weight in rank_micro_batches(minibatch, here):
+        for indices, weight in watched(rank_micro_batches(minibatch, here)):
             batch = reply_batch(rollout, indices, actors.pad, here.device)
             with autocast(here, config.compute_dtype):
                 flat = _log_probs(batch, actors, config)

@@ -1,109 +1,39 @@
 """What the three stages share: the run's files, checkpoints, signals, micro-batches over ranks."""
 
+import json
 import math
 import resource
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ppomax import checkpoint, distributed, rundir
 from ppomax.config import dump, parse, read_yaml
 from ppomax.data.formats import BadRow, count_kinds
-from ppomax.distributed import World, agree, barrier, gather
+from ppomax.distributed import World, agree, all_max, barrier, gather
 from ppomax.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from ppomax.metrics import as_row
 from ppomax.monitors import check_keys
-from ppomax.train.optim import OptimSettings, build_optimizer, learning_rate, set_learning_rate
 from ppomax.train.progress import Progress
+from ppomax.train.resuming import changed_keys, differences, environment, harmful
 from ppomax.train.settings import StageSettings
+from ppomax.train.stopping import StopAsked, Stopper
 from ppomax.train.trackers import Tracker, open_trackers
+from ppomax.train.trainable import Trainable as Trainable
 
 DONE = "done.json"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""What asks a run to stop with its state saved."""
+SAVE_RATE = 200e6
+"""Bytes per second that a checkpoint is guessed to be written at, until one was."""
 
-M = TypeVar("M", bound=nn.Module)
-
-
-@contextmanager
-def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Inside, `handler` gets `SIGNALS`; the handlers before it are restored at the end."""
-    try:
-        before = {number: signal.signal(number, handler) for number in SIGNALS}
-    except ValueError:  # not the main thread: signals are the caller's
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-class Trainable(Generic[M]):
-    """A model, its optimizer and its schedule: what a step needs and a checkpoint holds."""
-
-    def __init__(
-        self, name: str, model: M, settings: OptimSettings, total_steps: int, world: World
-    ) -> None:
-        self.name, self.model, self.settings, self.world = name, model, settings, world
-        self.total_steps, self.step_count = total_steps, 0
-        self.lr_factor = 1.0
-        """What rollbacks have made of the schedule."""
-        self.optimizer = build_optimizer(model, settings)
-        self.scale = distributed.loss_scale(model, world)
-
-    @property
-    def lr(self) -> float:
-        """Rate of the next step."""
-        rate = learning_rate(self.settings, self.step_count, max(1, self.total_steps))
-        return rate * self.lr_factor
-
-    def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradients; losses are sums over a denominator of the whole batch."""
-        (loss * self.scale).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-
-    def step(self) -> tuple[float, bool]:
-        """Clip and update; returns the norm before the clip and whether the step was taken.
-
-        A non-finite gradient reaches neither a parameter nor a moment.
-        """
-        distributed.sum_gradients(self.model, self.world)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        norm = distributed.clip_gradients(parameters, self.settings.grad_clip)
-        taken = math.isfinite(norm)
-        if taken:
-            set_learning_rate(self.optimizer, self.lr)
-            self.optimizer.step()
-            self.step_count += 1
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm, taken
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Checkpoint groups: weights and optimizer state."""
-        distributed.reshard(self.model)
-        return {
-            self.name: checkpoint.model_tensors(self.model),
-            f"{self.name}_optimizer": checkpoint.optimizer_tensors(self.model, self.optimizer),
-        }
-
-    def restore(self, found: checkpoint.Checkpoint) -> None:
-        """Put a checkpoint's weights and optimizer state in place."""
-        checkpoint.load_model_tensors(self.model, found.tensors(self.name))
-        tensors = found.tensors(f"{self.name}_optimizer")
-        checkpoint.load_optimizer_tensors(self.model, self.optimizer, tensors)
-        self.step_count = found.state[f"{self.name}_steps"]
-        self.lr_factor = found.state[f"{self.name}_lr_factor"]
+T = TypeVar("T")
 
 
 class StageRun:
@@ -118,7 +48,14 @@ class StageRun:
         self.started = time.monotonic()
         self.skipped_in_a_row: dict[str, int] = {}
         """By model: a step taken by one says nothing of the other."""
-        self._stop_signal: int | None = None
+        self.stopper = Stopper()
+        self.micro_tokens = config.micro_tokens
+        """The setting, or what was left of it where memory did not suffice."""
+        self.saved_at: int | None = None
+        """Steps (critic rollouts counted) whose state is in the last checkpoint."""
+        self.save_seconds = 0.0
+        """How long a save takes: the last one's time, a guess before the first."""
+        self._writer = checkpoint.Writer() if config.checkpoint.asynchronous else None
         self.found: checkpoint.Checkpoint | None = None
         if world.is_main:
             self._open(resume)
@@ -139,12 +76,18 @@ class StageRun:
         text = dump(self.config)
         for leftover in self.path.glob(".export-*"):  # of an export that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-        if not resume or not (self.path / rundir.CONFIG).exists():
+        place = self.path / rundir.CONFIG
+        if not resume or not place.exists():
             rundir.create(self.path, text)
-        elif parse(type(self.config), read_yaml(self.path / rundir.CONFIG)) != self.config:
-            raise CheckpointError(
-                f"{self.path}: its config.yaml differs from this run's; resume needs the same"
-            )
+        else:
+            changed = changed_keys(parse(type(self.config), read_yaml(place)), self.config)
+            if harmful(changed):
+                raise CheckpointError(
+                    f"{self.path}: its config.yaml differs from this run's in "
+                    f"{', '.join(harmful(changed))}; resume needs the same, or give another out"
+                )
+            if changed:
+                rundir.write_text(place, text)
         rundir.write_environment(
             self.path,
             {
@@ -157,23 +100,33 @@ class StageRun:
         )
 
     def restore(self, parts: Sequence[Trainable[Any]]) -> dict[str, Any] | None:
-        """Put the newest verified checkpoint in place; its state, or None where there is none."""
+        """Put the newest verified checkpoint in place; its state, or None where there is none.
+
+        Raises:
+            CheckpointError: the disk has no room for the checkpoints to come.
+        """
+        self.stopper.nothing_to_save = False
+        size = sum(part.checkpoint_bytes for part in parts)
+        self.save_seconds = size / SAVE_RATE
+        if self.world.is_main:
+            kept = self.config.checkpoint
+            copies = kept.keep_last + (kept.keep_best or 0) + 1
+            checkpoint.check_room(self.path / "checkpoints", size, copies)
         if self.found is None:
             if self.world.is_main:
                 for name in rundir.LOGS:
                     rundir.cut_back(self.path / name, {})
             return None
         state = self.found.state
-        if state["threads"] != torch.get_num_threads():
-            self.event(
-                "resume",
-                step=0,
-                note=f"{state['threads']} threads before, {torch.get_num_threads()} now: "
-                "results will differ in the last bits",
-            )
+        other = differences(state["environment"], environment(self.config, self.world))
+        if other:
+            note = f"{'; '.join(other)}: results will differ in the last bits"
+            self.event("resume", step=0, note=note)
         for part in parts:
             part.restore(self.found)
         self.attempt = state["attempt"]
+        self.skipped_in_a_row = dict(state["skipped_in_a_row"])
+        self.saved_at = sum(state["progress"].values())
         if self.world.is_main:
             for name in rundir.LOGS:
                 rundir.cut_back(self.path / name, state["progress"], self.attempt)
@@ -197,31 +150,65 @@ class StageRun:
             more: further groups of tensors.
             keep: numbers of checkpoints that stay beside the newest.
         """
+        began = time.monotonic()
         groups: dict[str, Mapping[str, Tensor]] = dict(more or {})
         for part in parts:
             groups |= part.tensors()
         state = {
             **state,
             "attempt": self.attempt,
-            "threads": torch.get_num_threads(),
+            "environment": environment(self.config, self.world),
             "progress": dict(progress),
-            **{f"{part.name}_steps": part.step_count for part in parts},
-            **{f"{part.name}_lr_factor": part.lr_factor for part in parts},
+            "skipped_in_a_row": self.skipped_in_a_row,
+            **{key: value for part in parts for key, value in part.state().items()},
         }
         if self.world.is_main:
-            root = self.path / "checkpoints"
-            checkpoint.save(root, step, groups, state)
-            checkpoint.prune(root, self.config.checkpoint.keep_last, keep)
             where = {"number": step}  # counts critic rollouts too; the row's step is its stage's
             row = self._event_row("checkpoint", progress[self.stage], where)
-            rundir.append_jsonl(self.path / rundir.EVENTS, [row])
+            if self._writer is None:
+                self._write(step, groups, state, row, keep)
+            else:
+                self._writer.wait()
+                copied = {  # training changes the tensors while they are written
+                    name: {key: value.clone() for key, value in tensors.items()}
+                    for name, tensors in groups.items()
+                }
+                self._writer.start(lambda: self._write(step, copied, state, row, keep))
+        barrier(self.world)
+        self.saved_at = sum(progress.values())
+        self.save_seconds = time.monotonic() - began
+
+    def _write(
+        self,
+        step: int,
+        groups: Mapping[str, Mapping[str, Tensor]],
+        state: dict[str, Any],
+        row: dict[str, Any],
+        keep: Sequence[int],
+    ) -> None:
+        """On rank 0: rows first, so that a checkpoint never knows of steps the rows do not."""
+        for name in rundir.LOGS:
+            rundir.sync(self.path / name)
+        root, kept = self.path / "checkpoints", self.config.checkpoint
+        checkpoint.save(root, step, groups, state)
+        checkpoint.prune(root, kept.keep_last, kept.keep_best or 0, keep)
+        rundir.append_jsonl(self.path / rundir.EVENTS, [row])
+
+    def written(self) -> None:
+        """Until every checkpoint is on the disk (collective); raises what its write raised."""
+        if self._writer is not None:
+            self._writer.wait()
         barrier(self.world)
 
     def log(self, step: int, values: Mapping[str, float], *, total: int) -> None:
-        """One row of metrics.jsonl, checked against the declarations; rank 0 writes."""
+        """One row of metrics.jsonl, checked against the declarations; rank 0 writes.
+
+        What is not finite (of a step that was skipped) is no number and is left out.
+        """
         check_keys(self.stage, values)
         if not self.world.is_main:
             return
+        values = {key: value for key, value in values.items() if math.isfinite(value)}
         seconds = time.monotonic() - self.started
         rundir.append_jsonl(
             self.path / rundir.METRICS, [as_row(self.stage, step, self.attempt, seconds, values)]
@@ -274,8 +261,22 @@ class StageRun:
         if self.world.is_main and rows:
             rundir.append_jsonl(self.path / rundir.SAMPLES, rows)
 
-    def step_taken(self, name: str, taken: bool, step: int, batch: object) -> None:
-        """Count a model's skipped steps; three in a row stop the run.
+    def step_taken(
+        self,
+        name: str,
+        taken: bool,
+        step: int,
+        batch: object,
+        *,
+        reason: str = "non-finite gradient",
+        contents: Callable[[], object] | None = None,
+    ) -> None:
+        """Count a model's skipped steps; three in a row that were not finite stop the run.
+
+        Args:
+            reason: `why_skipped` of the model.
+            batch: what names the batch, for events.jsonl.
+            contents: all of it, for the file that is left when the run stops.
 
         Raises:
             TrainingError: three of its optimizer steps in a row were non-finite.
@@ -283,43 +284,104 @@ class StageRun:
         if taken:
             self.skipped_in_a_row[name] = 0
             return
+        self.event("skipped_step", step=step, model=name, reason=reason, batch=batch)
+        if not reason.startswith("non-finite"):
+            return
         self.skipped_in_a_row[name] = self.skipped_in_a_row.get(name, 0) + 1
-        self.event(
-            "skipped_step",
-            step=step,
-            model=name,
-            reason="non-finite gradient",
-            batch=batch,
-        )
         if self.skipped_in_a_row[name] >= 3:
+            place = self.keep_batch(name, step, contents() if contents else batch)
             raise TrainingError(
-                f"{self.path}: three optimizer steps of the {name} in a row were not finite; the "
-                "last checkpoint is good. Lower the learning rate or look at the batch in "
-                "events.jsonl"
+                f"{self.path}: three optimizer steps of the {name} in a row were not finite "
+                f"({reason}); the last checkpoint is good. Lower the learning rate or "
+                f"look at the batch in {place}"
             )
 
+    def keep_batch(self, name: str, step: int, contents: object) -> Path:
+        """Leave a batch that could not be learned from as JSON; returns where."""
+        place = self.path / f"bad-batch-{name}-{step:06d}.json"
+        if self.world.is_main:
+            rundir.write_text(place, json.dumps(contents, ensure_ascii=False) + "\n")
+        return place
+
+    # --- signals ------------------------------------------------------------------------------
+
+    def signals(self) -> AbstractContextManager[None]:
+        """Note signals instead of dying; a second one ends at once."""
+        return self.stopper.noting()
+
     def stop_asked(self) -> bool:
-        """Whether a signal asked any rank to stop."""
-        return agree(self._stop_signal is not None, self.world)
+        """Whether a signal asked any rank to stop (collective)."""
+        return agree(self.stopper.asked, self.world)
+
+    def fits(self, seconds: float) -> bool:
+        """Whether so much work ends before `grace_s` is over, on every rank (collective)."""
+        needed = all_max({"needed": self.stopper.waited + seconds}, self.world)["needed"]
+        return needed <= self.config.checkpoint.grace_s
+
+    def watched(self, items: Sequence[T]) -> Iterator[T]:
+        """A step's micro-batches, as long as after a signal they can be ended and saved in time.
+
+        Raises:
+            StopAsked: they cannot, on any rank; the step is to be dropped.
+        """
+        began = time.monotonic()
+        for number, item in enumerate(items):
+            if number and self.stop_asked():
+                each = (time.monotonic() - began) / number
+                if not self.fits(each * (len(items) - number) + self.save_seconds):
+                    raise StopAsked
+            yield item
+
+    def until_asked(self, items: Sequence[T]) -> Iterator[T]:
+        """Micro-batches of which nothing is kept: as long as no rank is asked to stop.
+
+        Raises:
+            StopAsked: one is.
+        """
+        for item in items:
+            if self.stop_asked():
+                raise StopAsked
+            yield item
+
+    def stopped(self, step: int, save: Callable[[], None], *, within: bool = False) -> Interrupted:
+        """Save the state of `step` where that ends in time; the exception to raise then.
+
+        A checkpoint that would not be finished when the process is killed helps nobody.
+
+        Args:
+            within: there is more to save than what stands at the end of the step.
+        """
+        if self.saved_at == step and not within:
+            return self.interrupt()
+        if self.fits(self.save_seconds):
+            save()
+            return self.interrupt()
+        last = "its beginning" if self.saved_at is None else f"step {self.saved_at}"
+        again = step - (self.saved_at or 0)
+        return Interrupted(
+            f"stopped at a signal; a save takes about {self.save_seconds:.0f} s, too long for "
+            f"checkpoint.grace_s {self.config.checkpoint.grace_s:g}, so `ppomax resume "
+            f"{self.path}` goes on from {last} and does {again} steps again"
+        )
+
+    def all_saved(self) -> None:
+        """Say that only exports remain: from here on a signal ends one process at once.
+
+        Raises:
+            StopAsked: one came before.
+        """
+        if self.world.size == 1:
+            self.stopper.nothing_to_save = True
+            if self.stopper.asked:
+                raise StopAsked
 
     def interrupt(self) -> Interrupted:
         """The exception to raise once the state is saved."""
+        if self._writer is not None:
+            self._writer.wait()
         return Interrupted(
             f"stopped at a signal, state saved; go on with `ppomax resume {self.path}`"
         )
-
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """Note `SIGNALS` instead of dying; a second one ends at once."""
-
-        def note(number: int, _frame: FrameType | None) -> None:
-            if self._stop_signal is not None:
-                signal.signal(number, signal.SIG_DFL)
-                signal.raise_signal(number)
-            self._stop_signal = number
-
-        with handling(note):
-            yield
 
     def finish(self) -> Path:
         """Mark the stage done.
@@ -327,6 +389,8 @@ class StageRun:
         Raises:
             Interrupted: a signal came after the last step; what follows the stage is left.
         """
+        if self._writer is not None:
+            self._writer.wait()
         if self.world.is_main:
             rundir.write_text(self.path / DONE, "{}\n")
             for tracker in self.trackers:
@@ -336,6 +400,25 @@ class StageRun:
         if self.stop_asked():
             raise self.interrupt()
         return self.path
+
+
+@contextmanager
+def opened(name: str, config: StageSettings, *, resume: bool) -> Iterator[StageRun]:
+    """A stage's run inside its process group, with threads, determinism and signals set up."""
+    with distributed.world(config.device) as here, distributed.deterministic(config.deterministic):
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        run = StageRun(name, config, here, resume=resume)
+        run.stopper.nothing_to_save = here.size == 1  # while models load; ranks stop together
+        with run.signals():
+            try:
+                yield run
+            except StopAsked:
+                raise run.interrupt() from None
+
+
+Watched = Callable[[Sequence[tuple[list[int], float]]], Iterator[tuple[list[int], float]]]
+"""`StageRun.watched`, or `iter` where nobody asks to stop."""
 
 
 def is_done(path: Path) -> bool:

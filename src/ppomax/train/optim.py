@@ -1,6 +1,8 @@
 """Optimizer and learning-rate schedule: settings beside the few lines that read them."""
 
 import math
+import statistics
+from collections.abc import Collection
 from typing import Annotated, Literal, Self
 
 import torch
@@ -32,6 +34,9 @@ class OptimSettings(Settings):
     """Decoupled weight decay."""
     grad_clip: float | None = Field(1.0, gt=0)
     """Largest global gradient norm of this model; null does not clip."""
+    spike_z: float | None = Field(None, gt=0)
+    """Skip a step whose gradient norm lies so many standard deviations above the mean of the last
+    128 (ours; 6 is a sensible value); null skips none but the non-finite."""
 
     @model_validator(mode="after")
     def _floor(self) -> Self:
@@ -41,6 +46,17 @@ class OptimSettings(Settings):
                 "linear or cosine"
             )
         return self
+
+
+SPIKE_WINDOW = 128
+"""Steps whose gradient norms say what is usual."""
+
+
+def is_spike(norm: float, norms: Collection[float], z: float) -> bool:
+    """Whether a norm lies more than `z` standard deviations above a full window's mean."""
+    if len(norms) < SPIKE_WINDOW:
+        return False
+    return norm > statistics.fmean(norms) + z * statistics.stdev(norms)
 
 
 def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:

@@ -80,17 +80,12 @@ def roll_back(trainer: "PPO") -> None:
     watch.reset()
     watch.went_back(number)
     watch.rollbacks = rollbacks
-    run.attempt += 1
     coef = float(trainer.kl.coef)
     if settings.kl_factor is not None:
         trainer.kl.coef = max(coef * settings.kl_factor, settings.kl_least)
     for part in trainer.trained():
         part.lr_factor *= settings.lr_factor or 1.0
-    barrier(trainer.here)  # every rank has read what is replaced now
-    if trainer.here.is_main:
-        checkpoint.drop_after(run.path / "checkpoints", number)
-    trainer.save()
-    run.event(
+    run.event(  # of the attempt that ends: a crash after the save must not cut it
         "rollback",
         step=left,
         to=trainer.iteration,
@@ -101,6 +96,11 @@ def roll_back(trainer: "PPO") -> None:
         rollbacks=rollbacks,
         left=settings.max_rollbacks - rollbacks,
     )
+    run.attempt += 1
+    barrier(trainer.here)  # every rank has read what is replaced now
+    if trainer.here.is_main:
+        checkpoint.drop_after(run.path / "checkpoints", number)
+    trainer.save()
 
 
 def take_best(trainer: "PPO") -> None:
@@ -128,6 +128,7 @@ def read(trainer: "PPO", number: int) -> Checkpoint:
     Raises:
         CheckpointError: it was removed or damaged.
     """
+    trainer.run.written()
     path = checkpoint.path_of(trainer.run.path / "checkpoints", number)
     found = checkpoint.verify(path)
     if found is None:

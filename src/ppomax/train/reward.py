@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppomax.data.batching import plan_micro_batches
 from ppomax.data.template import ChatTemplate
-from ppomax.distributed import World, gather, world
+from ppomax.distributed import World, gather
 from ppomax.errors import TrainingError
 from ppomax.losses import centring_loss, lm_loss, pairwise_ranking_loss
 from ppomax.metrics import MetricSums
@@ -21,7 +21,15 @@ from ppomax.models.language import freeze_embeddings, place
 from ppomax.models.load import load_reward_model, load_tokenizer
 from ppomax.models.lora import add_lora
 from ppomax.train.ensemble import train_members
-from ppomax.train.loop import StageRun, Trainable, autocast, check_positions, rank_micro_batches
+from ppomax.train.loop import (
+    StageRun,
+    Trainable,
+    Watched,
+    autocast,
+    check_positions,
+    opened,
+    rank_micro_batches,
+)
 from ppomax.train.pair_forward import PairOutput, forward_pairs, settle_sharing, width
 from ppomax.train.pairs import Pair
 from ppomax.train.reward_card import export
@@ -34,14 +42,10 @@ __all__ = ["RewardConfig", "load_data", "train_reward"]
 
 def train_reward(config: RewardConfig, *, resume: bool = False) -> Path:
     """Run the stage; returns its run directory, with the model in `export/`."""
-    with world(config.device) as here:
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        run = StageRun("reward", config, here, resume=resume)
-        with run.signals():
-            if config.ensemble is None:
-                return _train(config, here, run)
-            return train_members(config, here, run, _train_one, resume=resume)
+    with opened("reward", config, resume=resume) as run:
+        if config.ensemble is None:
+            return _train(config, run.world, run)
+        return train_members(config, run.world, run, _train_one, resume=resume)
 
 
 def _train_one(config: RewardConfig, resume: bool) -> Path:
@@ -71,12 +75,13 @@ def _train(config: RewardConfig, here: World, run: StageRun) -> Path:
     if state is None:
         run.set_aside(data.bad, data.notes)
 
-    def train(step: int) -> dict[str, float]:
+    def train(step: int, micro_tokens: int) -> dict[str, float]:
         pairs = [data.train[index] for index in data.steps[step]]
-        return train_step(reward, pairs, pad, config, here, run, step + 1)
+        sized = config.model_copy(update={"micro_tokens": micro_tokens})
+        return train_step(reward, pairs, pad, sized, here, run, step + 1)
 
     def judge(_step: int) -> dict[str, float]:
-        return evaluate(model, data.heldout, pad, config, here)
+        return evaluate(model, data.heldout, pad, config, here, run.watched)
 
     fitted = fit(run, reward, len(data.steps), config, state, train=train, evaluate=judge)
     export(config, model, template, data, fitted, here, run.path / "export")
@@ -102,7 +107,7 @@ def train_step(
     imitate = config.lm_coef > 0
     sums = MetricSums()
     lost: list[str] = []
-    for indices, weight in rank_micro_batches(_plan(pairs, config, here), here):
+    for indices, weight in run.watched(rank_micro_batches(_plan(pairs, config, here), here)):
         part = [pairs[index] for index in indices]
         with autocast(here, config.compute_dtype):
             output = forward_pairs(
@@ -122,7 +127,17 @@ def train_step(
     _stop_if_lost([name for names in gather(lost, here) for name in names], step)
     lr = reward.lr
     norm, taken = reward.step()
-    run.step_taken("reward", taken, step, [pair.row.id for pair in pairs])
+    run.step_taken(
+        "reward",
+        taken,
+        step,
+        [pair.row.id for pair in pairs],
+        reason=reward.why_skipped,
+        contents=lambda: [
+            {"id": pair.row.id, "chosen": pair.chosen.ids, "rejected": pair.rejected.ids}
+            for pair in pairs
+        ],
+    )
     values = sums.merged(here) | ({"reward/grad_norm": norm} if taken else {})
     return values | {
         "reward/lr": lr,
@@ -204,11 +219,16 @@ def _plan(pairs: Sequence[Pair], config: RewardConfig, here: World) -> list[list
 
 
 def evaluate(
-    model: ScalarModel, pairs: list[Pair], pad: int, config: RewardConfig, here: World
+    model: ScalarModel,
+    pairs: list[Pair],
+    pad: int,
+    config: RewardConfig,
+    here: World,
+    watched: Watched = iter,
 ) -> dict[str, float]:
     """Held-out ranking loss and accuracy over all pairs at once; nothing without pairs."""
     if not pairs:
         return {}
-    chosen, rejected = score_pairs(model, pairs, pad, config, here)
+    chosen, rejected = score_pairs(model, pairs, pad, config, here, watched)
     found = pairwise_ranking_loss(chosen, rejected, num_pairs=len(pairs))
     return {"eval/loss": float(found.loss), "eval/accuracy": float(found.accuracy)}

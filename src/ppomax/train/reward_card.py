@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppomax.data.template import ChatTemplate
-from ppomax.distributed import World, full_state
+from ppomax.distributed import World, state_on_main
 from ppomax.models.export import (
     Card,
     RewardCard,
@@ -50,7 +50,7 @@ def export(
     scores = score_pairs(scorer, judged, pad, config, here) if judged else None
     table = accuracy_table(judged, scores) if scores else {}
     probes = score_dialogues(scorer, list(probe_messages()), template, here, config.compute_dtype)
-    state = full_state(model)  # collective
+    state = state_on_main(model, here)  # collective
     if not here.is_main:
         return
     licence = config.licence or licence_of(config.model)

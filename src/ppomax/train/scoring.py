@@ -10,14 +10,19 @@ from ppomax.data.batching import collate, plan_micro_batches
 from ppomax.distributed import World, sum_tensor
 from ppomax.errors import ModelError
 from ppomax.models.heads import ScalarModel
-from ppomax.train.loop import autocast, rank_micro_batches
+from ppomax.train.loop import Watched, autocast, rank_micro_batches
 from ppomax.train.pairs import Pair
 from ppomax.train.settings import StageSettings
 
 
 @torch.no_grad()
 def score_rows(
-    model: ScalarModel, rows: Sequence[list[int]], pad: int, config: StageSettings, here: World
+    model: ScalarModel,
+    rows: Sequence[list[int]],
+    pad: int,
+    config: StageSettings,
+    here: World,
+    watched: Watched = iter,
 ) -> Float[Tensor, " rows"]:
     """Score at the last token of each row of ids, on every rank, on the CPU.
 
@@ -26,7 +31,7 @@ def score_rows(
     """
     scores = torch.zeros(len(rows), device=here.device)
     plan = plan_micro_batches([len(row) for row in rows], config.micro_tokens, here.size)
-    for indices, weight in rank_micro_batches(plan, here):
+    for indices, weight in watched(rank_micro_batches(plan, here)):
         batch = collate([(rows[i], [False] * len(rows[i])) for i in indices], pad, here.device)
         with autocast(here, config.compute_dtype):
             found = model.scores(batch.input_ids, batch.lengths)
@@ -36,7 +41,12 @@ def score_rows(
 
 
 def score_pairs(
-    model: ScalarModel, pairs: Sequence[Pair], pad: int, config: StageSettings, here: World
+    model: ScalarModel,
+    pairs: Sequence[Pair],
+    pad: int,
+    config: StageSettings,
+    here: World,
+    watched: Watched = iter,
 ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
     """Scores of the preferred and of the other answers.
 
@@ -44,7 +54,7 @@ def score_pairs(
         ModelError: a score is not finite; the text names the pair.
     """
     rows = [pair.chosen.ids for pair in pairs] + [pair.rejected.ids for pair in pairs]
-    scores = score_rows(model, rows, pad, config, here)
+    scores = score_rows(model, rows, pad, config, here, watched)
     lost = (~scores.isfinite()).nonzero().flatten().tolist()
     if lost:
         row = pairs[lost[0] % len(pairs)].row

@@ -27,6 +27,14 @@ class CheckpointSettings(Settings):
     """Steps (`ppo`: iterations) between checkpoints; the last step always saves one."""
     keep_last: int = Field(2, ge=1)
     """Newest checkpoints kept; the last good one is never removed."""
+    keep_best: int | None = Field(None, ge=1)
+    """Older checkpoints kept too, the best by held-out loss (`sft`), held-out accuracy (`reward`)
+    or mean score (`ppo`); null keeps none. Only a checkpoint whose step was judged counts."""
+    asynchronous: bool = False
+    """Write in a thread while training goes on: takes a copy in memory, changes no result."""
+    grace_s: float = Field(30.0, gt=0)
+    """Seconds between a signal and the end of the process: what does not fit is left out, and
+    done again by `ppomax resume`. Schedulers often kill after 30."""
 
 
 class LogSettings(Settings):
@@ -56,6 +64,10 @@ class StageSettings(Settings):
     the machine computes it fast; config.yaml then says what it took."""
     threads: int | None = Field(None, ge=1)
     """CPU threads; null leaves PyTorch's choice. Part of exact resume."""
+    deterministic: bool = False
+    """Deterministic kernels only, on CUDA at some cost in speed: the same run twice is then the
+    same to the bit. On the CPU it always is. An operation that has no such kernel ends the run
+    with its name."""
     system: str | None = None
     """System prompt for dialogues that have none."""
     max_length: int = Field(1024, ge=8)

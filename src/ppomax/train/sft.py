@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppomax.data.batching import collate, derived_seed, plan_micro_batches
 from ppomax.data.sources import load_sft
 from ppomax.data.template import ChatTemplate, Encoded
-from ppomax.distributed import World, full_state, world
+from ppomax.distributed import World, state_on_main
 from ppomax.losses import lm_loss
 from ppomax.metrics import MetricSums
 from ppomax.models.export import Card, export_policy
@@ -22,7 +22,15 @@ from ppomax.models.language import LanguageModel, freeze_embeddings, place
 from ppomax.models.load import licence_of, load_policy, load_tokenizer
 from ppomax.models.lora import add_lora
 from ppomax.rollout import EngineSettings, SamplingParams, build_engine
-from ppomax.train.loop import StageRun, Trainable, autocast, check_positions, rank_micro_batches
+from ppomax.train.loop import (
+    StageRun,
+    Trainable,
+    Watched,
+    autocast,
+    check_positions,
+    opened,
+    rank_micro_batches,
+)
 from ppomax.train.optim import OptimSettings
 from ppomax.train.supervised import Fitted, StageData, SupervisedSettings, build_data, fit
 from ppomax.types import SFTRow
@@ -67,12 +75,8 @@ def load_data(config: SFTConfig, template: ChatTemplate) -> SFTData:
 
 def train_sft(config: SFTConfig, *, resume: bool = False) -> Path:
     """Run the stage; returns its run directory, with the model in `export/`."""
-    with world(config.device) as here:
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        run = StageRun("sft", config, here, resume=resume)
-        with run.signals():
-            return _train(config, here, run)
+    with opened("sft", config, resume=resume) as run:
+        return _train(config, run.world, run)
 
 
 def _train(config: SFTConfig, here: World, run: StageRun) -> Path:
@@ -94,13 +98,15 @@ def _train(config: SFTConfig, here: World, run: StageRun) -> Path:
         run.set_aside(data.bad, data.notes)
     pad = int(tokenizer.pad_token_id)
 
-    def train(step: int) -> dict[str, float]:
+    def train(step: int, micro_tokens: int) -> dict[str, float]:
         rows = [data.train[index] for index in data.steps[step]]
-        return train_step(policy, rows, pad, config, here, run, step + 1)
+        sized = config.model_copy(update={"micro_tokens": micro_tokens})
+        return train_step(policy, rows, pad, sized, here, run, step + 1)
 
     def judge(step: int) -> dict[str, float]:
+        found = evaluate(model, data, pad, config, here, run.watched)
         write_samples(lm, data, template, config, here, run, step)
-        return evaluate(model, data, pad, config, here)
+        return found
 
     fitted = fit(run, policy, len(data.steps), config, state, train=train, evaluate=judge)
     _export(config, lm, tokenizer, run, fitted)
@@ -120,7 +126,7 @@ def train_step(
     num_tokens = sum(row.num_targets for row in rows)
     plan = plan_micro_batches([len(row.ids) for row in rows], config.micro_tokens, here.size)
     sums = MetricSums()
-    for indices, weight in rank_micro_batches(plan, here):
+    for indices, weight in run.watched(rank_micro_batches(plan, here)):
         batch = collate([(rows[i].ids, rows[i].mask) for i in indices], pad, here.device)
         with autocast(here, config.compute_dtype):
             logprobs = policy.model(batch).logprobs[None]
@@ -129,7 +135,14 @@ def train_step(
         sums.add("sft/loss", float(loss.detach()) * num_tokens * weight, batch.num_targets * weight)
     lr = policy.lr
     norm, taken = policy.step()
-    run.step_taken("policy", taken, step, [len(row.ids) for row in rows])
+    run.step_taken(
+        "policy",
+        taken,
+        step,
+        [len(row.ids) for row in rows],
+        reason=policy.why_skipped,
+        contents=lambda: [{"ids": row.ids, "mask": row.mask} for row in rows],
+    )
     values = sums.merged(here)
     values["sft/perplexity"] = perplexity(values["sft/loss"])
     values |= {"sft/grad_norm": norm} if taken else {}
@@ -138,7 +151,12 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, data: SFTData, pad: int, config: SFTConfig, here: World
+    model: LanguageModel,
+    data: SFTData,
+    pad: int,
+    config: SFTConfig,
+    here: World,
+    watched: Watched = iter,
 ) -> dict[str, float]:
     """Held-out NLL per assistant token and perplexities; nothing without held-out rows."""
     rows = data.heldout
@@ -149,7 +167,7 @@ def evaluate(
     sums = MetricSums()
     for key in sorted({"", *groups}):  # every rank merges the same keys
         sums.add(key, 0.0, 0.0)
-    for indices, weight in rank_micro_batches(plan, here):
+    for indices, weight in watched(rank_micro_batches(plan, here)):
         batch = collate([(rows[i].ids, rows[i].mask) for i in indices], pad, here.device)
         with autocast(here, config.compute_dtype):
             logprobs = model(batch).logprobs
@@ -225,7 +243,7 @@ def _export(
     run: StageRun,
     fitted: Fitted,
 ) -> None:
-    state = full_state(lm)  # collective
+    state = state_on_main(lm, run.world)  # collective
     if run.world.is_main:
         licence = config.licence or licence_of(config.model)
         card = Card(

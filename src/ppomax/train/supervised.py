@@ -4,9 +4,11 @@ A stage gives its rows, how one is encoded, and two functions: train on a batch,
 out. Nothing here knows a loss.
 """
 
+import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 
@@ -20,7 +22,9 @@ from ppomax.data.sources import Loaded, Sources, exchange_overlap, split_by_prom
 from ppomax.errors import CheckpointError, ConfigError, DataError
 from ppomax.models.lora import LoraSettings
 from ppomax.train.loop import StageRun, Trainable
+from ppomax.train.memory import fitted
 from ppomax.train.settings import StageSettings
+from ppomax.train.stopping import StopAsked
 from ppomax.types import PreferenceRow, SFTRow
 
 BEST = "best"
@@ -28,6 +32,7 @@ BEST = "best"
 
 Row = TypeVar("Row", PreferenceRow, SFTRow)
 T = TypeVar("T")
+Values = dict[str, float]
 
 
 class EarlyStopSettings(Settings):
@@ -211,45 +216,73 @@ def fit(
     config: SupervisedSettings,
     state: dict[str, Any] | None,
     *,
-    train: Callable[[int], dict[str, float]],
-    evaluate: Callable[[int], dict[str, float]],
+    train: Callable[[int, int], Values],
+    evaluate: Callable[[int], Values],
 ) -> Fitted:
     """The loop of a stage: step, evaluate, log, save; ends at the last step or out of patience.
 
+    A signal that meets a step drops it where it cannot be ended in time; one that meets an
+    evaluation drops that, and the step's own numbers wait in the checkpoint for it.
+
     Args:
         state: of the checkpoint to go on from.
-        train, evaluate: their metrics, given the step's index (from 0) and its number (from 1).
+        train: metrics of the step of an index (from 0) with so many `micro_tokens`.
+        evaluate: metrics after the step of a number (from 1).
 
     Raises:
         Interrupted: a signal asked to stop; the state is saved.
     """
     step = state["step"] if state else 0
     best: Best | None = state.get("best") if state else None
+    trained: Values | None = state.get("trained") if state else None
     loss: float | None = None
+
+    def save(number: int, values: Values | None = None, rating: float | None = None) -> None:
+        kept = {"step": step, "best": best, "trained": values, "quality": rating}
+        run.save(number, [part], kept, {run.name: step})
+        _prune_best(run, best)
+
     while step < num_steps and not _out_of_patience(best, config):
-        values = train(step)
-        step += 1
-        if step == num_steps or step % config.eval_every == 0:
-            values |= evaluate(step)
-            loss = values.get("eval/loss")
-            if config.early_stop and "eval/loss" in values:
-                best = _noted(best, step, values["eval/loss"], part, run)
+        try:
+            values = trained or fitted(run, [part], step + 1, partial(train, step))
+        except StopAsked:
+            part.drop_gradients()
+            raise run.stopped(step, partial(save, step)) from None
+        judged: Values = {}
+        try:
+            if step + 1 == num_steps or (step + 1) % config.eval_every == 0:
+                judged = evaluate(step + 1)
+        except StopAsked:
+            raise run.stopped(step, partial(save, step + 1, values), within=True) from None
+        step, trained = step + 1, None
+        if "eval/loss" in judged:
+            loss = judged["eval/loss"]
+            if config.early_stop:
+                best = _noted(best, step, loss, part, run)
         done = step == num_steps or _out_of_patience(best, config)
-        run.log(step, values, total=num_steps)
-        stop = run.stop_asked()
-        if done or stop or step % config.checkpoint.every == 0:
-            run.save(step, [part], {"step": step, "best": best}, {run.name: step})
-            _prune_best(run, best)
-        if stop and not done:
-            raise run.interrupt()
+        run.log(step, values | judged, total=num_steps)
+        rating = quality(judged)
+        if run.stop_asked() and not done:
+            raise run.stopped(step, partial(save, step, None, rating))
+        if done or step % config.checkpoint.every == 0:
+            save(step, None, rating)
+    run.all_saved()
     if config.early_stop is None or best is None:
         return Fitted(step, step, None)
-    fitted = Fitted(step, step, loss)
+    ended = Fitted(step, step, loss)
     if config.early_stop.export == "best" and best["step"] != step:
-        fitted = Fitted(step, best["step"], best["loss"])
+        ended = Fitted(step, best["step"], best["loss"])
         _load_best(run, part, best)
-    run.event("export", step=step, note=fitted.said)
-    return fitted
+    run.event("export", step=step, note=ended.said)
+    return ended
+
+
+def quality(judged: Mapping[str, float]) -> float | None:
+    """What `checkpoint.keep_best` goes by, higher is better: accuracy, else the negative loss."""
+    if "eval/loss" not in judged:
+        return None
+    found = judged.get("eval/accuracy", -judged["eval/loss"])
+    return found if math.isfinite(found) else None
 
 
 def _out_of_patience(best: Best | None, config: SupervisedSettings) -> bool:
@@ -262,7 +295,7 @@ def _noted(best: Best | None, step: int, loss: float, part: Trainable[Any], run:
     if best is not None and not loss < best["loss"]:
         return {**best, "waited": best["waited"] + 1}
     distributed.reshard(part.model)
-    tensors = checkpoint.model_tensors(part.model)
+    tensors = checkpoint.model_tensors(part.model, keep=run.world.is_main)
     found: Best = {"step": step, "loss": loss, "waited": 0}
     if run.world.is_main:
         checkpoint.save(run.path / BEST, step, {part.name: tensors}, dict(found))
@@ -272,7 +305,10 @@ def _noted(best: Best | None, step: int, loss: float, part: Trainable[Any], run:
 
 def _prune_best(run: StageRun, best: Best | None) -> None:
     """Keep only what the checkpoint just saved speaks of: a resumed run may need no other."""
-    if best is None or not run.world.is_main:
+    if best is None:
+        return
+    run.written()
+    if not run.world.is_main:
         return
     for path in (run.path / BEST).iterdir():
         if path != _best_path(run, best):

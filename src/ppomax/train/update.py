@@ -1,6 +1,7 @@
 """One optimizer step of policy and critic on one minibatch, whatever its cut into micro-batches."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,7 +25,8 @@ from ppomax.metrics import MetricSums
 from ppomax.models.language import TargetReading, values_before_targets
 from ppomax.train.actors import Actors
 from ppomax.train.experience_batch import Experience, reply_batch, unflatten
-from ppomax.train.loop import StageRun, autocast, rank_micro_batches
+from ppomax.train.guard import contents
+from ppomax.train.loop import StageRun, Trainable, autocast, rank_micro_batches
 from ppomax.train.ppo_config import PPOConfig
 
 
@@ -84,7 +86,7 @@ def update_policy(
     advantages = prepared_advantages(experience, rows, config)
     entropy_mean = _entropy_mean(now, experience, minibatch, num_tokens)
     steps_kl = MetricSums()
-    for indices, weight in rank_micro_batches(minibatch, now.here):
+    for indices, weight in now.run.watched(rank_micro_batches(minibatch, now.here)):
         part = micro_batch(experience, indices, now)
         with autocast(now.here, config.compute_dtype):
             out = _policy_forward(part.batch, now)
@@ -126,7 +128,7 @@ def update_policy(
         _add_lm_term(texts, now)
     sums.add("policy/lr", policy.lr, 1.0)
     norm, taken = policy.step()
-    now.run.step_taken("policy", taken, now.step, rows)
+    _count(now, policy, taken, experience, rows)
     sums.add("policy/grad_norm", norm if taken else 0.0, float(taken))
     return steps_kl.merged(now.here).get("kl", 0.0)
 
@@ -141,7 +143,7 @@ def update_critic(
     assert experience.scored.values is not None
     rows = [index for micro in minibatch for index in micro]
     num_tokens = max(1, int(experience.mask[rows].sum()))
-    for indices, weight in rank_micro_batches(minibatch, now.here):
+    for indices, weight in now.run.watched(rank_micro_batches(minibatch, now.here)):
         part = micro_batch(experience, indices, now)
         with autocast(now.here, now.config.compute_dtype):
             flat = values_before_targets(critic.model, part.batch)
@@ -160,8 +162,22 @@ def update_critic(
             sums.add("value/clip_fraction", float(found.clip_fraction) * weight, share)
     sums.add("value/lr", critic.lr, 1.0)
     norm, taken = critic.step()
-    now.run.step_taken("critic", taken, now.step, rows)
+    _count(now, critic, taken, experience, rows)
     sums.add("value/grad_norm", norm if taken else 0.0, float(taken))
+
+
+def _count(
+    now: Updating, part: Trainable[Any], taken: bool, experience: Experience, rows: list[int]
+) -> None:
+    """Tell the run whether a model's step was taken, and with which replies if not."""
+    now.run.step_taken(
+        part.name,
+        taken,
+        now.step,
+        rows,
+        reason=part.why_skipped,
+        contents=lambda: contents(experience, rows),
+    )
 
 
 def micro_batch(experience: Experience, indices: list[int], now: Updating) -> Part:

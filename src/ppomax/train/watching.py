@@ -76,13 +76,14 @@ class Watch:
         self.alarms.reset()
         self.since, self.well = {}, True
 
-    def checkpointed(self, number: int, second: float | None) -> list[int]:
+    def checkpointed(self, number: int | None, second: float | None) -> list[int]:
         """Note a checkpoint about to be written, if it is green; numbers of those to keep.
 
         Args:
+            number: None for one that a signal asked for, which is none to go back to.
             second: its held-out score by the second scorer, where it has one.
         """
-        if self.well:
+        if self.well and number is not None:
             self.green = [*(n for n in self.green if n < number), number]
             if second is not None:
                 self.seconds[number] = second

@@ -1,0 +1,389 @@
+"""Kills training with SIGKILL at every write of a checkpoint and at random times, and resumes it.
+
+    python benchmarks/crash.py [--points 330] [--seed 0] [--jobs 2]
+
+The three stages on the built-in tiny model. First each runs undisturbed, with every operation of
+the checkpoint writer counted (files, fsync, rename, unlink, rows) and every phase timed. Then one
+run per point is killed there: before each of the operations, in the middle of each file of tensors,
+and at random times within rollout, scoring, update, evaluation and export. It is resumed in a new
+process and must end as the undisturbed run did, to the bit: rows (clock aside), weights, moments,
+counters, export. Prints a table; exit code 1 where a single one differs.
+
+Processes are forked from one that has imported everything and computed nothing.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+import torch
+import transformers.models.llama.modeling_llama  # noqa: F401 - before the fork
+
+from ppomax import checkpoint, rundir
+from ppomax.config import parse
+from ppomax.models.tiny import build_tiny
+from ppomax.train import ppo, reward, sft
+from ppomax.train.ppo_config import PPOConfig
+from ppomax.train.reward import RewardConfig
+from ppomax.train.sft import SFTConfig
+
+STAGES = ("sft", "reward", "ppo")
+WORDS = ["tea", "rain", "a duck", "the moon", "old songs", "bread", "salt", "a slow train"]
+CLOCK = ("time", "throughput/", "memory/")
+PHASES: dict[str, dict[str, tuple[Any, str]]] = {
+    "sft": {
+        "update": (sft, "train_step"),
+        "evaluation": (sft, "evaluate"),
+        "export": (sft, "_export"),
+    },
+    "reward": {
+        "update": (reward, "train_step"),
+        "evaluation": (reward, "evaluate"),
+        "export": (reward, "_export"),
+    },
+    "ppo": {
+        "rollout": (ppo.PPO, "sample"),
+        "scoring": (ppo, "score"),
+        "update": (ppo.PPO, "update"),
+        "export": (ppo.PPO, "export"),
+    },
+}
+OPERATIONS: list[tuple[Any, str]] = [
+    (checkpoint, "save_file"),
+    (checkpoint, "_write"),
+    (os, "fsync"),
+    (os, "rename"),
+    (os, "replace"),
+    (os, "mkdir"),
+    (os, "unlink"),
+    (os, "rmdir"),
+    (rundir, "append_jsonl"),
+]
+"""What a save does to the disk; rows of metrics and events are written around it."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a run is killed."""
+
+    stage: str
+    kind: str
+    """The operation's name, `half a file`, or the phase."""
+    number: int
+    """Of the operation among all, or of the phase's calls; from 1."""
+    delay: float = 0.0
+    """Seconds after the phase began."""
+
+    @property
+    def is_phase(self) -> bool:
+        """Whether a clock decides."""
+        return self.kind in PHASES[self.stage]
+
+
+def settings(stage: str, out: Path, root: Path) -> Any:
+    """Settings with everything in them that has state; seconds on the tiny model."""
+    adam = {"lr": 1e-3, "grad_clip": 0.5, "schedule": "linear"}
+    common = {
+        "model": "tiny",
+        "out": str(out),
+        "max_length": 128,
+        "optim": adam,
+        "threads": 1,
+        "checkpoint": {"every": 1, "keep_last": 2},
+    }
+    supervised = {"heldout": 0.3, "epochs": 2, "max_steps": 4, "eval_every": 2}
+    own: dict[str, tuple[Any, dict[str, Any]]] = {
+        "sft": (SFTConfig, supervised | {"data": str(root / "sft.jsonl"), "batch_tokens": 100}),
+        "reward": (
+            RewardConfig,
+            supervised | {"data": str(root / "pairs.jsonl"), "batch_tokens": 150},
+        ),
+        "ppo": (
+            PPOConfig,
+            {
+                "data": str(root / "prompts.jsonl"),
+                "iterations": 2,
+                "rollout_size": 4,
+                "minibatch_size": 2,
+                "epochs": 2,
+                "max_prompt": 64,
+                "sampling": {"max_new_tokens": 6},
+                "kl": {"coef": 0.05, "target_per_token": 0.001, "horizon": 20},
+                "critic_pretraining": {"max_rollouts": 2, "explained_variance": 1.0},
+                "critic_optim": adam,
+                "ptx": {"data": str(root / "text.jsonl"), "tokens": 20, "length": 32},
+                "reward": {"model": str(root / "reward" / "export")},
+                "log": {"samples_every": 1},
+            },
+        ),
+    }
+    kind, values = own[stage]
+    return parse(kind, common | values)
+
+
+def write_data(root: Path) -> None:
+    """Rows for all stages, and the tiny model in a cache of its own."""
+    rows = {
+        "sft": [{"prompt": f"Say {w}.", "completion": f"Here is {w} " * 3} for w in WORDS],
+        "pairs": [
+            {"prompt": f"Say {w}.", "chosen": f"Gladly: {w}, {w}!", "rejected": f"No {w} today."}
+            for w in WORDS
+        ],
+        "prompts": [{"prompt": f"What of {w}?"} for w in WORDS],
+        "text": [{"text": f"{w} and nothing but {w}. " * 6} for w in WORDS],
+    }
+    for name, found in rows.items():
+        text = "".join(json.dumps(row) + "\n" for row in found)
+        (root / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    os.environ["PPOMAX_CACHE"] = str(root / "cache")
+    forked(lambda: build_tiny(root / "cache"), root / "log.txt").wait()
+
+
+class Child:
+    """A forked process and the file its output goes to."""
+
+    def __init__(self, pid: int, log: Path) -> None:
+        self.pid, self.log = pid, log
+
+    def wait(self) -> int:
+        """Its exit code; minus the signal that killed it."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def forked(work: Callable[[], object], log: Path) -> Child:
+    """Do `work` in a process of its own."""
+    pid = os.fork()
+    if pid:
+        return Child(pid, log)
+    code = 1
+    try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        torch.set_num_threads(1)
+        work()
+        code = 0
+    except BaseException:  # noqa: BLE001 - the parent reads it
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def train(stage: str, out: Path, root: Path, *, resume: bool) -> None:
+    """The stage by its Python entry."""
+    module, name = {
+        "sft": (sft, "train_sft"),
+        "reward": (reward, "train_reward"),
+        "ppo": (ppo, "train_ppo"),
+    }[stage]
+    getattr(module, name)(settings(stage, out, root), resume=resume)
+
+
+def wrap(owner: Any, name: str, before: Callable[[str, tuple[Any, ...]], None]) -> None:
+    """Call `before` with the name and the arguments, then the function."""
+    inner = getattr(owner, name)
+
+    def wrapper(*args: Any, **keywords: Any) -> Any:
+        before(name, args)
+        return inner(*args, **keywords)
+
+    setattr(owner, name, wrapper)
+
+
+def undisturbed(stage: str, root: Path) -> None:
+    """In a child: run, and leave the operations in order and the phases' seconds."""
+    operations: list[str] = []
+    seconds: dict[str, list[float]] = {}
+    for owner, name in OPERATIONS:
+        wrap(owner, name, lambda name, _: operations.append(name))
+    for phase, (owner, name) in PHASES[stage].items():
+        inner = getattr(owner, name)
+
+        def timed(*args: Any, inner: Any = inner, phase: str = phase, **keywords: Any) -> Any:
+            began = time.monotonic()
+            result = inner(*args, **keywords)
+            seconds.setdefault(phase, []).append(time.monotonic() - began)
+            return result
+
+        setattr(owner, name, timed)
+    train(stage, root / stage, root, resume=False)
+    (root / f"{stage}-points.json").write_text(json.dumps([operations, seconds]))
+
+
+def die() -> None:
+    """The process is gone before the next instruction."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(point: Point, out: Path, root: Path) -> None:
+    """In a child: run until the point."""
+    count = 0
+    if point.is_phase:
+        owner, name = PHASES[point.stage][point.kind]
+
+        def at_phase(_name: str, _args: tuple[Any, ...]) -> None:
+            nonlocal count
+            count += 1
+            if count == point.number:
+                threading.Timer(point.delay, die).start()
+
+        wrap(owner, name, at_phase)
+    else:
+
+        def at_operation(name: str, args: tuple[Any, ...]) -> None:
+            nonlocal count
+            count += 1
+            if count == point.number:
+                if point.kind == "half a file":
+                    Path(args[1]).write_bytes(b"half a file" * 100)
+                die()
+
+        for owner, name in OPERATIONS:
+            wrap(owner, name, at_operation)
+    train(point.stage, out, root, resume=False)
+
+
+def points_of(stage: str, root: Path, rng: random.Random, spare: int) -> list[Point]:
+    """Every operation, and `spare` random times spread over the phases."""
+    operations, seconds = json.loads((root / f"{stage}-points.json").read_text())
+    found = [Point(stage, name, number) for number, name in enumerate(operations, start=1)]
+    found += [
+        Point(stage, "half a file", number)
+        for number, name in enumerate(operations, start=1)
+        if name == "save_file"
+    ]
+    phases = list(PHASES[stage])
+    for index in range(spare):
+        phase = phases[index % len(phases)]
+        number = rng.randrange(len(seconds[phase]))
+        found.append(Point(stage, phase, number + 1, rng.uniform(0, seconds[phase][number])))
+    return found
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """All that must come out the same."""
+    found: dict[str, Any] = {}
+    for name in (rundir.METRICS, rundir.SAMPLES, rundir.EVENTS):
+        found[name] = [
+            {key: value for key, value in row.items() if not key.startswith(CLOCK)}
+            for row in rundir.read_jsonl(run / name)
+            if row.get("kind") != "checkpoint"  # the kill may fall between a save and its row
+        ]
+    last = checkpoint.latest(run / "checkpoints")
+    assert last is not None
+    found["state"] = last.state
+    files = [*last.path.glob("*.safetensors"), run / "export" / "model.safetensors"]
+    return found | {file.name: file.read_bytes() for file in files}
+
+
+def judge(point: Point, out: Path, root: Path, expected: dict[str, Any]) -> str:
+    """Kill, resume, compare; what was wrong, or "missed" where the run ended before the point."""
+    log = out.with_suffix(".txt")
+    code = forked(lambda: killed(point, out, root), log).wait()
+    if code == 0 and point.is_phase:
+        return "missed"
+    if code != -signal.SIGKILL:
+        return f"ended with {code} before the point: {log.read_text()[-2000:]}"
+    code = forked(lambda: train(point.stage, out, root, resume=True), log).wait()
+    if code:
+        return f"resuming ended with {code}: {log.read_text()[-2000:]}"
+    found = outcome(out)
+    return ", ".join(key for key in {**expected, **found} if expected.get(key) != found.get(key))
+
+
+def judge_all(points: list[Point], root: Path, jobs: int) -> dict[Point, str]:
+    """Every point's verdict, in `jobs` processes."""
+    expected = {stage: outcome(root / stage) for stage in STAGES}
+    shares = [points[job::jobs] for job in range(jobs)]
+
+    def work(job: int) -> None:
+        with (root / f"verdicts-{job}.jsonl").open("w") as file:
+            for number, point in enumerate(shares[job]):
+                out = root / f"run-{job}"
+                wrong = judge(point, out, root, expected[point.stage])
+                file.write(json.dumps([number, wrong]) + "\n")
+                file.flush()
+                shutil.rmtree(out, ignore_errors=True)
+
+    children = [forked(lambda job=job: work(job), root / f"job-{job}.txt") for job in range(jobs)]
+    verdicts: dict[Point, str] = {}
+    for job, child in enumerate(children):
+        if child.wait():
+            raise SystemExit(child.log.read_text())
+        for line in (root / f"verdicts-{job}.jsonl").read_text().splitlines():
+            number, wrong = json.loads(line)
+            verdicts[shares[job][number]] = wrong
+    return verdicts
+
+
+def show(verdicts: dict[Point, str], seconds: float) -> int:
+    """The table; returns how many failed."""
+    tried: Counter[tuple[str, str]] = Counter()
+    good: Counter[tuple[str, str]] = Counter()
+    missed = [point for point, wrong in verdicts.items() if wrong == "missed"]
+    for point, wrong in verdicts.items():
+        if wrong != "missed":
+            tried[point.stage, point.kind] += 1
+            good[point.stage, point.kind] += not wrong
+            if wrong:
+                print(f"FAILED {point}: {wrong}")
+    kinds = list(dict.fromkeys(kind for _, kind in tried))
+    print("| killed at | " + " | ".join(STAGES) + " |\n|---|" + "---|" * len(STAGES))
+    for kind in kinds:
+        cells = [
+            f"{good[stage, kind]} of {tried[stage, kind]}" if tried[stage, kind] else ""
+            for stage in STAGES
+        ]
+        print(f"| {kind} | " + " | ".join(cells) + " |")
+    failed = tried.total() - good.total()
+    print(
+        f"{tried.total()} kills, {failed} failures, {len(missed)} times past the end; "
+        f"{seconds / 60:.1f} minutes"
+    )
+    return failed
+
+
+def main() -> int:
+    """Exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--points", type=int, default=330, help="kills in all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2)
+    chosen = parser.parse_args()
+    began = time.monotonic()
+    rng = random.Random(chosen.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_data(root)
+        for stage in STAGES:
+            child = forked(lambda stage=stage: undisturbed(stage, root), root / "log.txt")
+            if child.wait():
+                raise SystemExit(child.log.read_text())
+        written = [point for stage in STAGES for point in points_of(stage, root, rng, 0)]
+        spare = max(24, -(-(chosen.points - len(written)) // len(STAGES)) + 8)
+        points = [point for stage in STAGES for point in points_of(stage, root, rng, spare)]
+        if chosen.points < len(written):
+            points = rng.sample(points, chosen.points)
+        return 1 if show(judge_all(points, root, chosen.jobs), time.monotonic() - began) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

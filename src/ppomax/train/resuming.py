@@ -1,0 +1,81 @@
+"""Going on with a run: which settings may differ, and what of the machine changes the last bits."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ppomax.config import Settings
+from ppomax.distributed import World
+from ppomax.train.settings import StageSettings
+
+HARMLESS = (
+    "micro_tokens",
+    "threads",
+    "gradient_checkpointing",
+    "checkpoint",
+    "log",
+    "engine.slots",
+    "licence",
+)
+"""Settings of a stage that may change when it is resumed: what is learned stays the same, up to
+rounding. Everything else is another run (`monitor` too: it can stop or roll back)."""
+
+
+def changed_keys(before: Settings, now: Settings) -> list[str]:
+    """Paths of the settings in which the two differ."""
+    one, other = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    return sorted(key for key in {**one, **other} if one.get(key) != other.get(key))
+
+
+def harmful(keys: list[str], *, prefixes: tuple[str, ...] = ()) -> list[str]:
+    """Those of the keys with which a run cannot be resumed.
+
+    Args:
+        prefixes: names of stages that may stand before a setting's own path.
+    """
+    return [key for key in keys if not _is_harmless(key, prefixes)]
+
+
+def _is_harmless(key: str, prefixes: tuple[str, ...]) -> bool:
+    first, _, rest = key.partition(".")
+    own = rest if first in prefixes else key
+    return any(own == name or own.startswith(name + ".") for name in HARMLESS)
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def environment(config: StageSettings, world: World) -> dict[str, str | int]:
+    """What decides the last bits of a result beside settings and data; a checkpoint holds it."""
+    return {
+        "torch": torch.__version__,
+        "device": world.device.type,
+        "processor": _processor(world),
+        "dtype": config.dtype,
+        "ranks": world.size,
+        "threads": torch.get_num_threads(),
+        "micro_tokens": config.micro_tokens,
+    }
+
+
+def _processor(world: World) -> str:
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_name(world.device)
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In words, in what the two environments differ."""
+    return [
+        f"{before[name]} {name} before, {value} now"
+        for name, value in now.items()
+        if name in before and before[name] != value
+    ]
