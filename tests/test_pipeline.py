@@ -77,9 +77,8 @@ def test_any_source_keeps_the_reward_stages_model_out_of_ppo(reward):
     assert recipe.ppo.reward.model is None
     scorer = recipe.eval.scorers[0]
     assert (scorer.model, scorer.role) == (
-        "other" if "models" in reward else "X/reward/export",
-        "proxy",
-    )
+        ("other", "proxy") if "models" in reward else ("X/reward/export", "held-out")
+    ), "a model that PPO never sees is no proxy"
 
 
 def test_the_evaluations_proxy_is_the_first_reward_model_it_can_read():

@@ -250,6 +250,7 @@ def load_optimizer_tensors(
             raise CheckpointError(f"checkpoint does not fit the model: it has no parameter {name}")
         _check_shape(key, value, torch.Size() if slot == "step" else parameters[name].shape)
     fused = any(group.get("fused") for group in optimizer.param_groups)
+    optimizer.state.clear()  # a checkpoint from before the first step holds none
     for key, value in tensors.items():
         slot, _, name = key.partition(".")
         parameter = parameters[name]

@@ -223,14 +223,16 @@ def _wire(data: dict[str, Any], model: object, present: list[str], source: str) 
         section = data["eval"]
         ppo = data.get("ppo") or {}
         if not section.get("baseline"):
-            section["baseline"] = ppo.get("model") or sft
+            section["baseline"] = ppo.get("reference") or ppo.get("model") or sft
         if not section.get("policy"):
             section["policy"] = str(out / "ppo" / "export")
-        proxy = settings.get("model") or _first_of(settings.get("models")) or reward
+        trained_on = settings.get("model") or _first_of(settings.get("models"))
+        proxy = trained_on or reward
         scorers = section.get("scorers") or []
         listed = isinstance(scorers, list) and all(isinstance(item, dict) for item in scorers)
         if proxy and listed and not any(item.get("role") == "proxy" for item in scorers):
-            own = {"model": proxy, "name": "reward model", "role": "proxy"}
+            role = "proxy" if trained_on or "ppo" not in present else "held-out"
+            own = {"model": proxy, "name": "reward model", "role": role}
             section["scorers"] = [own, *scorers]
 
 

@@ -101,12 +101,17 @@ def plan(recipe: Recipe, only: str | None = None) -> list[StagePlan]:
         sizes.setdefault(source, model_size(source, trust_remote_code=config.trust_remote_code))
         size = sizes[source]
         tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
-        stages.append(_plan_stage(config, size, ChatTemplate(tokenizer, config.system)))
+        template = ChatTemplate(tokenizer, config.system)
+        ensemble = (recipe.reward.ensemble if recipe.reward else None) or 1
+        stages.append(_plan_stage(config, size, template, ensemble))
     return stages
 
 
 def _plan_stage(
-    config: SFTConfig | RewardConfig | PPOConfig, size: Size, template: ChatTemplate
+    config: SFTConfig | RewardConfig | PPOConfig,
+    size: Size,
+    template: ChatTemplate,
+    ensemble: int,
 ) -> StagePlan:
     match config:
         case SFTConfig():
@@ -114,7 +119,7 @@ def _plan_stage(
         case RewardConfig():
             return _plan_reward(config, size, template)
         case PPOConfig():
-            return _plan_ppo(config, size)
+            return _plan_ppo(config, size, ensemble)
 
 
 def _first_model(recipe: Recipe, model: str) -> str:
@@ -194,12 +199,12 @@ def _plan_reward(config: RewardConfig, shape: Size, template: ChatTemplate) -> S
     return result
 
 
-def _plan_ppo(config: PPOConfig, shape: Size) -> StagePlan:
+def _plan_ppo(config: PPOConfig, shape: Size, ensemble: int) -> StagePlan:
     rows = len(load_prompts(config.data, max_bad_rows=config.max_bad_rows).rows)
     compute = torch.finfo(config.compute_dtype).bits / 8
     backbone = shape.parameters
     frozen = {"engine": compute * shape.parameters / GB}
-    judges = _reward_models(config, shape)
+    judges = _reward_models(config, shape, ensemble)
     if judges:
         name = "reward model" if len(judges) == 1 else f"{len(judges)} reward models"
         frozen[name] = compute * sum(judges) / GB
@@ -248,16 +253,21 @@ def _plan_ppo(config: PPOConfig, shape: Size) -> StagePlan:
     return result
 
 
-def _reward_models(config: PPOConfig, shape: Size) -> list[int]:
-    """Parameters of each reward model; one that the run has yet to train has the policy's."""
+def _reward_models(config: PPOConfig, shape: Size, ensemble: int) -> list[int]:
+    """Parameters of each reward model; one that the run has yet to train has the policy's.
+
+    Args:
+        ensemble: members that the run's own reward stage makes.
+    """
     names = [name for source in config.reward.all_models for name in members(source.model)]
     trust = config.trust_remote_code
-    return [
-        shape.parameters
-        if Path(name).is_relative_to(config.out.parent) and not Path(name).exists()
-        else model_size(name, trust_remote_code=trust).parameters
-        for name in names
-    ]
+    found: list[int] = []
+    for name in names:
+        if Path(name).is_relative_to(config.out.parent) and not Path(name).exists():
+            found += [shape.parameters] * ensemble
+        else:
+            found.append(model_size(name, trust_remote_code=trust).parameters)
+    return found
 
 
 def _disk(models: int, keep: int, shape: Size) -> float:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ppomax.config import parse, read_yaml
 from ppomax.distributed import World
-from ppomax.errors import ConfigError
+from ppomax.errors import ConfigError, TrainingError
 from ppomax.experience import FixedKL
 from ppomax.metrics import MetricSums
 from ppomax.models.load import load_policy, resolve
@@ -24,7 +24,8 @@ from ppomax.train.estimates import critic_free, estimate
 from ppomax.train.experience_batch import exact_kl, plan_updates, score
 from ppomax.train.loop import StageRun
 from ppomax.train.ppo import train_ppo
-from ppomax.train.ppo_settings import AdvantageSettings
+from ppomax.train.ppo_config import PPOConfig
+from ppomax.train.ppo_settings import AdvantageSettings, LossSettings
 from ppomax.train.update import Updating, update_policy
 
 HERE = World(0, 1, torch.device("cpu"))
@@ -382,3 +383,17 @@ def test_figure_14_s_advice_is_given_where_it_applies(change, text, small, tmp_p
     if text:
         assert text in notes[0]
         assert "Figure 14" in notes[0]
+
+
+def test_a_rollout_with_nothing_left_to_learn_from_is_an_error(small, tmp_path):
+    change = {"advantage": {"missing_eos": "drop"}, "sampling": {"max_new_tokens": 2}}
+    with pytest.raises(TrainingError, match=r"raise sampling\.max_new_tokens"):
+        train_ppo(small("ppo", tmp_path / "run", change))
+
+
+def test_settings_objects_from_python_follow_the_estimator_too(small, tmp_path):
+    config = small("ppo", tmp_path, {"advantage": {"estimator": "rloo"}})
+    data = {name: getattr(config, name) for name in ("model", "out", "data", "iterations")}
+    advantage, loss = AdvantageSettings(estimator="rloo"), LossSettings(dual_clip=3.0)
+    again = PPOConfig(**data, advantage=advantage, loss=loss)
+    assert (again.critic, again.loss.value_clip, again.loss.dual_clip) == (None, None, 3.0)

@@ -193,7 +193,7 @@ def _hand_out(pairs: Sequence[Pair], path: Path, say: Say) -> None:
     differing = {pair.pair: pair for pair in pairs if pair.a.response != pair.b.response}
     count = write_pairs(path, differing.values())
     say(f"human: {count} pairs in {path} ({len(pairs) - count} with equal replies left out)")
-    say(f"human: run `ppomax annotate {path}`, then give its verdicts as --judge file:VERDICTS")
+    say(f"human: run `ppomax annotate {path} --out VOTES.jsonl`, then --judge file:VOTES.jsonl")
 
 
 def _write_judged(columns: Mapping[str, Verdicts], path: Path) -> None:

@@ -39,7 +39,7 @@ def read_votes(pairs: Sequence[Pair], path: Path) -> Votes:
     """
     verdicts = read_verdicts(path)
     if not verdicts:
-        raise DataError(f"{path}: no verdicts; `ppomax annotate PAIRS` writes them")
+        raise DataError(f"{path}: no verdicts; `ppomax annotate PAIRS --out FILE` writes them")
     by_pair: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
         by_pair.setdefault(verdict.pair, []).append(verdict)

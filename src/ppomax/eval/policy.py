@@ -28,9 +28,10 @@ from ppomax.eval.rubrics import load_rubrics
 from ppomax.eval.statistics import paired_difference, wilson_interval, win_tie_lose
 from ppomax.experience import kl_penalty
 from ppomax.masked import masked_mean
+from ppomax.models.ensembles import members, standards
 from ppomax.models.export import tokenizer_hash
 from ppomax.models.language import LanguageModel, place
-from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
+from ppomax.models.load import load_policy, load_reward_model, load_tokenizer, resolve
 from ppomax.rollout import EngineSettings, Rollout, SamplingParams, build_engine
 from ppomax.rollout.engine import merge_rollouts
 from ppomax.train.experience_batch import reply_batch, response_mask, unflatten
@@ -303,9 +304,21 @@ def logprobs_of(
 def score_replies(
     scorer: ScorerConfig, answers: Answers, template: ChatTemplate, config: EvalConfig, here: World
 ) -> list[float]:
-    """The reward model's score of each reply, read at its last token."""
+    """The score of each reply, read at its last token; of an ensemble its members' mean."""
+    names = members(resolve(scorer.model))
+    total = [0.0] * len(answers.rollout.responses)
+    for name, (mean, std) in zip(names, standards(names), strict=True):
+        scores = _member_scores(name, answers, template, config, here)
+        share = [(score - mean) / std / len(names) for score in scores]
+        total = [a + b for a, b in zip(total, share, strict=True)]
+    return total
+
+
+def _member_scores(
+    name: str, answers: Answers, template: ChatTemplate, config: EvalConfig, here: World
+) -> list[float]:
     model = load_reward_model(
-        scorer.model,
+        name,
         dtype=config.compute_dtype,
         init_from_lm=False,
         trust_remote_code=config.trust_remote_code,

@@ -15,6 +15,8 @@ from ppomax.eval.answers import Answer
 from ppomax.eval.asking import Ask
 from ppomax.eval.outcomes import Judged, Side, question_of
 from ppomax.eval.pairs import Pair
+from ppomax.models.ensembles import members, standards
+from ppomax.models.export import REWARD_CARD_FILE, read_reward_card
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer, resolve
 from ppomax.rollout import EngineSettings, SamplingParams, build_engine
 from ppomax.train.rewards import load_callable
@@ -46,9 +48,22 @@ def score_pairs(pairs: Sequence[Pair], model: str) -> list[Judged]:
     return rows
 
 
-@torch.no_grad()
 def _scores(texts: Sequence[tuple[Pair, str]], name: str) -> list[float]:
-    template = ChatTemplate(load_tokenizer(name))
+    """Of a reward model, or an ensemble's mean."""
+    names = members(resolve(name))
+    total = [0.0] * len(texts)
+    for member, (mean, std) in zip(names, standards(names), strict=True):
+        scores = _member_scores(texts, member)
+        share = [(score - mean) / std / len(names) for score in scores]
+        total = [a + b for a, b in zip(total, share, strict=True)]
+    return total
+
+
+@torch.no_grad()
+def _member_scores(texts: Sequence[tuple[Pair, str]], name: str) -> list[float]:
+    card = Path(resolve(name)) / REWARD_CARD_FILE
+    system = read_reward_card(card.parent).system if card.is_file() else None
+    template = ChatTemplate(load_tokenizer(name), system)
     ids = [template.prompt(pair.messages) + template.answer(text) for pair, text in texts]
     with world() as here:
         model = load_reward_model(name, init_from_lm=False).to(here.device)

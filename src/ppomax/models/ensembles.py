@@ -4,9 +4,27 @@ import json
 from pathlib import Path
 
 from ppomax.errors import ModelError
+from ppomax.models.export import REWARD_CARD_FILE, read_reward_card
 
 ENSEMBLE_FILE = "ensemble.json"
 """`{"members": ["member-0", ...]}`; paths are relative to its folder."""
+
+
+def standards(names: list[str]) -> list[tuple[float, float]]:
+    """Mean and std that make members' scores comparable, from their cards; (0, 1) for one alone.
+
+    Raises:
+        ModelError: a member of several has no card.
+    """
+    if len(names) == 1:
+        return [(0.0, 1.0)]
+    found = []
+    for name in names:
+        if not (Path(name) / REWARD_CARD_FILE).is_file():
+            raise ModelError(f"{name}: no {REWARD_CARD_FILE}, which makes members comparable")
+        card = read_reward_card(Path(name))
+        found.append((card.score_mean, max(card.score_std, 1e-6)))
+    return found
 
 
 def members(name: str) -> list[str]:

@@ -126,7 +126,7 @@ class PPO:
                 self.update(at, plan, step)
                 self.actors.engine.sync(self.policy.lm)
             values = observe(experience, self.config) | at.sums.merged(self.here)
-            first = step == 1 and self.run.attempt == 0
+            first = step == 1
             values |= self.shape.measure(experience, values, unchanged=first)
             values |= track(self, step)
             passes = self.config.epochs * len(self.buffer)
@@ -197,6 +197,12 @@ class PPO:
             )
         experience = estimate(rollout, scored, self.moments, self.kl, config)
         experience = replace(experience, exact_kl=exact)
+        if not experience.mask.any():
+            raise TrainingError(
+                f"{self.run.path}: all {len(prompts)} replies of {stage} rollout {step} were cut "
+                "at the length limit and advantage.missing_eos: drop leaves nothing to learn from; "
+                "raise sampling.max_new_tokens"
+            )
         if self.first_entropy is None:
             self.first_entropy = float(masked_mean(scored.entropy, scored.mask))
         self.taken += config.rollout_size

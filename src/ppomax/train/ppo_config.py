@@ -79,10 +79,14 @@ class PPOConfig(StageSettings):
     def _follow_estimator(cls, data: Any) -> Any:  # noqa: ANN401 - whatever stands in the recipe
         """Defaults that hang on the estimator; what is set by hand stays and is checked."""
         advantage = data.get("advantage") if isinstance(data, dict) else None
+        if isinstance(advantage, AdvantageSettings):
+            advantage = advantage.model_dump()
         estimator = advantage.get("estimator", "gae") if isinstance(advantage, dict) else "gae"
         if estimator == "gae":
             return data
         loss = data.get("loss", {})
+        if isinstance(loss, LossSettings):
+            loss = loss.model_dump(include=loss.model_fields_set)
         data = {"critic": None, "critic_pretraining": None, **data}
         if isinstance(loss, dict):
             data["loss"] = {"value_clip": None, **loss}

@@ -106,15 +106,20 @@ def roll_back(trainer: "PPO") -> None:
 def take_best(trainer: "PPO") -> None:
     """Put the policy that is to be exported in place, where it is not the present one.
 
-    The best by a second scorer among the green checkpoints kept, or the last green one; never by
-    the score that PPO was trained on, which is what an over-optimised policy is best at.
+    The best by a second scorer among the green checkpoints kept, or the last green one (`action:
+    log` only says so); never by the score that PPO was trained on, which is what an over-optimised
+    policy is best at.
     """
     watch = trainer.watch
     number = watch.exported() if watch is not None else None
     if watch is None or number == trainer.number:
         return
-    if number is None:
-        note = "no green checkpoint was kept; the last state is exported"
+    monitor, note = trainer.config.monitor, None
+    if number is None or number <= trainer.critic_rollouts:  # of those the policy is still SFT's
+        note = "no green checkpoint of a trained policy was kept; the last state is exported"
+    elif monitor is not None and monitor.action == "log" and not watch.seconds:
+        note = f"the run did not end green; checkpoint {number} was the last that was"
+    if note is not None or number is None:
         trainer.run.event("alarm_export", step=trainer.iteration, note=note)
         return
     why = "best by the second scorer" if watch.seconds else "last green one"

@@ -30,7 +30,7 @@ class Watch:
         self.before: list[dict[str, Any]] = []
         """Replies of the last row in which all was well."""
         self.well = True
-        """Whether the last row was green with too few signals beyond amber."""
+        """Whether the last row left the level green."""
         self.green: list[int] = []
         """Numbers of the green checkpoints that are kept, oldest first."""
         self.seconds: dict[int, float] = {}
@@ -59,7 +59,7 @@ class Watch:
             return "go"
         found = self.detector.update(values)
         self._count(step, found)
-        self.well = found.level == "green" and found.score < self.settings.amber
+        self.well = found.level == "green"
         if found.level != found.before:
             self._tell(step, values, found, samples)
         if self.well:
