@@ -56,7 +56,7 @@ PHASES: dict[str, dict[str, tuple[Any, str]]] = {
     "reward": {
         "update": (reward, "train_step"),
         "evaluation": (reward, "evaluate"),
-        "export": (reward, "_export"),
+        "export": (reward, "export"),
     },
     "ppo": {
         "rollout": (ppo.PPO, "sample"),
