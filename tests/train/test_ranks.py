@@ -105,7 +105,7 @@ def stages(root, data, reward):
             "ppo",
             {key: value for key, value in ppo.items() if not key.startswith("critic")}
             | {
-                "advantage": {"estimator": "grpo", "missing_eos": "drop"},
+                "advantage": {"estimator": "grpo"},
                 "kl": {"where": "loss", "estimator": "k2"},
                 "samples_per_prompt": 2,
             },
