@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from ppomax import checkpoint
+from ppomax import checkpoint, distributed
 from ppomax.data.batching import collate
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import (
@@ -125,6 +125,10 @@ def run_rank(folder):
             result[name] = sharded(name, here, folder)
         result["critic"] = critic(here)
     assert not torch.distributed.is_initialized(), "the group was left"
+    result["again"] = []
+    for _ in range(3):  # a group joined after another one was left meets its own members
+        with world("cpu") as here:
+            result["again"].append(float(sum_tensor(torch.ones(1), here)))
     torch.save(result, folder / f"rank{result['here'][0]}.pt")
 
 
@@ -293,6 +297,10 @@ def close(found, wanted, rtol=1e-4, atol=1e-6):
 
 
 # --- collectives
+
+
+def test_ranks_that_left_a_group_meet_again(ranks):
+    assert [r["again"] for r in ranks.found] == [[2.0] * 3] * RANKS
 
 
 def test_each_rank_knows_who_it_is(ranks):
@@ -582,6 +590,7 @@ def test_tasks_of_srun_that_have_no_place_to_meet_are_told_what_would_do(monkeyp
 
 def test_tasks_of_srun_meet_where_they_are_told_to(monkeypatch):
     joined = {}
+    monkeypatch.setattr(distributed, "_store", lambda rank, size: torch.distributed.HashStore())
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **k: joined.update(k))
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)

@@ -9,18 +9,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ppomax.errors import ConfigError
 
 T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +78,18 @@ def _size_in_environment() -> tuple[int, int]:
     return size, int(os.environ.get("SLURM_LOCALID", "0")) if size > 1 else 0
 
 
+@cache
+def _store(rank: int, size: int) -> dist.Store:
+    """Where the ranks meet, once a process: a second server at its port would be refused."""
+    found: dist.Store = next(iter(rendezvous("env://", rank, size, timeout=TIMEOUT)))[0]
+    return found
+
+
+_joined = count()
+"""Groups this process has joined, the same number on every rank. Under the addresses of a group
+that was left, or of the attempt before a restart, nobody answers any more."""
+
+
 @contextmanager
 def world(device: str = "auto") -> Iterator[World]:
     """Join the process group that the launcher describes; leave it at the end.
@@ -88,8 +107,11 @@ def world(device: str = "auto") -> Iterator[World]:
     mine = not dist.is_initialized()
     if mine:
         backend = "nccl" if place.type == "cuda" else "gloo"
+        rank = rank_in_environment()
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        place_of_its_own = PrefixStore(f"ppomax/{attempt}/{next(_joined)}", _store(rank, size))
         dist.init_process_group(
-            backend, rank=rank_in_environment(), world_size=size, timeout=timedelta(minutes=30)
+            backend, store=place_of_its_own, rank=rank, world_size=size, timeout=TIMEOUT
         )
     try:
         yield World(dist.get_rank(), size, place)

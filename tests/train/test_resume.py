@@ -253,10 +253,6 @@ def test_two_ranks_stop_together_and_go_on_where_they_stood(launch, tmp_path):
         assert_same_run(out / "run", alone / "run")
 
 
-@pytest.mark.xfail(
-    run=False,
-    reason="restarted ranks do not find each other: gloo meets an address of the attempt before",
-)
 @pytest.mark.slow
 def test_a_rank_killed_in_a_save_and_one_in_a_step_are_restarted_to_the_undisturbed_end(
     tmp_path, tiny_cache

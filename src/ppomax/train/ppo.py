@@ -519,7 +519,7 @@ class PPO:
         if self.watch is not None:
             self.watch.load_state_dict(state["watch"])
         if self.tracker is not None:
-            self.tracker.sft = state["sft"]
+            self.tracker.sft = state["sft"] or self.tracker.sft  # a state from before it was asked
         self.stopped, self.second = state["stopped"], None
         self.actors.engine.sync(self.policy.lm)
 

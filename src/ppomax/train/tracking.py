@@ -14,8 +14,9 @@ import torch
 from ppomax import rundir
 from ppomax.data.batching import derived_seed, plan_micro_batches
 from ppomax.data.sources import load_prompts, split_by_prompt
-from ppomax.distributed import World, gather
+from ppomax.distributed import World, gather, sum_tensor
 from ppomax.errors import ConfigError
+from ppomax.models.ensembles import members
 from ppomax.models.heads import ScalarModel
 from ppomax.models.language import LanguageModel
 from ppomax.models.load import load_reward_model
@@ -28,6 +29,7 @@ from ppomax.train.observe import response_metrics, score_metrics
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.prompts import Prompt
 from ppomax.train.reward_scores import judge
+from ppomax.train.reward_sources import check_tokenizer
 from ppomax.train.rewards import Scorer, call, load_callable
 from ppomax.train.shape import wasserstein_1
 
@@ -69,7 +71,7 @@ class Tracker:
     ) -> None:
         self.config, self.settings, self.actors, self.here = config, settings, actors, here
         self.prompts = load_tracked(config, settings, actors)
-        self.second_model = _second_model(config, settings, here)
+        self.second_model = _second_model(config, settings, actors, here)
         self.second: Scorer | None = (
             load_callable(settings.callable, "ppo.monitor.track.callable")
             if settings.callable
@@ -130,18 +132,22 @@ class Tracker:
         rundir.append_jsonl(run.path / rundir.HELDOUT, [row])
 
     def _seconds(self, rollout: Rollout, texts: list[str]) -> list[float]:
-        """What the second scorer says, on every rank."""
+        """What the second scorer says, the same on every rank."""
         if self.second is not None:
-            rows = [prompt.row for prompt in self.prompts]
-            return call(
+            mine = self.here.share(list(range(len(texts))))
+            rows = [self.prompts[index].row for index in mine]
+            called = call(
                 self.second,
                 [row.messages for row in rows],
-                texts,
+                [texts[index] for index in mine],
                 [row.id for row in rows],
                 [row.meta for row in rows],
                 timeout=self.config.reward.timeout,
                 retries=self.config.reward.retries,
             )
+            every = torch.zeros(len(texts), dtype=torch.float64, device=self.here.device)
+            every[mine] = torch.tensor(called, dtype=torch.float64, device=self.here.device)
+            return [float(score) for score in sum_tensor(every, self.here)]
         model = self.second_model
         assert model is not None
         scores = [math.nan] * len(texts)
@@ -214,11 +220,25 @@ def load_tracked(config: PPOConfig, settings: TrackSettings, actors: Actors) -> 
     return prompts
 
 
-def _second_model(config: PPOConfig, settings: TrackSettings, here: World) -> ScalarModel | None:
+def _second_model(
+    config: PPOConfig, settings: TrackSettings, actors: Actors, here: World
+) -> ScalarModel | None:
+    """The second reward model, which reads the policy's ids.
+
+    Raises:
+        ConfigError: it has another tokenizer or chat template, or is an ensemble.
+    """
     if settings.model is None:
         return None
+    setting = "ppo.monitor.track.model"
+    names = members(settings.model)
+    if len(names) > 1:
+        raise ConfigError(
+            f"setting {setting}: {settings.model} holds {len(names)} models; name one"
+        )
+    check_tokenizer(setting, names[0], config, actors.template.tokenizer)
     model = load_reward_model(
-        settings.model,
+        names[0],
         dtype=config.compute_dtype,
         init_from_lm=False,
         trust_remote_code=config.trust_remote_code,
