@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ppomax.monitors import DECLARED, as_markdown, check_keys, required_keys
+from ppomax.monitors import DECLARED, as_markdown, check_keys
 
 STAGES = {"sft", "reward", "critic", "ppo"}
 CONTRACT = [
@@ -91,15 +91,6 @@ def test_an_undeclared_key_is_refused_and_named():
         check_keys("sft", {"sft/los": 1.0, "policy/loss": 2.0, "sft/loss": 1.0})
     with pytest.raises(KeyError, match="stage critic: ptx/loss"):
         check_keys("critic", {"ptx/loss": 1.0})
-
-
-def test_required_keys_are_those_without_a_condition():
-    assert "ptx/loss" not in required_keys("ppo")
-    assert "reward/score_mean" in required_keys("ppo") & required_keys("critic")
-    assert "policy/loss" not in required_keys("critic")
-    for stage in STAGES:
-        assert required_keys(stage)
-        assert required_keys(stage) <= of(stage)
 
 
 def test_the_documents_table_has_one_line_per_key_and_no_broken_cell():

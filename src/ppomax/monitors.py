@@ -446,11 +446,6 @@ def check_keys(stage: str, values: Mapping[str, float]) -> None:
         raise KeyError(f"metric keys not declared for stage {stage}: {', '.join(unknown)}")
 
 
-def required_keys(stage: str) -> set[str]:
-    """Keys that every row of the stage has, whatever the configuration."""
-    return {metric.key for metric in DECLARED if stage in metric.stages and not metric.condition}
-
-
 def as_markdown() -> str:
     """The declarations as the text of docs/metrics.md."""
     lines = [

