@@ -8,13 +8,17 @@
 ones. `table` labels runs by the gold score alone and reports rates with 95% Wilson intervals. The
 detector is replayed on the rows of metrics.jsonl, so no run is repeated for another threshold.
 
+Each seed draws its own pace, a factor on both learning rates, so that some runs of either preset go
+too far and some do not: a detector must tell them apart within a preset too.
+
 Frozen before test seeds are drawn: the defaults of `DetectorSettings` (its thresholds were chosen
-on calibration seeds), of `WorldSettings` and `ppo_settings`, ITERATIONS, EVERY and the label below.
+on calibration seeds), of `WorldSettings` and `ppo_settings`, ITERATIONS, EVERY, PACES and the label below.
 """
 
 import argparse
 import json
 import math
+import random
 import statistics
 import sys
 from pathlib import Path
@@ -22,6 +26,8 @@ from typing import NamedTuple
 
 ITERATIONS, EVERY, PROMPTS, WINDOW = 60, 5, 256, 3
 PRESETS = ("vanilla", "ppo-max")
+PACES = (1 / 8, 2.0)
+"""Least and largest factor on the world's learning rates."""
 
 
 class Label(NamedTuple):
@@ -67,6 +73,12 @@ def seeds(text):
     return range(int(first), int(last or first) + 1)
 
 
+def pace(seed):
+    """The seed's factor on learning rates, log-uniform over PACES."""
+    low, high = map(math.log, PACES)
+    return math.exp(random.Random(f"pace {seed}").uniform(low, high))
+
+
 def run(out, preset, wanted, action):
     """The world, then one run a seed."""
     import torch
@@ -97,6 +109,8 @@ def run(out, preset, wanted, action):
             "log": {"samples_every": 10},
         }
         settings = ppo_settings(world, preset, changes)
+        for name in ("optim", "critic_optim"):
+            settings[name]["lr"] *= pace(seed)
         train_ppo(parse(PPOConfig, settings), resume=(place / "config.yaml").exists())
         print(f"{place}: done", file=sys.stderr, flush=True)
 
