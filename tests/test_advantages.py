@@ -17,7 +17,7 @@ from ppomax.advantages import (
     rloo_advantages,
 )
 
-examples = settings(max_examples=20, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=20, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 5))
 units = st.floats(0, 1)

@@ -247,7 +247,7 @@ TREES = st.recursive(
 SECTIONS = st.dictionaries(st.sampled_from("abc"), TREES, max_size=3)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(SECTIONS, SECTIONS)
 def test_merge_keeps_every_key_and_the_upper_value_wins(base, over):
     merged = merge(base, over)
@@ -359,7 +359,7 @@ def test_a_dumped_recipe_parses_to_the_same_settings():
 WORDS = st.text(st.characters(codec="utf-8"), max_size=6)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.floats(min_value=1e-300, max_value=1e300),
     st.lists(WORDS, max_size=3),

@@ -28,7 +28,7 @@ from ppomax.experience import (
     weighted_scores,
 )
 
-examples = settings(max_examples=20, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=20, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 5))
 NAN = math.nan

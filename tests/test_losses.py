@@ -26,7 +26,7 @@ from ppomax.losses import (
 from ppomax.masked import Moments, masked_moments, merge_moments
 from ppomax.models.exact_kl import categorical_kl
 
-examples = settings(max_examples=20, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=20, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 5))
 NAN = math.nan

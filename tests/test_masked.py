@@ -21,7 +21,7 @@ from ppomax.masked import (
     unbiased_std,
 )
 
-examples = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=25, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.tuples(st.integers(1, 5), st.integers(1, 6))
 NONE = torch.zeros(2, 3, dtype=torch.bool)

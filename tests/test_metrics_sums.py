@@ -50,7 +50,7 @@ def test_merging_leaves_the_sums_as_they_were():
     assert sums.merged(ALONE)["a"] == 1.0
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.lists(st.integers(-1000, 1000), min_size=1, max_size=20),
     st.lists(st.integers(0, 20), max_size=4),

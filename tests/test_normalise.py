@@ -13,7 +13,7 @@ from torch import tensor
 from ppomax.masked import Moments
 from ppomax.normalise import RunningMoments
 
-examples = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=25, derandomize=True, database=None)
 numbers = st.floats(-100, 100, width=32)
 batches = st.lists(st.lists(numbers, max_size=5), max_size=6)
 

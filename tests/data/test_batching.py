@@ -38,7 +38,7 @@ def test_a_permutation_is_the_recorded_one():
     assert permutation(8, 0, 1) == [1, 5, 2, 6, 4, 0, 7, 3]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 200), st.integers(), st.integers(0, 9))
 def test_a_permutation_holds_every_place_once_and_is_pure(count, seed, epoch):
     first = permutation(count, seed, epoch)
@@ -66,7 +66,7 @@ def test_a_plan_worked_by_hand():
     assert plan_micro_batches([4, 9, 2, 7, 4], 12) == [[1], [3], [0, 4, 2]]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(LENGTHS, st.integers(1, 300), st.integers(1, 8))
 def test_a_plan_holds_every_sequence_once_within_the_budget(lengths, budget, at_least):
     plan = plan_micro_batches(lengths, budget, at_least)
@@ -79,7 +79,7 @@ def test_a_plan_holds_every_sequence_once_within_the_budget(lengths, budget, at_
     assert widths == sorted(widths, reverse=True)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(LENGTHS, st.integers(1, 300))
 def test_a_plan_is_greedy_so_that_no_two_neighbours_would_fit_together(lengths, budget):
     plan = plan_micro_batches(lengths, budget)
@@ -93,7 +93,7 @@ def test_each_rank_has_a_micro_batch_where_the_sequences_divide(count, ranks):
     assert len(plan) == min(count, ranks)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(LENGTHS, st.integers(1, 300), st.integers(1, 8))
 @example([1] * 5, 100, 4)
 def test_each_rank_has_a_micro_batch_where_there_are_as_many_sequences(lengths, budget, ranks):
@@ -118,7 +118,7 @@ def test_token_batches_worked_by_hand():
     assert token_batches([], lengths, 100) == []
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     LENGTHS,
     st.integers(1, 200),
@@ -165,7 +165,7 @@ def test_rows_are_padded_on_the_right_and_masks_come_from_lengths():
     assert batch.targets.dtype == torch.bool
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1), min_size=1))
 def test_collating_keeps_every_id_and_target(rows):
     pairs = [([i for i, _ in row], [m for _, m in row]) for row in rows]

@@ -458,7 +458,7 @@ VALUES = st.recursive(
 COLUMNS = sorted(_CONTENT | {"lang", "safer_response_id"})
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(VALUES | st.dictionaries(st.sampled_from(COLUMNS) | st.text(), VALUES, max_size=8))
 def test_no_json_value_makes_a_parser_raise(raw):
     for parse in (parse_preference, parse_sft, parse_prompt, parse_text):
@@ -474,7 +474,7 @@ def test_no_json_value_makes_a_parser_raise(raw):
 CONTENT = st.text(min_size=1).filter(lambda text: text.strip() and text.isprintable())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(CONTENT, min_size=2, max_size=6))
 def test_a_dialogue_reads_the_same_in_every_layout(texts):
     texts = texts[: len(texts) // 2 * 2]
@@ -633,7 +633,7 @@ def test_a_hub_id_needs_its_extra_and_is_read_with_it(monkeypatch):
         list(iter_raw("org/none"))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from(["", " ", "word " * 150, "天" * 1200, "x" * 9000]), max_size=20))
 def test_the_pieces_of_a_text_are_the_text_and_none_is_too_long(tmp_path_factory, lines):
     text = "".join(line + "\n" for line in lines)

@@ -232,7 +232,7 @@ def test_a_small_source_repeats_only_once_it_has_been_through():
     assert small[:4] != small[4:8] or small[4:8] != small[8:12]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.tuples(st.integers(1, 60), st.floats(0.1, 10)), min_size=1, max_size=4),
     st.integers(0, 10**9),
@@ -290,7 +290,7 @@ def prompt_row(text, where=""):
 WORDS = st.lists(st.sampled_from(["a", "B", "b", " b", "Ｂ", "c", "天"]), min_size=1, max_size=4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(WORDS, max_size=20), st.floats(0, 0.9), st.sampled_from(["", "x"]))
 def test_no_prompt_stands_on_both_sides_whatever_its_case_and_spaces(texts, share, salt):
     rows = [prompt_row(" ".join(words), str(index)) for index, words in enumerate(texts)]

@@ -208,7 +208,7 @@ def test_equally_likely_tokens_at_the_edge_leave_exactly_top_k():
     torch.testing.assert_close(logprobs, torch.full_like(logprobs, -math.log(4)))
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(derandomize=True, max_examples=60)
 @given(
     st.integers(0, 10**6),
     st.sampled_from([0.5, 1.0, 2.0]),
@@ -445,7 +445,7 @@ def test_a_missing_token_marks_nothing_not_even_the_last_id():
     assert torch.equal(penalise(logits, torch.zeros(1, 0, dtype=torch.long), 2.0), logits)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.floats(0.5, 2.0))
 def test_the_penalty_is_transformers_own(seed, penalty):
     generator = torch.Generator().manual_seed(seed)

@@ -8,7 +8,7 @@ from ppomax.data.template import ChatTemplate
 from ppomax.models.load import load_tokenizer
 from ppomax.train.steps import Step, last_tokens, split_steps
 
-examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=60, derandomize=True, database=None)
 
 
 @pytest.fixture(scope="module")
