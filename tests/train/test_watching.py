@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from ppomax.errors import ConfigError
 from ppomax.models.load import load_policy
+from ppomax.train import ppo
 from ppomax.train.monitor_settings import MonitorSettings
 from ppomax.train.ppo import train_ppo
 from ppomax.train.tracking import against
@@ -120,18 +121,16 @@ def test_a_run_killed_after_a_rollback_goes_on_as_if_it_had_not_been(small, tmp_
         "checkpoint": {"every": 1},
     }
     whole = train_ppo(small("ppo", tmp_path / "whole", change))
-    from ppomax.train.ppo import PPO
+    plain = ppo.collect
 
-    plain = PPO.collect
-
-    def dies(self, stage, step):
-        if self.run.attempt == 1:
+    def dies(state, stage, step):
+        if state.run.attempt == 1:
             raise KeyboardInterrupt
-        return plain(self, stage, step)
+        return plain(state, stage, step)
 
     config = small("ppo", tmp_path / "killed", change)
     with monkeypatch.context() as patch:
-        patch.setattr(PPO, "collect", dies)
+        patch.setattr(ppo, "collect", dies)
         with pytest.raises(KeyboardInterrupt):
             train_ppo(config)
     killed = train_ppo(config, resume=True)
