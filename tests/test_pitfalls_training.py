@@ -780,8 +780,8 @@ def test_18_each_model_is_clipped_alone_and_the_norm_is_that_before(small, tmp_p
 
 @pytest.mark.parametrize("ptx", [None, {"data": "TEXT", "tokens": 30}], ids=["plain", "ptx"])
 def test_20_the_steps_taken_are_the_planned_ones(ptx, small, tmp_path, files):
-    from ppomax.pipeline import Recipe
     from ppomax.planning import plan
+    from ppomax.recipe import Recipe
 
     change = {"iterations": 3, "rollout_size": 6, "minibatch_size": 2, "epochs": 2}
     change |= {"ptx": named(ptx, files), "micro_tokens": 40}
@@ -801,8 +801,8 @@ def test_20_the_steps_taken_are_the_planned_ones(ptx, small, tmp_path, files):
 
 @pytest.mark.parametrize("kind", ["sft", "reward"])
 def test_20_supervised_stages_take_the_planned_steps_too(kind, small, tmp_path):
-    from ppomax.pipeline import Recipe
     from ppomax.planning import plan
+    from ppomax.recipe import Recipe
 
     config = small(kind, tmp_path / "run", {"max_steps": None, "epochs": 2, "micro_tokens": 40})
     lines = dict(plan(Recipe.model_validate({"out": tmp_path, kind: config}))[0].lines)
