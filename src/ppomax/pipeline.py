@@ -11,7 +11,8 @@ from ppomax import rundir
 from ppomax.config import dump, parse, read_yaml
 from ppomax.distributed import barrier, world
 from ppomax.errors import CheckpointError, ConfigError, Interrupted
-from ppomax.eval.policy import EvalConfig, evaluate_policy
+from ppomax.eval.policy import evaluate_policy
+from ppomax.eval.policy_config import EvalConfig
 from ppomax.recipe import STAGES, Recipe
 from ppomax.report.page import write_report
 from ppomax.train.loop import is_done

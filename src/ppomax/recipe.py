@@ -7,7 +7,7 @@ from typing import Any
 from ppomax import rundir
 from ppomax.config import Settings, apply_overrides, merge, parse, read_yaml
 from ppomax.errors import ConfigError
-from ppomax.eval.policy import EvalConfig
+from ppomax.eval.policy_config import EvalConfig
 from ppomax.presets import find_recipe, has_critic, with_preset, without_critic
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.resuming import changed_keys, harmful

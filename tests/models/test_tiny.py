@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ppomax.models import tiny
-from ppomax.models.load import load_policy, load_reward_model, load_tokenizer, resolve
+from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
+from ppomax.models.names import resolve
 from ppomax.models.tiny import build_tiny, tiny_model, tiny_tokenizer
 
 TEXTS = [

@@ -18,7 +18,7 @@ from ppomax.models.language import LanguageModel
 from ppomax.models.load import load_policy
 from ppomax.train import ppo, ppo_state
 from ppomax.train.experience_batch import plan_updates
-from ppomax.train.loop import rank_micro_batches
+from ppomax.train.micro_batches import rank_micro_batches
 from ppomax.train.ppo import train_ppo
 from ppomax.train.prompts import PromptStream
 
