@@ -35,15 +35,13 @@ PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_
 """Names that published tokenizers give a token reserved for padding."""
 
 
-def load_tokenizer(
-    name: str, *, trust_remote_code: bool = False, cache: Path | None = None
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padding on the right, with a pad id that can never end a text.
 
     Raises:
         ModelError: it cannot be found or read, or names no token that ends a text.
     """
-    source = resolve(name, cache=cache)
+    source = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -85,25 +83,21 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     attn_implementation: str = "sdpa",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    cache: Path | None = None,
 ) -> PreTrainedModel:
     """A causal language model on the CPU, in eval mode, ready for training.
 
     Args:
         dtype: of the weights; fp32 for anything that is trained.
-        tokenizer: as `load_tokenizer` gave it, where the caller has it already.
 
     Raises:
         ModelError: it cannot be found or read, is no causal language model, or computes its
             logits in a way ours would not reproduce.
     """
-    source = resolve(name, cache=cache)
+    source = resolve(name)
     config = _load_config(name, source, trust_remote_code)
     if _is_classifier(config):
         raise ModelError(f"model {name!r} is a reward model; a policy needs a language model")
-    if tokenizer is None:
-        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     ends = sorted({int(tokenizer.eos_token_id), *_generation_ends(source)})
     model = _load_model(
         AutoModelForCausalLM,
@@ -129,8 +123,6 @@ def load_reward_model(
     seed: int = 0,
     trust_remote_code: bool = False,
     attn_implementation: str = "sdpa",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    cache: Path | None = None,
 ) -> ScalarModel:
     """A reward model from a sequence-classification folder, or a fresh one on a language model.
 
@@ -141,7 +133,7 @@ def load_reward_model(
     Raises:
         ModelError: it cannot be found or read, or is not of the kind asked for.
     """
-    source = resolve(name, cache=cache)
+    source = resolve(name)
     config = _load_config(name, source, trust_remote_code)
     classifier = _is_classifier(config)
     if init_from_lm is not None and init_from_lm == classifier:
@@ -153,13 +145,11 @@ def load_reward_model(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
-            tokenizer=tokenizer,
         )
         return ScalarModel.from_causal_lm(policy, seed)
     if config.num_labels != 1:
         raise ModelError(f"model {name!r} has {config.num_labels} outputs; a reward model has 1")
-    if tokenizer is None:
-        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     model = _load_model(
         AutoModelForSequenceClassification,
         name,
@@ -182,8 +172,6 @@ def load_value_model(
     seed: int = 0,
     trust_remote_code: bool = False,
     attn_implementation: str = "sdpa",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    cache: Path | None = None,
 ) -> ScalarModel:
     """A critic: a reward model with its head (the paper's start), or a fresh head on a policy.
 
@@ -199,8 +187,6 @@ def load_value_model(
         seed=seed,
         trust_remote_code=trust_remote_code,
         attn_implementation=attn_implementation,
-        tokenizer=tokenizer,
-        cache=cache,
     )
     model.lm_head = None
     return model

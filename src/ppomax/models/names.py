@@ -12,7 +12,7 @@ from ppomax.models.pull import NAME, cache_dir, pull
 SHORT_NAMES = (NAME, "tiny")
 
 
-def resolve(name: str, *, cache: Path | None = None) -> str:
+def resolve(name: str) -> str:
     """Where a model is: a folder for short names and local paths, else the hub id itself.
 
     Raises:
@@ -20,7 +20,7 @@ def resolve(name: str, *, cache: Path | None = None) -> str:
             that can be neither path nor hub id.
     """
     if name in SHORT_NAMES:
-        return str(pull(name, cache=cache_dir(os.environ) if cache is None else cache))
+        return str(pull(name, cache=cache_dir(os.environ)))
     path = Path(name).expanduser()
     if name and path.exists():
         _check_folder(path)
