@@ -59,10 +59,10 @@ PHASES: dict[str, dict[str, tuple[Any, str]]] = {
         "export": (reward, "export"),
     },
     "ppo": {
-        "rollout": (ppo.PPO, "sample"),
+        "rollout": (ppo, "sample"),
         "scoring": (ppo, "score"),
-        "update": (ppo.PPO, "update"),
-        "export": (ppo.PPO, "export"),
+        "update": (ppo, "update"),
+        "export": (ppo, "export"),
     },
 }
 OPERATIONS: list[tuple[Any, str]] = [

@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 
 from ppomax.eval.reward import evaluate_reward
-from ppomax.pipeline import load_recipe, run_recipe, write_reward_evaluation
+from ppomax.evaluations import write_reward_evaluation
+from ppomax.pipeline import run_recipe
+from ppomax.recipe import load_recipe
 
 
 def say(text):

@@ -88,7 +88,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def _small(kind: str, out: Path, data: dict[str, str], changes: dict[str, Any] | None) -> Any:
     """Settings of a stage that takes a second on the tiny model, with `changes` laid over."""
     from ppomax.config import merge, parse
-    from ppomax.eval.policy import EvalConfig
+    from ppomax.eval.policy_config import EvalConfig
     from ppomax.train.ppo_config import PPOConfig
     from ppomax.train.reward import RewardConfig
     from ppomax.train.sft import SFTConfig

@@ -59,7 +59,8 @@ def keep_gradients(folder):
 def run_stage(name, settings, resume):
     """One stage by its Python entry."""
     from ppomax.config import parse
-    from ppomax.eval.policy import EvalConfig, evaluate_policy
+    from ppomax.eval.policy import evaluate_policy
+    from ppomax.eval.policy_config import EvalConfig
     from ppomax.train.ppo import train_ppo
     from ppomax.train.ppo_config import PPOConfig
     from ppomax.train.reward import RewardConfig, train_reward

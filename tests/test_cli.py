@@ -143,22 +143,22 @@ def test_words_that_are_no_command_exit_2(words, ppomax):
     ],
 )
 def test_errors_end_in_one_line_and_their_code(error, code, ppomax, monkeypatch):
-    from ppomax import pipeline
+    from ppomax import recipe
 
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(pipeline, "load_recipe", fails)
+    monkeypatch.setattr(recipe, "load_recipe", fails)
     assert ppomax("run", "smoke") == (code, "", f"ppomax: {error}\n")
 
 
 def test_an_interrupt_outside_a_stage_exits_130(ppomax, monkeypatch):
-    from ppomax import pipeline
+    from ppomax import recipe
 
     def stops(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "load_recipe", stops)
+    monkeypatch.setattr(recipe, "load_recipe", stops)
     assert ppomax("run", "smoke")[0] == 130
 
 
@@ -205,7 +205,8 @@ SMALL = [
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
     """A run of every stage, made once by the Python entry of the pipeline."""
-    from ppomax.pipeline import load_recipe, run_recipe
+    from ppomax.pipeline import run_recipe
+    from ppomax.recipe import load_recipe
 
     out = tmp_path_factory.mktemp("finished") / "run"
     done = run_recipe(load_recipe("smoke", [f"out={out}", *SMALL]), say=lambda _: None)

@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from ppomax import checkpoint, distributed
 from ppomax.data.batching import collate
@@ -33,6 +35,7 @@ from ppomax.distributed import (
     shard,
     sum_gradients,
     sum_tensor,
+    wait_for_main,
     world,
 )
 from ppomax.errors import ConfigError
@@ -112,6 +115,18 @@ def step(model, optimizer, here, rows, clip=None):
 # --- what each of the two processes does
 
 
+def wait_longer_than_a_collective():
+    """Rank 0 works alone for longer than the group waits; seconds until this rank goes on."""
+    distributed.LOOK_EVERY = 0.05
+    began = time.monotonic()
+    with world("cpu") as here:
+        _set_pg_timeout(timedelta(seconds=3))
+        if here.is_main:
+            time.sleep(4)
+        wait_for_main(here)
+        return time.monotonic() - began
+
+
 def run_rank(folder):
     """Do everything once and write what came out; the tests look at it."""
     with world("cpu") as here:
@@ -125,6 +140,7 @@ def run_rank(folder):
             result[name] = sharded(name, here, folder)
         result["critic"] = critic(here)
     assert not torch.distributed.is_initialized(), "the group was left"
+    result["waited"] = wait_longer_than_a_collective()
     result["again"] = []
     for _ in range(3):  # a group joined after another one was left meets its own members
         with world("cpu") as here:
@@ -303,6 +319,11 @@ def test_ranks_that_left_a_group_meet_again(ranks):
     assert [r["again"] for r in ranks.found] == [[2.0] * 3] * RANKS
 
 
+def test_ranks_wait_for_what_rank_0_does_alone_longer_than_for_a_collective(ranks):
+    """Mutant: a barrier in the place of `wait_for_main` ends rank 1 after three seconds."""
+    assert all(r["waited"] >= 4 for r in ranks.found)
+
+
 def test_each_rank_knows_who_it_is(ranks):
     assert [r["here"] for r in ranks.found] == [(0, 2, True, "cpu"), (1, 2, False, "cpu")]
     assert [r["share"] for r in ranks.found] == [[10, 12, 14], [11, 13]]
@@ -479,6 +500,7 @@ def test_alone_every_answer_is_the_identity():
     assert ALONE.share([1, 2, 3]) == [1, 2, 3]
     assert ALONE.is_main
     barrier(ALONE)
+    wait_for_main(ALONE)
 
 
 def test_alone_nothing_is_sharded_and_nothing_scaled():

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ppomax.pipeline import Recipe, load_recipe, run_recipe
+from ppomax.pipeline import run_recipe
+from ppomax.recipe import Recipe, load_recipe
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.rewards import call, call_steps, load_callable
 

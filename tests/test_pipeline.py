@@ -9,7 +9,8 @@ import pytest
 
 from ppomax import pipeline
 from ppomax.errors import CheckpointError, ConfigError, Interrupted
-from ppomax.pipeline import load_recipe, load_run, resolve, run_recipe
+from ppomax.pipeline import run_recipe
+from ppomax.recipe import load_recipe, load_run, resolve
 
 BASE = {
     "model": "tiny",

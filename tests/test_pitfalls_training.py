@@ -23,7 +23,7 @@ from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
 from ppomax.monitors import DECLARED
 from ppomax.rollout.engine import EngineSettings, Rollout, build_engine
 from ppomax.rollout.sampling import SamplingParams
-from ppomax.train import experience_batch, ppo
+from ppomax.train import experience_batch, ppo, ppo_state
 from ppomax.train.experience_batch import reply_batch, response_mask
 from ppomax.train.ppo import train_ppo
 from ppomax.train.ppo_config import KLSettings, PPOConfig
@@ -478,14 +478,14 @@ def test_13_what_the_neutral_keys_do_change(small, tmp_path):
 
 def test_13_slots_kind_and_checkpointing_reach_what_reads_them(small, tmp_path, monkeypatch):
     seen = {}
-    plain = ppo.load_actors
+    plain = ppo_state.load_actors
 
     def spy(config, here):
         actors = plain(config, here)
         seen[config.out.name] = actors
         return actors
 
-    monkeypatch.setattr(ppo, "load_actors", spy)
+    monkeypatch.setattr(ppo_state, "load_actors", spy)
     change = {"iterations": 1, "gradient_checkpointing": True}
     train_ppo(small("ppo", tmp_path / "a", change | {"engine": {"slots": 3}}))
     train_ppo(small("ppo", tmp_path / "b", {"iterations": 1, "engine": {"kind": "transformers"}}))
@@ -780,8 +780,8 @@ def test_18_each_model_is_clipped_alone_and_the_norm_is_that_before(small, tmp_p
 
 @pytest.mark.parametrize("ptx", [None, {"data": "TEXT", "tokens": 30}], ids=["plain", "ptx"])
 def test_20_the_steps_taken_are_the_planned_ones(ptx, small, tmp_path, files):
-    from ppomax.pipeline import Recipe
     from ppomax.planning import plan
+    from ppomax.recipe import Recipe
 
     change = {"iterations": 3, "rollout_size": 6, "minibatch_size": 2, "epochs": 2}
     change |= {"ptx": named(ptx, files), "micro_tokens": 40}
@@ -801,8 +801,8 @@ def test_20_the_steps_taken_are_the_planned_ones(ptx, small, tmp_path, files):
 
 @pytest.mark.parametrize("kind", ["sft", "reward"])
 def test_20_supervised_stages_take_the_planned_steps_too(kind, small, tmp_path):
-    from ppomax.pipeline import Recipe
     from ppomax.planning import plan
+    from ppomax.recipe import Recipe
 
     config = small(kind, tmp_path / "run", {"max_steps": None, "epochs": 2, "micro_tokens": 40})
     lines = dict(plan(Recipe.model_validate({"out": tmp_path, kind: config}))[0].lines)

@@ -9,8 +9,8 @@ from ppomax import planning
 from ppomax.errors import ModelError
 from ppomax.models.load import load_policy
 from ppomax.models.lora import LoraSettings, add_lora
-from ppomax.pipeline import Recipe
 from ppomax.planning import Size, advice, available_memory_gb, model_size, plan
+from ppomax.recipe import Recipe
 
 ONE_B = Size(parameters=10**9, embedding=10**8, layers=20, hidden=2000, kv_width=1000, vocab=50_000)
 

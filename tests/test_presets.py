@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ppomax import pipeline
+from ppomax import presets
 from ppomax.config import merge
 from ppomax.errors import ConfigError
-from ppomax.pipeline import resolve, with_preset
+from ppomax.presets import with_preset
+from ppomax.recipe import resolve
 from ppomax.train.ppo import train_ppo
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "presets"
@@ -67,7 +68,7 @@ def test_a_preset_lies_on_its_base_and_that_on_another(tmp_path, monkeypatch):
     (folder / "loop.yaml").write_text("base: pool\n")
     (folder / "pool.yaml").write_text("base: loop\n")
     (folder / "lost.yaml").write_text("base: nowhere\n")
-    monkeypatch.setattr(pipeline.importlib.resources, "files", lambda _: tmp_path)
+    monkeypatch.setattr(presets.importlib.resources, "files", lambda _: tmp_path)
     assert with_preset({"preset": "a", "kl": {"coef": 0.4}}, "r") == {
         "epochs": 2, "critic": "policy", "kl": {"coef": 0.4, "horizon": 5}
     }  # fmt: skip

@@ -8,8 +8,9 @@ import yaml
 from ppomax import planning
 from ppomax.config import dump, merge, parse
 from ppomax.errors import ConfigError
-from ppomax.pipeline import Recipe, load_recipe, resolve, with_preset
 from ppomax.planning import Size, plan
+from ppomax.presets import with_preset
+from ppomax.recipe import Recipe, load_recipe, resolve
 from ppomax.train.ppo_config import PPOConfig
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"

@@ -15,9 +15,10 @@ from ppomax.data.sources import load_prompts
 from ppomax.data.template import ChatTemplate
 from ppomax.errors import ModelError, PpomaxError
 from ppomax.models.ensembles import members
-from ppomax.models.load import load_tokenizer, resolve
+from ppomax.models.load import load_tokenizer
 from ppomax.models.lora import LoraSettings
-from ppomax.pipeline import Recipe
+from ppomax.models.names import resolve
+from ppomax.recipe import Recipe
 from ppomax.train import reward, sft
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.reward import RewardConfig

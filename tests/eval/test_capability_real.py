@@ -8,7 +8,7 @@ import pytest
 from ppomax.errors import ModelError
 from ppomax.eval import capability
 from ppomax.eval.capability import CapabilityConfig
-from ppomax.models.load import resolve
+from ppomax.models.names import resolve
 
 EACH = 50
 plain_right = runpy.run_path(str(Path(__file__).with_name("plain_choices.py")))["plain_right"]

@@ -10,7 +10,8 @@ from ppomax.errors import ConfigError, DataError
 from ppomax.eval.compare import compare_policies
 from ppomax.eval.judges import JudgeConfig
 from ppomax.eval.pairs import read_pairs
-from ppomax.eval.policy import EvalConfig, evaluate_policy
+from ppomax.eval.policy import evaluate_policy
+from ppomax.eval.policy_config import EvalConfig
 from ppomax.eval.replies import hidden_system_turns, names_of
 from ppomax.report.page import write_report
 from ppomax.rollout import SamplingParams

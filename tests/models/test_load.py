@@ -23,8 +23,8 @@ from ppomax.models.load import (
     load_reward_model,
     load_tokenizer,
     load_value_model,
-    resolve,
 )
+from ppomax.models.names import resolve
 from ppomax.models.tiny import tiny_model, tiny_tokenizer
 
 TEXTS = ["the sea is wide and the ship is small", "rice, water, salt"] * 20

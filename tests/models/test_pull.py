@@ -183,7 +183,7 @@ def test_the_default_model_answers_and_pads_with_a_token_that_ends_nothing():
     except ModelError as error:
         pytest.skip(f"the default model is not here and cannot be fetched: {error}")
     tokenizer = load_tokenizer(str(folder))
-    policy = load_policy(str(folder), tokenizer=tokenizer)
+    policy = load_policy(str(folder))
     assert tokenizer.pad_token == "<empty_output>"
     assert ensure_pad(tokenizer) == policy.config.pad_token_id == 16
     assert policy.generation_config.eos_token_id == [tokenizer.eos_token_id] == [2]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ppomax.models import tiny
-from ppomax.models.load import load_policy, load_reward_model, load_tokenizer, resolve
+from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
+from ppomax.models.names import resolve
 from ppomax.models.tiny import build_tiny, tiny_model, tiny_tokenizer
 
 TEXTS = [
@@ -99,14 +100,15 @@ def test_the_same_text_gives_the_same_files(tmp_path, bundled):
         assert (one / file).read_bytes() == (two / file).read_bytes()
 
 
-def test_the_short_name_loads_as_policy_and_reward_model(tmp_path, bundled):
-    folder = resolve("tiny", cache=tmp_path)
-    tokenizer = load_tokenizer("tiny", cache=tmp_path)
-    policy = load_policy("tiny", cache=tmp_path)
+def test_the_short_name_loads_as_policy_and_reward_model(tmp_path, bundled, monkeypatch):
+    monkeypatch.setenv("PPOMAX_CACHE", str(tmp_path))
+    folder = resolve("tiny")
+    tokenizer = load_tokenizer("tiny")
+    policy = load_policy("tiny")
     assert folder == str(build_tiny(tmp_path))
     assert policy.config.pad_token_id == tokenizer.pad_token_id
     ids = torch.tensor([tokenizer.encode("How do I boil an egg?")])
-    assert load_reward_model("tiny", seed=0, cache=tmp_path).values(ids).shape == ids.shape
+    assert load_reward_model("tiny", seed=0).values(ids).shape == ids.shape
 
 
 def test_the_bundled_preferences_make_the_default(tmp_path):

@@ -16,9 +16,9 @@ from ppomax import distributed
 from ppomax.distributed import World
 from ppomax.models.language import LanguageModel
 from ppomax.models.load import load_policy
-from ppomax.train import ppo
+from ppomax.train import ppo, ppo_state
 from ppomax.train.experience_batch import plan_updates
-from ppomax.train.loop import rank_micro_batches
+from ppomax.train.micro_batches import rank_micro_batches
 from ppomax.train.ppo import train_ppo
 from ppomax.train.prompts import PromptStream
 
@@ -256,13 +256,13 @@ def test_with_lora_adapters_off_or_a_separate_reference(do, monkeypatch):
     change = {"lora": {"rank": 4, "alpha": 8.0}, "optim": {"lr": 1e-2}, "iterations": 3}
     one = do(change)
     assert one.rows[-1]["kl/ref_k3"] > 1e-5
-    plain = ppo.load_actors
+    plain = ppo_state.load_actors
 
     def with_reference(config, here):
         reference = LanguageModel(load_policy("tiny")).requires_grad_(False)
         return dataclasses.replace(plain(config, here), reference=reference)
 
-    monkeypatch.setattr(ppo, "load_actors", with_reference)
+    monkeypatch.setattr(ppo_state, "load_actors", with_reference)
     check("LoRA, separate reference", one, do(change, patched=True))
 
 

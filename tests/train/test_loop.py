@@ -15,7 +15,9 @@ from ppomax.data.formats import BadRow
 from ppomax.distributed import World
 from ppomax.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from ppomax.train import loop
-from ppomax.train.loop import StageRun, Trainable, rank_micro_batches
+from ppomax.train.loop import StageRun, Trainable
+from ppomax.train.memory import peak_memory_gb
+from ppomax.train.micro_batches import autocast, rank_micro_batches
 from ppomax.train.optim import OptimSettings
 from ppomax.train.settings import StageSettings
 
@@ -223,7 +225,7 @@ def test_a_full_disk_stops_the_run_and_names_the_last_good_checkpoint(tmp_path, 
 def test_a_signal_is_noted_and_the_old_handler_comes_back(tmp_path):
     run = opened(tmp_path)
     before = signal.getsignal(signal.SIGTERM)
-    with run.signals():
+    with run.stopper.noting():
         assert not run.stop_asked()
         os.kill(os.getpid(), signal.SIGTERM)
         assert run.stop_asked()
@@ -233,7 +235,7 @@ def test_a_signal_is_noted_and_the_old_handler_comes_back(tmp_path):
 
 def test_a_signal_after_the_last_step_ends_the_stage_done_and_what_follows_is_left(tmp_path):
     run = opened(tmp_path)
-    with run.signals():
+    with run.stopper.noting():
         os.kill(os.getpid(), signal.SIGUSR1)
     with pytest.raises(Interrupted, match="ppomax resume"):
         run.finish()
@@ -242,11 +244,11 @@ def test_a_signal_after_the_last_step_ends_the_stage_done_and_what_follows_is_le
 
 def test_autocast_is_for_bf16_only():
     weight, x = torch.ones(2, 2), torch.ones(2, 2)
-    with loop.autocast(HERE, torch.float32):
+    with autocast(HERE, torch.float32):
         assert torch.mm(x, weight).dtype == torch.float32
-    with loop.autocast(HERE, torch.bfloat16):
+    with autocast(HERE, torch.bfloat16):
         assert torch.mm(x, weight).dtype == torch.bfloat16
 
 
 def test_memory_is_measured_in_gigabytes():
-    assert 0.05 < loop.peak_memory_gb(HERE) < 100
+    assert 0.05 < peak_memory_gb(HERE) < 100

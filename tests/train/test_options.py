@@ -14,9 +14,10 @@ from ppomax.distributed import World
 from ppomax.errors import ConfigError, TrainingError
 from ppomax.experience import FixedKL
 from ppomax.metrics import MetricSums
-from ppomax.models.load import load_policy, resolve
+from ppomax.models.load import load_policy
+from ppomax.models.names import resolve
 from ppomax.normalise import RunningMoments
-from ppomax.pipeline import load_recipe
+from ppomax.recipe import load_recipe
 from ppomax.rollout.engine import Rollout
 from ppomax.train import buffer
 from ppomax.train.actors import load_actors

@@ -13,7 +13,7 @@ from ppomax.errors import ConfigError, DataError
 from ppomax.models.language import LanguageModel
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer, load_value_model
 from ppomax.rollout.engine import merge_rollouts
-from ppomax.train import ppo
+from ppomax.train import ppo, ppo_state
 from ppomax.train.experience_batch import plan_updates
 from ppomax.train.ppo import train_ppo
 from ppomax.train.ppo_config import PtxSettings
@@ -177,14 +177,14 @@ def test_with_lora_the_reference_is_the_policy_with_its_adapters_off(small, tmp_
     own = rows(train_ppo(small("ppo", tmp_path / "a", change)))
     assert own[0]["kl/ref_k3"] == own[0]["kl/ref_k1"] == 0.0
     assert own[2]["kl/ref_k3"] > 1e-5
-    plain = ppo.load_actors
+    plain = ppo_state.load_actors
 
     def with_reference(config, here):
         return dataclasses.replace(
             plain(config, here), reference=LanguageModel(load_policy("tiny")).requires_grad_(False)
         )
 
-    monkeypatch.setattr(ppo, "load_actors", with_reference)
+    monkeypatch.setattr(ppo_state, "load_actors", with_reference)
     separate = rows(train_ppo(small("ppo", tmp_path / "b", change)))
     for one, two in zip(own, separate, strict=True):
         assert numbers(two) == pytest.approx(numbers(one), rel=1e-5, abs=1e-7)
@@ -418,10 +418,10 @@ def test_a_critic_from_the_reward_model_starts_in_units_of_normalised_scores(sma
     here = World(0, 1, torch.device("cpu"))
     std = json.loads((Path(small_reward) / "reward_card.json").read_text())["score_std"]
     head = load_reward_model(small_reward).score.weight
-    scaled = ppo.load_actors(small("ppo", Path("x")), here).critic.model.score.weight
+    scaled = ppo_state.load_actors(small("ppo", Path("x")), here).critic.model.score.weight
     torch.testing.assert_close(scaled, head / std)
     raw = small("ppo", Path("x"), {"reward": {"normalise": None}})
-    torch.testing.assert_close(ppo.load_actors(raw, here).critic.model.score.weight, head)
+    torch.testing.assert_close(ppo_state.load_actors(raw, here).critic.model.score.weight, head)
 
 
 EXTREMES = {

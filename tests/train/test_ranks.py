@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ppomax.data.batching import plan_micro_batches
 from ppomax.distributed import World
 from ppomax.models.tiny import tiny_model
-from ppomax.train.loop import rank_micro_batches
+from ppomax.train.micro_batches import rank_micro_batches
 
 CPU = torch.device("cpu")
 TIMES = ("time", "throughput/", "memory/")

@@ -37,7 +37,7 @@ POINTS = {
     "in the middle of critic pre-training": [*LOGGED, "'stage': 'critic', 'step': 3", 1],
     "in the middle of ppo": [*LOGGED, "'stage': 'ppo', 'step': 2", 1],
     "while a checkpoint is written": ["ppomax.checkpoint", "_sync", "step-000006", 4],
-    "when ppo is trained and not yet exported": ["ppomax.train.ppo", "state_on_main", "", 1],
+    "when ppo is trained and not yet exported": ["ppomax.train.ppo_export", "state_on_main", "", 1],
     "during evaluation": ["ppomax.eval.policy", "score_replies", "", 1],
     "before the report": ["ppomax.rundir", "write_text", "eval/done.json", 1],
 }

@@ -7,7 +7,8 @@ import torch
 
 from ppomax.distributed import World
 from ppomax.errors import CheckpointError, ConfigError
-from ppomax.pipeline import STAGES, load_recipe, load_run, run_recipe, same_run
+from ppomax.pipeline import run_recipe
+from ppomax.recipe import STAGES, load_recipe, load_run, same_run
 from ppomax.train.resuming import changed_keys, differences, environment, harmful
 from ppomax.train.settings import StageSettings
 from ppomax.train.sft import train_sft

@@ -23,6 +23,7 @@ from ppomax.models.load import load_policy, load_tokenizer
 from ppomax.models.tiny import tiny_model, tiny_tokenizer
 from ppomax.normalise import RunningMoments
 from ppomax.rollout.engine import Rollout
+from ppomax.train import reward_scores
 from ppomax.train.actors import load_actors
 from ppomax.train.estimates import estimate
 from ppomax.train.experience_batch import plan_updates, score
@@ -35,7 +36,8 @@ from ppomax.train.reward_sources import load_sources
 from ppomax.train.rewards import call_steps
 from ppomax.types import PromptRow
 
-HERE = World(0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
+HERE = World(0, 1, CPU)
 QUESTIONS = ["What of tea?", "Why does it rain so much?", "Name a duck."]
 ANSWERS = ["Tea is warm.\n\nDrink it.\n\nGood.", "Clouds.\n\n", "Sir Francis, 鸭子。"]
 STATS = [(0.5, 2.0), (-1.0, 0.25), (3.0, 1.0)]
@@ -560,6 +562,37 @@ def test_a_run_takes_all_sources_at_once_and_says_how_far_they_disagree(
         assert row["reward/ensemble_std"] > 0
         assert all(math.isfinite(value) for key, value in row.items() if key != "stage")
         assert row.get("policy/first_ratio_error", 0.0) == 0.0
+
+
+def test_ranks_ask_a_function_for_their_share_and_each_knows_all_it_said(
+    small, replies, template, tmp_path, monkeypatch
+):
+    rollout, prompts = replies
+    config = small("ppo", tmp_path / "none", {"critic": "policy"})
+    asked = []
+
+    def thirds(prompts, responses, *, ids, metadata):
+        asked.append(ids)
+        pairs = zip(ids, responses, strict=True)
+        return [None if name == "q1" else len(text) / 3 for name, text in pairs]
+
+    monkeypatch.setattr(reward_scores, "sum_tensor", lambda tensor, here: tensor)
+    parts = [
+        reward_scores.called_scores(thirds, rollout, prompts, template, config, World(rank, 2, CPU))
+        for rank in (0, 1)
+    ]
+    assert [list(ids) for ids in asked] == [["q0", "q2"], ["q1"]]
+    texts = [template.decode(ids) for ids in rollout.responses]
+    expected = torch.tensor([len(texts[0]) / 3, math.nan, len(texts[2]) / 3], dtype=torch.float64)
+    torch.testing.assert_close(sum(parts), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_second_scorer_is_one_model_that_reads_the_policys_ids(small, judges, foreign, tmp_path):
+    wrong = {"holds 2 models": judges / "both", "another tokenizer or chat template": foreign()}
+    for words, model in wrong.items():
+        change = {"heldout": 0.6, "monitor": {"track": {"model": str(model)}}}
+        with pytest.raises(ConfigError, match=rf"setting ppo.monitor.track.model: .*{words}"):
+            train_ppo(small("ppo", tmp_path / words, change))
 
 
 @pytest.mark.slow

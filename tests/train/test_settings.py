@@ -2,7 +2,7 @@
 
 import pytest
 
-from ppomax.eval.policy import EvalConfig
+from ppomax.eval.policy_config import EvalConfig
 from ppomax.train import settings
 from ppomax.train.sft import SFTConfig
 

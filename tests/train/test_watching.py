@@ -1,6 +1,7 @@
 """The monitors of a run: alarms with evidence, stop, rollback, tracking, what is exported."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 
 from ppomax.errors import ConfigError
 from ppomax.models.load import load_policy
+from ppomax.train import ppo
 from ppomax.train.monitor_settings import MonitorSettings
 from ppomax.train.ppo import train_ppo
 from ppomax.train.tracking import against
@@ -16,6 +18,7 @@ from ppomax.train.watching import Watch
 TIMES = ("time", "throughput/", "memory/")
 RED = {"max_kl": 1e-9}
 """The first iteration's KL is 0, every later one's is above."""
+RED_AT_ONCE = {"max_length_share": 0.01}
 
 
 def jsonl(path):
@@ -114,29 +117,41 @@ def test_a_coefficient_of_zero_rises_to_the_least(small, tmp_path):
 
 
 def test_a_run_killed_after_a_rollback_goes_on_as_if_it_had_not_been(small, tmp_path, monkeypatch):
+    """The state gone back to is from before the SFT model answered the tracked prompts."""
+    monkeypatch.setitem(sys.modules, "tests_second", sys.modules[__name__])
+    track = {"every": 1, "callable": "tests_second:second_by_length"}
     change = {
         "iterations": 5,
-        "monitor": RED | {"action": "rollback", "max_rollbacks": 2},
+        "heldout": 0.6,
+        "critic_pretraining": {"max_rollouts": 1},
+        "monitor": RED_AT_ONCE | {"action": "rollback", "max_rollbacks": 2, "track": track},
         "checkpoint": {"every": 1},
     }
     whole = train_ppo(small("ppo", tmp_path / "whole", change))
-    from ppomax.train.ppo import PPO
+    plain = ppo.collect
 
-    plain = PPO.collect
-
-    def dies(self, stage, step):
-        if self.run.attempt == 1:
+    def dies(state, stage, step):
+        if state.run.attempt == 1:
             raise KeyboardInterrupt
-        return plain(self, stage, step)
+        return plain(state, stage, step)
 
     config = small("ppo", tmp_path / "killed", change)
     with monkeypatch.context() as patch:
-        patch.setattr(PPO, "collect", dies)
+        patch.setattr(ppo, "collect", dies)
         with pytest.raises(KeyboardInterrupt):
             train_ppo(config)
     killed = train_ppo(config, resume=True)
     assert rows(killed) == rows(whole)
     assert same(exported(killed), exported(whole))
+    assert events(whole, "rollback")[0]["to"] == 0
+    tracked = jsonl(killed / "heldout.jsonl")
+    assert [row["step"] for row in tracked] == [0, 1, 1, 1]  # SFT once, then three attempts
+    for row in rows(killed)[1:]:
+        pairs = list(
+            zip(tracked[row["attempt"] + 1]["seconds"], tracked[0]["seconds"], strict=True)
+        )
+        assert row["heldout/win"] == sum(a > b for a, b in pairs) / len(pairs)
+        assert row["heldout/score_w1"] > 0  # against itself it would be 0
 
 
 def test_tracked_prompts_are_answered_first_by_sft_then_every_few_iterations(small, tmp_path):
@@ -148,8 +163,6 @@ def test_tracked_prompts_are_answered_first_by_sft_then_every_few_iterations(sma
         },
         "checkpoint": {"every": 1},
     }
-    import sys
-
     sys.modules["tests_second"] = sys.modules[__name__]
     run = train_ppo(small("ppo", tmp_path / "run", change))
     tracked = jsonl(run / "heldout.jsonl")
@@ -212,7 +225,6 @@ def test_the_same_policy_ties_with_itself_on_tracked_prompts(small, tmp_path):
         "optim": still,
         "monitor": {"track": {"every": 1, "callable": "tests_second:second_by_length"}},
     }
-    import sys
 
     sys.modules["tests_second"] = sys.modules[__name__]
     run = train_ppo(small("ppo", tmp_path / "run", change))

@@ -35,7 +35,7 @@ from ppomax.models.heads import hidden_states, output_weight
 from ppomax.models.language import LanguageModel
 from ppomax.models.load import load_policy, load_tokenizer
 from ppomax.rollout import EngineSettings, SamplingParams, build_engine
-from ppomax.train.loop import autocast
+from ppomax.train.micro_batches import autocast
 
 READINGS = ("letter", "text", "text_sum", "match")
 FREE_TOKENS = 32

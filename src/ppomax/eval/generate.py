@@ -12,7 +12,8 @@ from ppomax.data.sources import SourceConfig, load_prompts
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World, world
 from ppomax.errors import ConfigError
-from ppomax.models.load import load_policy, load_tokenizer, system_of
+from ppomax.models.load import load_policy, load_tokenizer
+from ppomax.models.names import system_of
 from ppomax.rollout import Engine, EngineSettings, SamplingParams, build_engine
 from ppomax.types import Message, PromptRow
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from ppomax.errors import ConfigError
 from ppomax.eval.extras import need
-from ppomax.models.load import resolve
+from ppomax.models.names import resolve
 
 
 def run_harness(

@@ -7,114 +7,37 @@ second one that PPO never saw is `held-out`.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from ppomax import rundir
-from ppomax.config import Settings, dump
-from ppomax.data.batching import collate, derived_seed, plan_micro_batches
-from ppomax.data.sources import Sources, load_prompts, split_by_prompt
+from ppomax.config import dump
+from ppomax.data.batching import derived_seed, plan_micro_batches
+from ppomax.data.sources import load_prompts, split_by_prompt
 from ppomax.data.template import ChatTemplate
-from ppomax.distributed import World, barrier, gather, sum_tensor, world
+from ppomax.distributed import World, barrier, gather, wait_for_main, world
 from ppomax.errors import ConfigError, DataError
-from ppomax.eval.capability import CapabilityConfig, evaluate_capability
-from ppomax.eval.compare import check_labels, judged_record
-from ppomax.eval.judges import JudgeConfig
+from ppomax.eval.capability import evaluate_capability
+from ppomax.eval.compare import judged_record
+from ppomax.eval.policy_config import EvalConfig, ScorerConfig
 from ppomax.eval.replies import pairs_of, say, unique
 from ppomax.eval.rubrics import load_rubrics
+from ppomax.eval.scorers import ensemble_scores, load_scorer
 from ppomax.eval.statistics import paired_difference, wilson_interval, win_tie_lose
 from ppomax.experience import kl_penalty
 from ppomax.masked import masked_mean
-from ppomax.models.ensembles import members, standards
 from ppomax.models.export import tokenizer_hash
 from ppomax.models.language import LanguageModel, place
-from ppomax.models.load import load_policy, load_reward_model, load_tokenizer, resolve
-from ppomax.rollout import EngineSettings, Rollout, SamplingParams, build_engine
+from ppomax.models.load import load_policy, load_tokenizer
+from ppomax.rollout import Rollout, build_engine
 from ppomax.rollout.engine import merge_rollouts
 from ppomax.train.experience_batch import reply_batch, response_mask, unflatten
-from ppomax.train.loop import autocast, rank_micro_batches
+from ppomax.train.micro_batches import autocast, table_of
 from ppomax.train.observe import response_metrics
-from ppomax.train.settings import Dtype
+from ppomax.train.scoring import score_rows
 from ppomax.types import PromptRow
-
-PAPER_SAMPLING = SamplingParams(
-    temperature=0.8, top_p=0.9, repetition_penalty=1.1, max_new_tokens=256
-)
-"""Zheng et al. 2023, §6.1 (there up to 2048 tokens)."""
-
-
-class ScorerConfig(Settings):
-    """A reward model that scores the replies."""
-
-    model: str
-    """Reward-model folder or hub id, with the policies' tokenizer."""
-    name: str = "reward model"
-    role: Literal["proxy", "held-out"] = "held-out"
-    """`proxy`: PPO was trained on it, so a gain says little; `held-out`: PPO never saw it."""
-
-
-class EvalConfig(Settings):
-    """Held-out prompts answered by both models, scored, compared."""
-
-    baseline: str = ""
-    """The SFT model; `ppomax run` fills it in."""
-    policy: str = ""
-    """The PPO model; `ppomax run` fills it in."""
-    out: Path = Path("eval")
-    """Run directory of the evaluation."""
-    data: Sources = Field(default_factory=lambda: ["bundled:prompts"], validate_default=True)
-    """Held-out prompts."""
-    heldout: float | None = Field(None, gt=0, lt=1)
-    """Take only the prompts of `data` that the training stages hold out with this share."""
-    limit: int | None = Field(None, ge=1)
-    """At most this many prompts."""
-    scorers: list[ScorerConfig] = []
-    """`ppomax run` puts the run's own reward model first, as the proxy."""
-    sampling: SamplingParams = PAPER_SAMPLING
-    """Paper §6.1: temperature 0.8, top-p 0.9, repetition penalty 1.1 on generated tokens."""
-    engine: EngineSettings = EngineSettings()
-    max_prompt: int = Field(512, ge=1)
-    """Longest prompt in tokens; older turns are dropped."""
-    judges: list[JudgeConfig] = []
-    """Judges of the two models' replies, pair by pair and in both orders (`ppomax eval policy`):
-    `[reward:PATH, openai:BASE_URL#MODEL]`. Their verdict stands first in the report."""
-    rubrics: Path | None = None
-    """Folder with rubrics that replace the shipped ones; for judges that are asked in words."""
-    capability: CapabilityConfig | None = None
-    """Questions with a known answer for both models: what alignment cost (paper, figure 12)."""
-    capability_models: dict[str, str] = {}
-    """Further models by name, asked the same questions: PPO without or with the LM mix."""
-    samples: int = Field(24, ge=0)
-    """Prompts whose replies the report shows side by side."""
-    seed: int = 0
-    device: str = "auto"
-    dtype: Dtype = "float32"
-    threads: int | None = Field(None, ge=1)
-    system: str | None = None
-    micro_tokens: int = Field(8192, ge=1)
-    max_bad_rows: float = Field(0.05, ge=0, le=1)
-    trust_remote_code: bool = False
-
-    @model_validator(mode="after")
-    def _has_effect(self) -> "EvalConfig":
-        if self.rubrics is not None and not any(j.kind in ("openai", "local") for j in self.judges):
-            raise ValueError("rubrics: no judge reads them; name an openai or local one in judges")
-        if self.capability_models and self.capability is None:
-            raise ValueError("capability_models has no effect without capability")
-        taken = {"sft", "ppo"} & set(self.capability_models)
-        if taken:
-            raise ValueError(f"capability_models: {min(taken)} is the name of a model of the run")
-        if self.judges:
-            check_labels(self.judges)
-        return self
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """`dtype` as torch names it."""
-        return torch.float32 if self.dtype == "float32" else torch.bfloat16
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +68,7 @@ def evaluate_policy(config: EvalConfig) -> Path:
             text = json.dumps(report, ensure_ascii=False, indent=1)
             rundir.write_text(config.out / "report.json", text + "\n")
             rundir.write_text(config.out / "done.json", "{}\n")
-        barrier(here)
+        wait_for_main(here)  # judges may take hours
     return config.out
 
 
@@ -289,52 +212,28 @@ def logprobs_of(
     model: LanguageModel, rollout: Rollout, template: ChatTemplate, config: EvalConfig, here: World
 ) -> torch.Tensor:
     """Log-probs [replies, response] at temperature 1 under the model."""
-    mask = response_mask(rollout, here.device)
-    table = torch.zeros(mask.shape, device=here.device)
-    for indices, weight in rank_micro_batches(_plan(rollout, config, here), here):
-        batch = reply_batch(rollout, indices, int(template.tokenizer.pad_token_id), here.device)
+    mask, pad = response_mask(rollout, here.device), int(template.tokenizer.pad_token_id)
+
+    def read(indices: list[int]) -> torch.Tensor:
+        batch = reply_batch(rollout, indices, pad, here.device)
         with autocast(here, config.compute_dtype):
             flat = model(batch).logprobs
-        if weight:
-            table[indices] = unflatten(flat, mask[indices])
-    return sum_tensor(table, here)
+        return unflatten(flat, mask[indices])
+
+    plan = plan_micro_batches(rollout.lengths, config.micro_tokens, here.size)
+    return table_of(mask.shape, plan, read, here)
 
 
-@torch.no_grad()
 def score_replies(
     scorer: ScorerConfig, answers: Answers, template: ChatTemplate, config: EvalConfig, here: World
 ) -> list[float]:
     """The score of each reply, read at its last token; of an ensemble its members' mean."""
-    names = members(resolve(scorer.model))
-    total = [0.0] * len(answers.rollout.responses)
-    for name, (mean, std) in zip(names, standards(names), strict=True):
-        scores = _member_scores(name, answers, template, config, here)
-        share = [(score - mean) / std / len(names) for score in scores]
-        total = [a + b for a, b in zip(total, share, strict=True)]
-    return total
+    rows, pad = answers.rollout.sequences, int(template.tokenizer.pad_token_id)
 
+    def member(name: str) -> torch.Tensor:
+        return score_rows(load_scorer(name, config, here), rows, pad, config, here)
 
-def _member_scores(
-    name: str, answers: Answers, template: ChatTemplate, config: EvalConfig, here: World
-) -> list[float]:
-    model = load_reward_model(
-        name,
-        dtype=config.compute_dtype,
-        init_from_lm=False,
-        trust_remote_code=config.trust_remote_code,
-    ).to(here.device)
-    rollout = answers.rollout
-    scores = torch.zeros(len(rollout.responses), device=here.device)
-    pad = int(template.tokenizer.pad_token_id)
-    for indices, weight in rank_micro_batches(_plan(rollout, config, here), here):
-        rows = [rollout.prompts[i] + rollout.responses[i] for i in indices]
-        batch = collate([(ids, [False] * len(ids)) for ids in rows], pad, here.device)
-        with autocast(here, config.compute_dtype):
-            found = model.scores(batch.input_ids, batch.lengths)
-        if weight:
-            scores[indices] = found
-    result: list[float] = sum_tensor(scores, here).tolist()
-    return result
+    return ensemble_scores(scorer.model, member)
 
 
 def compare_scores(
@@ -411,8 +310,3 @@ def samples(
             record |= {"sft_score": scores["sft"][index], "ppo_score": scores["ppo"][index]}
         result.append(record)
     return result
-
-
-def _plan(rollout: Rollout, config: EvalConfig, here: World) -> list[list[int]]:
-    lengths = [len(p) + len(r) for p, r in zip(rollout.prompts, rollout.responses, strict=True)]
-    return plan_micro_batches(lengths, config.micro_tokens, here.size)

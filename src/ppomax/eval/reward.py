@@ -24,6 +24,7 @@ from ppomax.eval.preference import SUBSET_COLUMNS, compare, evaluate_pairs
 from ppomax.eval.scorers import (
     Judge,
     JudgedPairs,
+    JudgingSettings,
     encode_for_all,
     judge_pairs,
     load_judge,
@@ -32,7 +33,6 @@ from ppomax.eval.scorers import (
 )
 from ppomax.eval.statistics import Floats
 from ppomax.train.pairs import Pair
-from ppomax.train.settings import StageSettings
 from ppomax.types import PreferenceRow
 
 BASE = "base"
@@ -75,10 +75,8 @@ def evaluate_reward(
         ModelError: a model cannot be loaded as a reward model.
     """
     settings = parse(
-        StageSettings,
+        JudgingSettings,
         {
-            "model": models[0],
-            "out": ".",
             "dtype": dtype,
             "max_length": max_length,
             "device": device,
@@ -158,7 +156,11 @@ def _result(
 
 
 def _likelihoods(
-    name: str | None, judge: Judge, rows: list[PreferenceRow], settings: StageSettings, here: World
+    name: str | None,
+    judge: Judge,
+    rows: list[PreferenceRow],
+    settings: JudgingSettings,
+    here: World,
 ) -> Likelihoods:
     if name is None:
         return Likelihoods(None)
@@ -181,7 +183,7 @@ def _curves(
     gold: str | None,
     files: Sequence[str],
     rows: list[PreferenceRow],
-    settings: StageSettings,
+    settings: JudgingSettings,
     here: World,
 ) -> dict[int, dict[str, Any]]:
     """`best_of_n` of each model, by its place, where a gold scorer is given."""

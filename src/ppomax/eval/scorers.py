@@ -1,28 +1,37 @@
 """Reward models and language models as judges of texts: one is loaded at a time, for all rows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
+from torch import Tensor
 
-from ppomax.data.batching import collate, plan_micro_batches
 from ppomax.data.template import ChatTemplate
-from ppomax.distributed import World, sum_tensor
+from ppomax.distributed import World
 from ppomax.errors import DataError
 from ppomax.eval.best_of_n import Candidates
 from ppomax.eval.statistics import Floats
-from ppomax.models.ensembles import members
+from ppomax.models.ensembles import members, standards
 from ppomax.models.export import REWARD_CARD_FILE, RewardCard, read_reward_card
 from ppomax.models.heads import ScalarModel
 from ppomax.models.language import LanguageModel
-from ppomax.models.load import load_policy, load_reward_model, load_tokenizer, resolve
-from ppomax.train.loop import autocast, rank_micro_batches
+from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
+from ppomax.models.names import resolve
 from ppomax.train.pairs import Pair, encode_pair
-from ppomax.train.scoring import score_pairs, score_rows
-from ppomax.train.settings import StageSettings
+from ppomax.train.scoring import score_pairs, score_rows, summed_logprobs
+from ppomax.train.settings import ComputeSettings
 from ppomax.types import PreferenceRow
+
+
+class JudgingSettings(ComputeSettings):
+    """How reward models read and score."""
+
+    max_length: int = Field(1024, ge=8)
+    """Longest dialogue in tokens; older turns are dropped until one fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +45,7 @@ class Judge:
     card: RewardCard | None
 
 
-def load_judge(name: str, settings: StageSettings) -> Judge:
+def load_judge(name: str, settings: ComputeSettings) -> Judge:
     """A reward model's template and card; its weights are loaded when it scores.
 
     Raises:
@@ -60,13 +69,13 @@ class JudgedPairs:
 
 
 def judge_pairs(
-    judge: Judge, pairs: list[Pair], settings: StageSettings, here: World
+    judge: Judge, pairs: list[Pair], settings: ComputeSettings, here: World
 ) -> JudgedPairs:
     """Scores of both answers of each pair."""
     pad = int(judge.template.tokenizer.pad_token_id)
     found = []
     for member in judge.members:
-        model = _scorer(member, settings, here)
+        model = load_scorer(member, settings, here)
         found.append(torch.stack(score_pairs(model, pairs, pad, settings, here)).double().numpy())
     scores = np.stack(found)  # members, sides, pairs
     chosen, rejected = scores.mean(0)
@@ -82,7 +91,12 @@ def judge_pairs(
     return JudgedPairs(chosen, rejected, {"ensemble": extra})
 
 
-def _scorer(name: str, settings: StageSettings, here: World) -> ScalarModel:
+def load_scorer(name: str, settings: ComputeSettings, here: World) -> ScalarModel:
+    """A reward model ready to score.
+
+    Raises:
+        ModelError: it cannot be loaded, or is none.
+    """
     model = load_reward_model(
         name,
         dtype=settings.compute_dtype,
@@ -90,6 +104,20 @@ def _scorer(name: str, settings: StageSettings, here: World) -> ScalarModel:
         trust_remote_code=settings.trust_remote_code,
     )
     return model.to(here.device)
+
+
+def ensemble_scores(name: str, score: Callable[[str], Tensor]) -> list[float]:
+    """Scores by a reward model; by an ensemble the mean of its members' standardized ones.
+
+    Args:
+        score: scores by one member, from its folder or id.
+    """
+    names = members(resolve(name))
+    shares = [
+        (score(member).double() - mean) / std / len(names)
+        for member, (mean, std) in zip(names, standards(names), strict=True)
+    ]
+    return [float(total) for total in sum(shares, torch.zeros_like(shares[0]))]
 
 
 def encode_for_all(
@@ -105,9 +133,8 @@ def encode_for_all(
     return found
 
 
-@torch.no_grad()
 def log_likelihoods(
-    name: str, rows: list[PreferenceRow], settings: StageSettings, here: World
+    name: str, rows: list[PreferenceRow], settings: JudgingSettings, here: World
 ) -> tuple[Floats, Floats]:
     """Log-prob of the preferred and of the other answer under a language model, end included.
 
@@ -124,21 +151,13 @@ def log_likelihoods(
         raise DataError(f"{name}: its tokenizer makes the texts twice as long; take another")
     sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     pad = int(template.tokenizer.pad_token_id)
-    sums = torch.zeros(len(sides), dtype=torch.float64, device=here.device)
-    plan = plan_micro_batches([len(side.ids) for side in sides], settings.micro_tokens, here.size)
-    for indices, weight in rank_micro_batches(plan, here):
-        batch = collate([(sides[i].ids, sides[i].mask) for i in indices], pad, here.device)
-        with autocast(here, settings.compute_dtype):
-            logprobs = model(batch).logprobs.double()
-        parts = logprobs.split([sides[i].num_targets for i in indices])
-        if weight:
-            sums[indices] = torch.stack([part.sum() for part in parts])
-    found = sum_tensor(sums, here).cpu().numpy()
+    texts = [(side.ids, side.mask) for side in sides]
+    found = summed_logprobs(model, texts, pad, settings, here).cpu().numpy()
     return found[: len(pairs)], found[len(pairs) :]
 
 
 def score_candidates(
-    judge: Judge, found: Candidates, settings: StageSettings, here: World
+    judge: Judge, found: Candidates, settings: JudgingSettings, here: World
 ) -> Floats:
     """One score per reply, flat; nan where a reply does not fit."""
     template, ids = judge.template, []
@@ -151,8 +170,8 @@ def score_candidates(
     pad = int(template.tokenizer.pad_token_id)
     scores = np.full(len(ids), np.nan)
     members = [
-        score_rows(_scorer(member, settings, here), rows, pad, settings, here).double().numpy()
+        score_rows(load_scorer(member, settings, here), rows, pad, settings, here)
         for member in judge.members
     ]
-    scores[fitting] = np.mean(members, axis=0)
+    scores[fitting] = np.mean([found.cpu().double().numpy() for found in members], axis=0)
     return scores

@@ -3,26 +3,30 @@
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ppomax.data.batching import collate, derived_seed, plan_micro_batches
+from ppomax.data.batching import derived_seed
 from ppomax.data.template import ChatTemplate
-from ppomax.distributed import world
+from ppomax.distributed import World, world
 from ppomax.errors import ConfigError, ModelError
 from ppomax.eval.answers import Answer
 from ppomax.eval.asking import Ask
 from ppomax.eval.outcomes import Judged, Side, question_of
 from ppomax.eval.pairs import Pair
-from ppomax.models.ensembles import members, standards
+from ppomax.eval.scorers import ensemble_scores, load_scorer
 from ppomax.models.export import REWARD_CARD_FILE, read_reward_card
-from ppomax.models.load import load_policy, load_reward_model, load_tokenizer, resolve
+from ppomax.models.load import load_policy, load_tokenizer
+from ppomax.models.names import resolve
 from ppomax.rollout import EngineSettings, SamplingParams, build_engine
 from ppomax.train.rewards import load_callable
+from ppomax.train.scoring import score_rows
+from ppomax.train.settings import ComputeSettings
 
 Keep = Callable[[Ask, Answer], None]
-MICRO_TOKENS = 8192
 CHUNK = 16
 """Answers of a local judge written side by side, and kept together."""
 
@@ -36,7 +40,7 @@ def score_pairs(pairs: Sequence[Pair], model: str) -> list[Judged]:
         ModelError: no reward model, or a dialogue longer than its positions.
     """
     texts = [(pair, side) for pair in pairs for side in (pair.a.response, pair.b.response)]
-    scores = _scores(texts, model)
+    scores = ensemble_scores(model, partial(_member_scores, texts))
     rows = []
     for place, pair in enumerate(pairs):
         a, b = scores[2 * place], scores[2 * place + 1]
@@ -48,41 +52,26 @@ def score_pairs(pairs: Sequence[Pair], model: str) -> list[Judged]:
     return rows
 
 
-def _scores(texts: Sequence[tuple[Pair, str]], name: str) -> list[float]:
-    """Of a reward model, or an ensemble's mean."""
-    names = members(resolve(name))
-    total = [0.0] * len(texts)
-    for member, (mean, std) in zip(names, standards(names), strict=True):
-        scores = _member_scores(texts, member)
-        share = [(score - mean) / std / len(names) for score in scores]
-        total = [a + b for a, b in zip(total, share, strict=True)]
-    return total
-
-
-@torch.no_grad()
-def _member_scores(texts: Sequence[tuple[Pair, str]], name: str) -> list[float]:
+def _member_scores(texts: Sequence[tuple[Pair, str]], name: str) -> Tensor:
+    """Of dialogues in one reward model's own ids; by this rank alone, while the others wait."""
     card = Path(resolve(name)) / REWARD_CARD_FILE
     system = read_reward_card(card.parent).system if card.is_file() else None
     template = ChatTemplate(load_tokenizer(name), system)
     ids = [template.prompt(pair.messages) + template.answer(text) for pair, text in texts]
+    settings = ComputeSettings()
     with world() as here:
-        model = load_reward_model(name, init_from_lm=False).to(here.device)
+        alone = World(0, 1, here.device)
+        model = load_scorer(name, settings, alone)
         limit = getattr(model.config, "max_position_embeddings", None)
         longest = max(map(len, ids), default=0)
         if limit is not None and longest > limit:
             raise ModelError(
                 f"judge reward:{name}: a dialogue has {longest} tokens, the model {limit} positions"
             )
-        scores = torch.zeros(len(ids))
-        pad = int(template.tokenizer.pad_token_id)
-        for indices in plan_micro_batches([len(row) for row in ids], MICRO_TOKENS):
-            rows = [(ids[i], [False] * len(ids[i])) for i in indices]
-            batch = collate(rows, pad, here.device)
-            scores[indices] = model.scores(batch.input_ids, batch.lengths).float().cpu()
-    found: list[float] = scores.tolist()
+        scores = score_rows(model, ids, int(template.tokenizer.pad_token_id), settings, alone)
     if not torch.isfinite(scores).all():
         raise ModelError(f"judge reward:{name}: a score is not finite")
-    return found
+    return scores
 
 
 def ask_local(

@@ -9,9 +9,6 @@ from typing import Any
 
 from filelock import FileLock
 
-"""In a folder of several reward models: `{"members": [folder, ...]}`, each a model of its own. The
-folder itself is the first of them, so that any loader finds one."""
-
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:

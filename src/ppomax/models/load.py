@@ -1,11 +1,9 @@
-"""From a model's name to a model ready for training: short names, folders, hub ids.
+"""From a model's name to a model ready for training.
 
 Every loaded model has no dropout, a pad id that ends no text, and a generation config that holds
 ids only. Weights are read from safetensors; nothing is unpickled.
 """
 
-import difflib
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,58 +26,22 @@ from transformers import (
 
 from ppomax.data.template import settle_template
 from ppomax.errors import ModelError
-from ppomax.models.export import generation_config, source_licence, trained_system
+from ppomax.models.export import generation_config
 from ppomax.models.folders import quiet
 from ppomax.models.heads import LM_HEAD_FILE, ScalarModel, hidden_states, output_weight, set_pad
-from ppomax.models.pull import NAME, cache_dir, pull
+from ppomax.models.names import SHORT_NAMES, resolve
 
-SHORT_NAMES = (NAME, "tiny")
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
 """Names that published tokenizers give a token reserved for padding."""
 
 
-def resolve(name: str, *, cache: Path | None = None) -> str:
-    """Where a model is: a folder for short names and local paths, else the hub id itself.
-
-    Raises:
-        ModelError: a path that is no model folder (the text says what is missing), or a name
-            that can be neither path nor hub id.
-    """
-    if name in SHORT_NAMES:
-        return str(pull(name, cache=cache_dir(os.environ) if cache is None else cache))
-    path = Path(name).expanduser()
-    if name and path.exists():
-        _check_folder(path)
-        return str(path)
-    near = difflib.get_close_matches(name, SHORT_NAMES, n=1, cutoff=0.75)
-    if near:
-        raise ModelError(f"model {name!r}: no such folder; did you mean {near[0]}?")
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        return name
-    raise ModelError(f"model {name!r}: no such folder, and not a short name or hub id")
-
-
-def licence_of(name: str) -> str | None:
-    """What a model says of its licence, where it is a folder here."""
-    place = Path(resolve(name))
-    return source_licence(place) if place.is_dir() else None
-
-
-def system_of(name: str) -> str | None:
-    """The system prompt of a policy's training, where it is a folder that says so."""
-    place = Path(resolve(name))
-    return trained_system(place) if place.is_dir() else None
-
-
-def load_tokenizer(
-    name: str, *, trust_remote_code: bool = False, cache: Path | None = None
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padding on the right, with a pad id that can never end a text.
 
     Raises:
         ModelError: it cannot be found or read, or names no token that ends a text.
     """
-    source = resolve(name, cache=cache)
+    source = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -121,25 +83,21 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     attn_implementation: str = "sdpa",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    cache: Path | None = None,
 ) -> PreTrainedModel:
     """A causal language model on the CPU, in eval mode, ready for training.
 
     Args:
         dtype: of the weights; fp32 for anything that is trained.
-        tokenizer: as `load_tokenizer` gave it, where the caller has it already.
 
     Raises:
         ModelError: it cannot be found or read, is no causal language model, or computes its
             logits in a way ours would not reproduce.
     """
-    source = resolve(name, cache=cache)
+    source = resolve(name)
     config = _load_config(name, source, trust_remote_code)
     if _is_classifier(config):
         raise ModelError(f"model {name!r} is a reward model; a policy needs a language model")
-    if tokenizer is None:
-        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     ends = sorted({int(tokenizer.eos_token_id), *_generation_ends(source)})
     model = _load_model(
         AutoModelForCausalLM,
@@ -165,8 +123,6 @@ def load_reward_model(
     seed: int = 0,
     trust_remote_code: bool = False,
     attn_implementation: str = "sdpa",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    cache: Path | None = None,
 ) -> ScalarModel:
     """A reward model from a sequence-classification folder, or a fresh one on a language model.
 
@@ -177,7 +133,7 @@ def load_reward_model(
     Raises:
         ModelError: it cannot be found or read, or is not of the kind asked for.
     """
-    source = resolve(name, cache=cache)
+    source = resolve(name)
     config = _load_config(name, source, trust_remote_code)
     classifier = _is_classifier(config)
     if init_from_lm is not None and init_from_lm == classifier:
@@ -189,13 +145,11 @@ def load_reward_model(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
-            tokenizer=tokenizer,
         )
         return ScalarModel.from_causal_lm(policy, seed)
     if config.num_labels != 1:
         raise ModelError(f"model {name!r} has {config.num_labels} outputs; a reward model has 1")
-    if tokenizer is None:
-        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     model = _load_model(
         AutoModelForSequenceClassification,
         name,
@@ -218,8 +172,6 @@ def load_value_model(
     seed: int = 0,
     trust_remote_code: bool = False,
     attn_implementation: str = "sdpa",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    cache: Path | None = None,
 ) -> ScalarModel:
     """A critic: a reward model with its head (the paper's start), or a fresh head on a policy.
 
@@ -235,8 +187,6 @@ def load_value_model(
         seed=seed,
         trust_remote_code=trust_remote_code,
         attn_implementation=attn_implementation,
-        tokenizer=tokenizer,
-        cache=cache,
     )
     model.lm_head = None
     return model
@@ -254,25 +204,6 @@ def fit_vocabulary(model: PreTrainedModel, size: int) -> None:
     for layer in (parts.get_input_embeddings(), parts.get_output_embeddings()):
         if layer is not None:
             layer.weight[old:] = layer.weight[:old].float().mean(0).to(layer.weight.dtype)
-
-
-def _check_folder(path: Path) -> None:
-    if path.is_file():
-        raise ModelError(f"model {path}: a file; a model is a folder in Hugging Face format")
-    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        raise ModelError(f"model {path}: a LoRA adapter alone; use a merged export")
-    inner = path / "export"
-    hint = f"; did you mean {inner}?" if (inner / "config.json").exists() else ""
-    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if not (path / "config.json").exists():
-        raise ModelError(f"model {path}: not a model folder, config.json is missing{hint}")
-    if not any((path / file).exists() for file in tokenizers):
-        raise ModelError(f"model {path}: its tokenizer is missing (tokenizer.json)")
-    if not any(path.glob("*.safetensors")):
-        raise ModelError(
-            f"model {path}: no .safetensors weights; pickled ones are not read, save it again with "
-            "save_pretrained"
-        )
 
 
 def _unused_token(tokenizer: PreTrainedTokenizerBase, taken: set[int]) -> str | None:

@@ -35,6 +35,16 @@ class Rollout:
     finished: list[bool]
     """Ended by the end-of-turn token or a stop string; False means cut at the limit."""
 
+    @property
+    def sequences(self) -> list[list[int]]:
+        """Each prompt with its reply, as the models read them."""
+        return [p + r for p, r in zip(self.prompts, self.responses, strict=True)]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt with its reply."""
+        return [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
+
 
 class Engine(Protocol):
     """Anything that answers prompts."""

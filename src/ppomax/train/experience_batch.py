@@ -17,7 +17,7 @@ from ppomax.metrics import MetricSums
 from ppomax.models.language import values_of_replies
 from ppomax.rollout.engine import Rollout
 from ppomax.train.actors import Actors
-from ppomax.train.loop import Watched, autocast, rank_micro_batches
+from ppomax.train.micro_batches import Watched, autocast, rank_micro_batches
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.prompts import Prompt
 from ppomax.train.reward_scores import judge

@@ -1,13 +1,10 @@
-"""What the three stages share: the run's files, checkpoints, signals, micro-batches over ranks."""
+"""What the three stages share: the run's files, checkpoints, signals."""
 
 import json
 import math
-import resource
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,14 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ppomax import checkpoint, distributed, rundir
-from ppomax.config import dump, parse, read_yaml
 from ppomax.data.formats import BadRow, count_kinds
-from ppomax.distributed import World, agree, all_max, barrier, gather
-from ppomax.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from ppomax.distributed import World, agree, all_max, barrier
+from ppomax.errors import ConfigError, Interrupted, TrainingError
 from ppomax.metrics import as_row
 from ppomax.monitors import check_keys
 from ppomax.train.progress import Progress
-from ppomax.train.resuming import changed_keys, differences, environment, harmful
+from ppomax.train.resuming import differences, environment, open_directory
 from ppomax.train.settings import StageSettings
 from ppomax.train.stopping import StopAsked, Stopper
 from ppomax.train.trackers import Tracker, open_trackers
@@ -44,8 +40,7 @@ class StageRun:
         self.stage = name
         """Whose steps are counted in the rows written now (`critic` before `ppo`)."""
         self.path = Path(config.out)
-        self.attempt = 0
-        self.started = time.monotonic()
+        self.attempt, self.started = 0, time.monotonic()
         self.skipped_in_a_row: dict[str, int] = {}
         """By model: a step taken by one says nothing of the other."""
         self.stopper = Stopper()
@@ -58,7 +53,7 @@ class StageRun:
         self._writer = checkpoint.Writer() if config.checkpoint.asynchronous else None
         self.found: checkpoint.Checkpoint | None = None
         if world.is_main:
-            self._open(resume)
+            open_directory(self.path, config, world, resume=resume)
         barrier(world)
         if resume:
             self.found = checkpoint.latest(self.path / "checkpoints")
@@ -71,33 +66,6 @@ class StageRun:
                 "dtype bfloat16: this processor has no units for it and emulates them, several "
                 "times slower than float32; dtype: auto chooses for each machine"
             )
-
-    def _open(self, resume: bool) -> None:
-        text = dump(self.config)
-        for leftover in self.path.glob(".export-*"):  # of an export that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        place = self.path / rundir.CONFIG
-        if not resume or not place.exists():
-            rundir.create(self.path, text)
-        else:
-            changed = changed_keys(parse(type(self.config), read_yaml(place)), self.config)
-            if harmful(changed):
-                raise CheckpointError(
-                    f"{self.path}: its config.yaml differs from this run's in "
-                    f"{', '.join(harmful(changed))}; resume needs the same, or give another out"
-                )
-            if changed:
-                rundir.write_text(place, text)
-        rundir.write_environment(
-            self.path,
-            {
-                "device": str(self.world.device),
-                "world_size": self.world.size,
-                "seed": self.config.seed,
-                "dtype": self.config.dtype,
-                "threads": torch.get_num_threads(),
-            },
-        )
 
     def restore(self, parts: Sequence[Trainable[Any]]) -> dict[str, Any] | None:
         """Put the newest verified checkpoint in place; its state, or None where there is none.
@@ -305,10 +273,6 @@ class StageRun:
 
     # --- signals ------------------------------------------------------------------------------
 
-    def signals(self) -> AbstractContextManager[None]:
-        """Note signals instead of dying; a second one ends at once."""
-        return self.stopper.noting()
-
     def stop_asked(self) -> bool:
         """Whether a signal asked any rank to stop (collective)."""
         return agree(self.stopper.asked, self.world)
@@ -410,45 +374,16 @@ def opened(name: str, config: StageSettings, *, resume: bool) -> Iterator[StageR
             torch.set_num_threads(config.threads)
         run = StageRun(name, config, here, resume=resume)
         run.stopper.nothing_to_save = here.size == 1  # while models load; ranks stop together
-        with run.signals():
+        with run.stopper.noting():
             try:
                 yield run
             except StopAsked:
                 raise run.interrupt() from None
 
 
-Watched = Callable[[Sequence[tuple[list[int], float]]], Iterator[tuple[list[int], float]]]
-"""`StageRun.watched`, or `iter` where nobody asks to stop."""
-
-
 def is_done(path: Path) -> bool:
     """Whether a stage's directory holds a finished run."""
     return (path / DONE).exists()
-
-
-def rank_micro_batches(plan: Sequence[list[int]], world: World) -> list[tuple[list[int], float]]:
-    """This rank's micro-batches with their weight in the loss.
-
-    Every rank runs the same number of forwards (collectives would hang otherwise): where the plan
-    does not divide, the shortest micro-batch is run again with weight 0.
-    """
-    filler = [(plan[-1], 0.0)] * (-len(plan) % world.size)
-    return world.share([(batch, 1.0) for batch in plan] + filler)
-
-
-def autocast(world: World, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """bf16 matrix products on fp32 weights; nothing in fp32."""
-    return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
-def peak_memory_gb(world: World) -> float:
-    """Largest memory so far, of all ranks: device memory on CUDA, resident memory elsewhere."""
-    if world.device.type == "cuda":
-        used = torch.cuda.max_memory_allocated(world.device)
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return max(gather(used, world)) / 1e9
 
 
 def check_positions(config: StageSettings, model: PreTrainedModel) -> None:

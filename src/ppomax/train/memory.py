@@ -1,10 +1,13 @@
-"""What to do when memory does not suffice for a micro-batch."""
+"""How much memory was taken, and what to do when it does not suffice for a micro-batch."""
 
+import resource
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 
+from ppomax.distributed import World, gather
 from ppomax.errors import TrainingError
 from ppomax.train.loop import StageRun, Trainable
 
@@ -60,3 +63,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def peak_memory_gb(world: World) -> float:
+    """Largest memory so far, of all ranks: device memory on CUDA, resident memory elsewhere."""
+    if world.device.type == "cuda":
+        used = torch.cuda.max_memory_allocated(world.device)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return max(gather(used, world)) / 1e9

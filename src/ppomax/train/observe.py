@@ -14,7 +14,7 @@ from ppomax.masked import masked_mean, masked_moments, unbiased_std
 from ppomax.rollout.engine import Rollout
 from ppomax.train.actors import Actors
 from ppomax.train.experience_batch import Experience, Scored
-from ppomax.train.loop import peak_memory_gb
+from ppomax.train.memory import peak_memory_gb
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.prompts import Prompt
 

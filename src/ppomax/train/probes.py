@@ -6,7 +6,7 @@ from ppomax.data.batching import collate
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World
 from ppomax.models.heads import ScalarModel
-from ppomax.train.loop import autocast
+from ppomax.train.micro_batches import autocast
 from ppomax.types import Message, Messages
 
 PROBES = (

@@ -1,12 +1,16 @@
 """Going on with a run: which settings may differ, and what of the machine changes the last bits."""
 
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ppomax.config import Settings
+from ppomax import rundir
+from ppomax.config import Settings, dump, parse, read_yaml
 from ppomax.distributed import World
+from ppomax.errors import CheckpointError
 from ppomax.train.settings import StageSettings
 
 HARMLESS = (
@@ -79,3 +83,36 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name, value in now.items()
         if name in before and before[name] != value
     ]
+
+
+def open_directory(path: Path, config: StageSettings, world: World, *, resume: bool) -> None:
+    """Make a run directory, or check the one there; for rank 0.
+
+    Raises:
+        CheckpointError: it holds a run with other settings.
+    """
+    text = dump(config)
+    for leftover in path.glob(".export-*"):  # of an export that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    place = path / rundir.CONFIG
+    if not resume or not place.exists():
+        rundir.create(path, text)
+    else:
+        changed = changed_keys(parse(type(config), read_yaml(place)), config)
+        if harmful(changed):
+            raise CheckpointError(
+                f"{path}: its config.yaml differs from this run's in "
+                f"{', '.join(harmful(changed))}; resume needs the same, or give another out"
+            )
+        if changed:
+            rundir.write_text(place, text)
+    rundir.write_environment(
+        path,
+        {
+            "device": str(world.device),
+            "world_size": world.size,
+            "seed": config.seed,
+            "dtype": config.dtype,
+            "threads": torch.get_num_threads(),
+        },
+    )

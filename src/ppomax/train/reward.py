@@ -21,15 +21,8 @@ from ppomax.models.language import freeze_embeddings, place
 from ppomax.models.load import load_reward_model, load_tokenizer
 from ppomax.models.lora import add_lora
 from ppomax.train.ensemble import train_members
-from ppomax.train.loop import (
-    StageRun,
-    Trainable,
-    Watched,
-    autocast,
-    check_positions,
-    opened,
-    rank_micro_batches,
-)
+from ppomax.train.loop import StageRun, Trainable, check_positions, opened
+from ppomax.train.micro_batches import Watched, autocast, rank_micro_batches
 from ppomax.train.pair_forward import PairOutput, forward_pairs, settle_sharing, width
 from ppomax.train.pairs import Pair
 from ppomax.train.reward_card import export

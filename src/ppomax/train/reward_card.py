@@ -17,8 +17,8 @@ from ppomax.models.export import (
     tokenizer_hash,
 )
 from ppomax.models.heads import ScalarModel
-from ppomax.models.load import licence_of
 from ppomax.models.lora import merged_copy
+from ppomax.models.names import licence_of
 from ppomax.train.pairs import Pair
 from ppomax.train.probes import probe_messages, score_dialogues
 from ppomax.train.reward_data import RewardConfig, RewardData

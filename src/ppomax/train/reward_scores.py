@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ppomax.data.batching import collate, plan_micro_batches
+from ppomax.data.batching import plan_micro_batches
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World, sum_tensor
 from ppomax.experience import (
@@ -21,12 +21,12 @@ from ppomax.experience import (
     weighted_scores,
 )
 from ppomax.rollout.engine import Rollout
-from ppomax.train.loop import autocast, rank_micro_batches
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.prompts import Prompt
 from ppomax.train.reward_settings import RewardSettings
 from ppomax.train.reward_sources import Judge, Reading, RewardSources
 from ppomax.train.rewards import Scorer, call, call_steps
+from ppomax.train.scoring import score_rows
 from ppomax.train.steps import last_tokens, split_steps
 from ppomax.types import Message
 
@@ -72,7 +72,7 @@ def judge(
         if len(panel.judges) > 1:
             spreads.append(ensemble_std(table))
     for scorer, _ in sources.functions:
-        found.append(_called_scores(scorer, rollout, prompts, template, config, here))
+        found.append(called_scores(scorer, rollout, prompts, template, config, here).float())
     weights = [panel.weight for panel in sources.panels] + [w for _, w in sources.functions]
     scores = torch.zeros(len(rollout.responses), device=here.device)
     if found:
@@ -109,22 +109,15 @@ def _model_scores(
 ) -> Float[Tensor, " batch"]:
     """One reward model's scores; nan where a reply is longer than it can read."""
     if one.reading is None:
-        rows = [p + r for p, r in zip(rollout.prompts, rollout.responses, strict=True)]
-        pad = int(template.tokenizer.pad_token_id)
+        rows, tokenizer = rollout.sequences, template.tokenizer
     else:
         rows = _own_rows(one.reading, rollout, prompts, template, config)
-        pad = int(one.reading.template.tokenizer.pad_token_id)
+        tokenizer = one.reading.template.tokenizer
         plan = _own_plan(rows, one.reading.positions, config, here)
-    scores = torch.zeros(len(rows), device=here.device)
-    for indices, weight in rank_micro_batches(plan, here) if plan else []:
-        picked = [rows[index] for index in indices]
-        batch = collate([(ids, [False] * len(ids)) for ids in picked], pad, here.device)
-        with autocast(here, config.compute_dtype):
-            found = one.model.scores(batch.input_ids, batch.lengths)
-        if weight:
-            scores[indices] = (found - one.mean) / one.std
-    scores = sum_tensor(scores, here)
-    read = {index for batch_indices in plan for index in batch_indices}
+    pad = int(tokenizer.pad_token_id)
+    scores = score_rows(one.model, rows, pad, config, here, plan=plan)
+    scores = (scores - one.mean) / one.std
+    read = {index for indices in plan for index in indices}
     scores[[index for index in range(len(rows)) if index not in read]] = torch.nan
     return scores
 
@@ -155,7 +148,7 @@ def _own_plan(
     return [[kept[i] for i in batch] for batch in plan]
 
 
-def _called_scores(
+def called_scores(
     scorer: Scorer,
     rollout: Rollout,
     prompts: list[Prompt],
@@ -163,9 +156,9 @@ def _called_scores(
     config: PPOConfig,
     here: World,
 ) -> Float[Tensor, " batch"]:
-    """A Python function's scores, each rank calling it for its share of the replies."""
+    """A Python function's scores, in float64, each rank calling it for its share of the replies."""
     mine = here.share(range(len(rollout.responses)))
-    scores = torch.zeros(len(rollout.responses), device=here.device)
+    scores = torch.zeros(len(rollout.responses), dtype=torch.float64, device=here.device)
     if mine:
         rows = [prompts[index].row for index in mine]
         found = call(
@@ -177,7 +170,7 @@ def _called_scores(
             timeout=config.reward.timeout,
             retries=config.reward.retries,
         )
-        scores[mine] = torch.tensor(found, device=here.device)
+        scores[mine] = torch.tensor(found, dtype=torch.float64, device=here.device)
     return sum_tensor(scores, here)
 
 

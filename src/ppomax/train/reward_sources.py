@@ -13,7 +13,8 @@ from ppomax.models.ensembles import members
 from ppomax.models.export import REWARD_CARD_FILE, read_reward_card, tokenizer_hash
 from ppomax.models.heads import ScalarModel
 from ppomax.models.language import place
-from ppomax.models.load import load_reward_model, load_tokenizer, resolve
+from ppomax.models.load import load_reward_model, load_tokenizer
+from ppomax.models.names import resolve
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.probes import score_dialogues
 from ppomax.train.reward_settings import RewardModelSettings, RewardSettings

@@ -48,13 +48,9 @@ class LogSettings(Settings):
     """Trackers beside the files; each needs the extra of its name."""
 
 
-class StageSettings(Settings):
-    """Common part of `sft`, `reward` and `ppo`."""
+class ComputeSettings(Settings):
+    """How any stage computes, trains or not."""
 
-    model: str
-    """Causal LM to start from: folder, hub id, or short name (`smollm2-135m`, `tiny`)."""
-    out: Path
-    """Run directory; must not hold a run yet."""
     seed: int = 0
     """Every order and every reply is a function of it."""
     device: str = "auto"
@@ -64,20 +60,34 @@ class StageSettings(Settings):
     the machine computes it fast; config.yaml then says what it took."""
     threads: int | None = Field(None, ge=1)
     """CPU threads; null leaves PyTorch's choice. Part of exact resume."""
-    deterministic: bool = False
-    """Deterministic kernels only, on CUDA at some cost in speed: the same run twice is then the
-    same to the bit. On the CPU it always is. An operation that has no such kernel ends the run
-    with its name."""
     system: str | None = None
     """System prompt for dialogues that have none."""
-    max_length: int = Field(1024, ge=8)
-    """Longest sequence in tokens; older turns are dropped until a dialogue fits."""
     micro_tokens: int = Field(8192, ge=1)
     """Padded tokens per forward and backward: a memory knob that cannot change results."""
     max_bad_rows: float = Field(0.05, ge=0, le=1)
     """Largest share of rows that may be quarantined."""
     trust_remote_code: bool = False
     """Run code that a model folder brings along. Off unless typed."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """`dtype` as torch names it."""
+        return torch.float32 if self.dtype == "float32" else torch.bfloat16
+
+
+class StageSettings(ComputeSettings):
+    """Common part of `sft`, `reward` and `ppo`."""
+
+    model: str
+    """Causal LM to start from: folder, hub id, or short name (`smollm2-135m`, `tiny`)."""
+    out: Path
+    """Run directory; must not hold a run yet."""
+    deterministic: bool = False
+    """Deterministic kernels only, on CUDA at some cost in speed: the same run twice is then the
+    same to the bit. On the CPU it always is. An operation that has no such kernel ends the run
+    with its name."""
+    max_length: int = Field(1024, ge=8)
+    """Longest sequence in tokens; older turns are dropped until a dialogue fits."""
     freeze_embeddings: bool = False
     """Leave the token embedding (and a tied output head) as it is: in small models a fifth of the
     weights, and so of gradients and moments. `lora` freezes it anyway."""
@@ -85,8 +95,3 @@ class StageSettings(Settings):
     """Recompute activations in backward: less memory, about a third more time."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """`dtype` as torch names it."""
-        return torch.float32 if self.dtype == "float32" else torch.bfloat16

@@ -19,18 +19,12 @@ from ppomax.losses import lm_loss
 from ppomax.metrics import MetricSums
 from ppomax.models.export import Card, export_policy
 from ppomax.models.language import LanguageModel, freeze_embeddings, place
-from ppomax.models.load import licence_of, load_policy, load_tokenizer
+from ppomax.models.load import load_policy, load_tokenizer
 from ppomax.models.lora import add_lora
+from ppomax.models.names import licence_of
 from ppomax.rollout import EngineSettings, SamplingParams, build_engine
-from ppomax.train.loop import (
-    StageRun,
-    Trainable,
-    Watched,
-    autocast,
-    check_positions,
-    opened,
-    rank_micro_batches,
-)
+from ppomax.train.loop import StageRun, Trainable, check_positions, opened
+from ppomax.train.micro_batches import Watched, autocast, rank_micro_batches
 from ppomax.train.optim import OptimSettings
 from ppomax.train.supervised import Fitted, StageData, SupervisedSettings, build_data, fit
 from ppomax.types import SFTRow

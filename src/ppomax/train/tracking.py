@@ -14,7 +14,7 @@ import torch
 from ppomax import rundir
 from ppomax.data.batching import derived_seed, plan_micro_batches
 from ppomax.data.sources import load_prompts, split_by_prompt
-from ppomax.distributed import World, gather, sum_tensor
+from ppomax.distributed import World, gather
 from ppomax.errors import ConfigError
 from ppomax.models.ensembles import members
 from ppomax.models.heads import ScalarModel
@@ -22,15 +22,15 @@ from ppomax.models.language import LanguageModel
 from ppomax.models.load import load_reward_model
 from ppomax.rollout.engine import Rollout, merge_rollouts
 from ppomax.train.actors import Actors
-from ppomax.train.experience_batch import reply_batch
-from ppomax.train.loop import StageRun, autocast
+from ppomax.train.loop import StageRun
 from ppomax.train.monitor_settings import TrackSettings
 from ppomax.train.observe import response_metrics, score_metrics
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.prompts import Prompt
-from ppomax.train.reward_scores import judge
+from ppomax.train.reward_scores import called_scores, judge
 from ppomax.train.reward_sources import check_tokenizer
-from ppomax.train.rewards import Scorer, call, load_callable
+from ppomax.train.rewards import Scorer, load_callable
+from ppomax.train.scoring import score_rows, summed_logprobs
 from ppomax.train.shape import wasserstein_1
 
 
@@ -91,13 +91,13 @@ class Tracker:
         )
         rollout = merge_rollouts(gather(local, here), len(self.prompts))
         texts = [self.actors.template.decode(response) for response in rollout.responses]
-        plan = plan_micro_batches(lengths_of(rollout), config.micro_tokens, here.size)
+        plan = plan_micro_batches(rollout.lengths, config.micro_tokens, here.size)
         sources, template = self.actors.rewards, self.actors.template
         judged = judge(rollout, self.prompts, plan, sources, template, config, here)
         scores = judged.scores.tolist()
         seconds = None
         if self.second_model is not None or self.second is not None:
-            seconds = self._seconds(rollout, texts)
+            seconds = self._seconds(rollout)
         return Round(rollout, texts, scores, seconds, self._nll(rollout, model))
 
     def measure(self, found: Round) -> dict[str, float]:
@@ -131,53 +131,24 @@ class Tracker:
             row["seconds"] = _ready(found.seconds)
         rundir.append_jsonl(run.path / rundir.HELDOUT, [row])
 
-    def _seconds(self, rollout: Rollout, texts: list[str]) -> list[float]:
+    def _seconds(self, rollout: Rollout) -> list[float]:
         """What the second scorer says, the same on every rank."""
+        config, here, template = self.config, self.here, self.actors.template
         if self.second is not None:
-            mine = self.here.share(list(range(len(texts))))
-            rows = [self.prompts[index].row for index in mine]
-            called = call(
-                self.second,
-                [row.messages for row in rows],
-                [texts[index] for index in mine],
-                [row.id for row in rows],
-                [row.meta for row in rows],
-                timeout=self.config.reward.timeout,
-                retries=self.config.reward.retries,
-            )
-            every = torch.zeros(len(texts), dtype=torch.float64, device=self.here.device)
-            every[mine] = torch.tensor(called, dtype=torch.float64, device=self.here.device)
-            return [float(score) for score in sum_tensor(every, self.here)]
-        model = self.second_model
-        assert model is not None
-        scores = [math.nan] * len(texts)
-        for indices in self._plan(rollout):
-            batch = reply_batch(rollout, indices, self.actors.pad, self.here.device)
-            with torch.no_grad(), autocast(self.here, self.config.compute_dtype):
-                found = model.scores(batch.input_ids, batch.lengths)
-            for index, score in zip(indices, found.tolist(), strict=True):
-                scores[index] = score
-        return scores
+            found = called_scores(self.second, rollout, self.prompts, template, config, here)
+        else:
+            assert self.second_model is not None
+            pad = self.actors.pad
+            found = score_rows(self.second_model, rollout.sequences, pad, config, here)
+        return [float(score) for score in found]
 
     def _nll(self, rollout: Rollout, model: LanguageModel) -> list[float]:
-        sums = [0.0] * len(rollout.responses)
-        for indices in self._plan(rollout):
-            batch = reply_batch(rollout, indices, self.actors.pad, self.here.device)
-            with torch.no_grad(), autocast(self.here, self.config.compute_dtype):
-                flat = model(batch).plain.cpu()
-            lengths = [len(rollout.responses[index]) for index in indices]
-            for index, part in zip(indices, flat.split(lengths), strict=True):
-                sums[index] = -float(part.double().sum())
-        return sums
-
-    def _plan(self, rollout: Rollout) -> list[list[int]]:
-        """The same micro-batches on every rank: forwards of sharded models are collective."""
-        return plan_micro_batches(lengths_of(rollout), self.config.micro_tokens, 1)
-
-
-def lengths_of(rollout: Rollout) -> list[int]:
-    """Tokens of each prompt with its reply."""
-    return [len(p) + len(r) for p, r in zip(rollout.prompts, rollout.responses, strict=True)]
+        rows = [
+            (prompt + response, [False] * len(prompt) + [True] * len(response))
+            for prompt, response in zip(rollout.prompts, rollout.responses, strict=True)
+        ]
+        sums = summed_logprobs(model, rows, self.actors.pad, self.config, self.here)
+        return [-float(total) for total in sums]
 
 
 def against(seconds: Sequence[float], sft: Sequence[float]) -> dict[str, float]:

@@ -26,7 +26,8 @@ from ppomax.models.language import TargetReading, values_before_targets
 from ppomax.train.actors import Actors
 from ppomax.train.experience_batch import Experience, reply_batch, unflatten
 from ppomax.train.guard import contents
-from ppomax.train.loop import StageRun, Trainable, autocast, rank_micro_batches
+from ppomax.train.loop import StageRun, Trainable
+from ppomax.train.micro_batches import autocast, rank_micro_batches
 from ppomax.train.ppo_config import PPOConfig
 
 

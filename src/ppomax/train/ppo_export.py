@@ -1,0 +1,52 @@
+"""The policy that PPO hands on: which one, and its folder."""
+
+from ppomax.distributed import state_on_main
+from ppomax.models.export import Card, export_policy
+from ppomax.train.ppo_state import PPOState
+from ppomax.train.recovery import read
+
+
+def export(ppo: PPOState) -> None:
+    """Write the policy as a Hugging Face folder: the one the monitors vouch for."""
+    take_best(ppo)
+    state = state_on_main(ppo.policy.lm, ppo.here)  # collective
+    if ppo.here.is_main:
+        card = Card(
+            title="PPO-aligned policy",
+            summary="Trained with ppomax by PPO from a reward model (Zheng et al. 2023, PPO-max).",
+            source_model=ppo.config.model,
+            datasets=[source.path for source in ppo.config.data],
+        )
+        export_policy(
+            ppo.policy.lm,
+            ppo.actors.template.tokenizer,
+            ppo.run.path / "export",
+            card=card,
+            generation={"temperature": ppo.config.sampling.temperature},
+            state=state,
+            system=ppo.config.system,
+        )
+
+
+def take_best(ppo: PPOState) -> None:
+    """Put the policy that is to be exported in place, where it is not the present one.
+
+    The best by a second scorer among the green checkpoints kept, or the last green one (`action:
+    log` only says so); never by the score that PPO was trained on, which is what an over-optimised
+    policy is best at.
+    """
+    watch = ppo.watch
+    number = watch.exported() if watch is not None else None
+    if watch is None or number == ppo.number:
+        return
+    monitor, note = ppo.config.monitor, None
+    if number is None or number <= ppo.critic_rollouts:  # of those the policy is still SFT's
+        note = "no green checkpoint of a trained policy was kept; the last state is exported"
+    elif monitor is not None and monitor.action == "log" and not watch.seconds:
+        note = f"the run did not end green; checkpoint {number} was the last that was"
+    if note is not None or number is None:
+        ppo.run.event("alarm_export", step=ppo.iteration, note=note)
+        return
+    why = "best by the second scorer" if watch.seconds else "last green one"
+    ppo.actors.policy.restore(read(ppo, number))
+    ppo.run.event("export", step=ppo.iteration, checkpoint=number, why=why)
