@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT ?= runs/demo
 
-.PHONY: demo smoke test check lint fast setup bench mutate crash endurance docs clean help
+.PHONY: demo smoke test check lint fast setup bench mutate crash faults endurance docs clean help
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -45,6 +45,10 @@ mutate: $(READY) ## break the mathematics on purpose and see the tests fail
 
 crash: $(READY) ## SIGKILL at every write of a checkpoint and at random times, resume, compare
 	$(BIN)/python benchmarks/crash.py
+
+faults: $(READY) ## every write of a run fails in turn: full disk, then broken disk
+	$(BIN)/python benchmarks/faults.py --error ENOSPC
+	$(BIN)/python benchmarks/faults.py --error EIO
 
 endurance: $(READY) ## thousands of PPO iterations: memory, open files, time of an iteration
 	$(BIN)/python benchmarks/endurance.py

@@ -1,13 +1,15 @@
 """Kills training with SIGKILL at every write of a checkpoint and at random times, and resumes it.
 
-    python benchmarks/crash.py [--points 330] [--seed 0] [--jobs 2]
+    python benchmarks/crash.py [--points 330] [--seed 0] [--jobs 2] [--part 1/3]
 
-The three stages on the built-in tiny model. First each runs undisturbed, with every operation of
-the checkpoint writer counted (files, fsync, rename, unlink, rows) and every phase timed. Then one
-run per point is killed there: before each of the operations, in the middle of each file of tensors,
-and at random times within rollout, scoring, update, evaluation and export. It is resumed in a new
-process and must end as the undisturbed run did, to the bit: rows (clock aside), weights, moments,
-counters, export. Prints a table; exit code 1 where a single one differs.
+The three stages on the built-in tiny model, and PPO that a signal stops inside an update: killed
+while it saves there (`stopped`), or once it was resumed from there (`resumed`). First each runs
+undisturbed, with every operation of the checkpoint writer counted (files, fsync, rename, unlink,
+rows) and every phase timed. Then one run per point is killed there: before each of the operations,
+in the middle of each file of tensors, and at random times within rollout, scoring, update,
+evaluation and export. It is resumed in a new process and must end as the undisturbed run did, to
+the bit: rows (clock aside), weights, moments, counters, export. Prints a table; exit code 1 where
+a single one differs.
 
 Processes are forked from one that has imported everything and computed nothing.
 """
@@ -25,6 +27,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +41,20 @@ import transformers.models.llama.modeling_llama  # noqa: F401 - before the fork
 
 from ppomax import checkpoint, rundir
 from ppomax.config import parse
+from ppomax.errors import Interrupted
 from ppomax.models.tiny import build_tiny
 from ppomax.train import ppo, reward, sft
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.reward import RewardConfig
 from ppomax.train.sft import SFTConfig
+from ppomax.train.trainable import Trainable
 
 STAGES = ("sft", "reward", "ppo")
+WAYS = (*STAGES, "stopped", "resumed")
+"""How a run is killed; the last two are PPO's."""
+SIGNALLED = (4, 8, 18)
+"""Optimizer steps in which a signal stops PPO: of the critic's second rollout, of the first and of
+the second iteration."""
 WORDS = ["tea", "rain", "a duck", "the moon", "old songs", "bread", "salt", "a slow train"]
 CLOCK = ("time", "throughput/", "memory/")
 PHASES: dict[str, dict[str, tuple[Any, str]]] = {
@@ -90,11 +100,20 @@ class Point:
     """Of the operation among all, or of the phase's calls; from 1."""
     delay: float = 0.0
     """Seconds after the phase began."""
+    way: str = ""
+    """`stopped` or `resumed`; empty where nothing but the kill disturbs the run."""
+    signalled: int = 0
+    """The optimizer step that a signal meets first."""
 
     @property
     def is_phase(self) -> bool:
         """Whether a clock decides."""
         return self.kind in PHASES[self.stage]
+
+    @property
+    def column(self) -> str:
+        """Of the table."""
+        return self.way or self.stage
 
 
 def settings(stage: str, out: Path, root: Path) -> Any:
@@ -233,9 +252,57 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def signal_at(number: int, then: Callable[[], None] = lambda: None) -> None:
+    """SIGTERM in the number-th optimizer step of PPO, followed by `then`."""
+    count = 0
+
+    def met(_name: str, _args: tuple[Any, ...]) -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+            then()
+
+    wrap(Trainable, "step", met)
+
+
+def stopped(out: Path, root: Path, number: int) -> None:
+    """In a child: PPO until it has saved inside the update that the signal met."""
+    signal_at(number)
+    try:
+        train("ppo", out, root, resume=False)
+    except Interrupted:
+        last = checkpoint.latest(out / "checkpoints")
+        assert last is not None
+        assert last.state["update"], "the save fell between two updates"
+        return
+    raise SystemExit("the signal did not stop it")
+
+
+def stopping(root: Path) -> None:
+    """In a child: leave the operations of the saves inside updates, and of the runs after them."""
+    found: dict[str, dict[int, list[str]]] = {"stopped": {}, "resumed": {}}
+    now: list[str] = []
+    for owner, name in OPERATIONS:
+        wrap(owner, name, lambda name, _: now.append(name))
+    for number in SIGNALLED:
+        out = root / f"stopped-{number}"
+        step = Trainable.step
+        signal_at(number, now.clear)
+        with suppress(Interrupted):
+            train("ppo", out, root, resume=False)
+        found["stopped"][number] = list(now)
+        Trainable.step = step  # type: ignore[method-assign]
+        now.clear()
+        train("ppo", out, root, resume=True)
+        found["resumed"][number] = list(now)
+    (root / "stopping.json").write_text(json.dumps(found))
+
+
 def killed(point: Point, out: Path, root: Path) -> None:
     """In a child: run until the point."""
     count = 0
+    counting = point.way != "stopped"
     if point.is_phase:
         owner, name = PHASES[point.stage][point.kind]
 
@@ -250,26 +317,50 @@ def killed(point: Point, out: Path, root: Path) -> None:
 
         def at_operation(name: str, args: tuple[Any, ...]) -> None:
             nonlocal count
-            count += 1
-            if count == point.number:
+            count += counting
+            if counting and count == point.number:
                 if point.kind == "half a file":
                     Path(args[1]).write_bytes(b"half a file" * 100)
                 die()
 
         for owner, name in OPERATIONS:
             wrap(owner, name, at_operation)
-    train(point.stage, out, root, resume=False)
+    if point.way == "stopped":
+
+        def begin() -> None:
+            nonlocal counting
+            counting = True
+
+        signal_at(point.signalled, begin)
+    train(point.stage, out, root, resume=point.way == "resumed")
+
+
+def points_at(operations: list[str], stage: str, way: str = "", signalled: int = 0) -> list[Point]:
+    """Before every operation, and in the middle of every file of tensors."""
+    named = list(enumerate(operations, start=1))
+    found = [Point(stage, name, number, 0.0, way, signalled) for number, name in named]
+    return found + [
+        Point(stage, "half a file", number, 0.0, way, signalled)
+        for number, name in named
+        if name == "save_file"
+    ]
+
+
+def points_of_stops(root: Path, rng: random.Random) -> list[Point]:
+    """Every operation of a save inside an update; of the runs after it a third."""
+    written = json.loads((root / "stopping.json").read_text())
+    found: list[Point] = []
+    for way, by_signal in written.items():
+        for number, operations in by_signal.items():
+            points = points_at(operations, "ppo", way, int(number))
+            found += points if way == "stopped" else rng.sample(points, len(points) // 3)
+    return found
 
 
 def points_of(stage: str, root: Path, rng: random.Random, spare: int) -> list[Point]:
     """Every operation, and `spare` random times spread over the phases."""
     operations, seconds = json.loads((root / f"{stage}-points.json").read_text())
-    found = [Point(stage, name, number) for number, name in enumerate(operations, start=1)]
-    found += [
-        Point(stage, "half a file", number)
-        for number, name in enumerate(operations, start=1)
-        if name == "save_file"
-    ]
+    found = points_at(operations, stage)
     phases = list(PHASES[stage])
     for index in range(spare):
         phase = phases[index % len(phases)]
@@ -297,6 +388,10 @@ def outcome(run: Path) -> dict[str, Any]:
 def judge(point: Point, out: Path, root: Path, expected: dict[str, Any]) -> str:
     """Kill, resume, compare; what was wrong, or "missed" where the run ended before the point."""
     log = out.with_suffix(".txt")
+    if point.way == "resumed":
+        code = forked(lambda: stopped(out, root, point.signalled), log).wait()
+        if code:
+            return f"the signal ended with {code}: {log.read_text()[-2000:]}"
     code = forked(lambda: killed(point, out, root), log).wait()
     if code == 0 and point.is_phase:
         return "missed"
@@ -341,16 +436,15 @@ def show(verdicts: dict[Point, str], seconds: float) -> int:
     missed = [point for point, wrong in verdicts.items() if wrong == "missed"]
     for point, wrong in verdicts.items():
         if wrong != "missed":
-            tried[point.stage, point.kind] += 1
-            good[point.stage, point.kind] += not wrong
+            tried[point.column, point.kind] += 1
+            good[point.column, point.kind] += not wrong
             if wrong:
                 print(f"FAILED {point}: {wrong}")
     kinds = list(dict.fromkeys(kind for _, kind in tried))
-    print("| killed at | " + " | ".join(STAGES) + " |\n|---|" + "---|" * len(STAGES))
+    print("| killed at | " + " | ".join(WAYS) + " |\n|---|" + "---|" * len(WAYS))
     for kind in kinds:
         cells = [
-            f"{good[stage, kind]} of {tried[stage, kind]}" if tried[stage, kind] else ""
-            for stage in STAGES
+            f"{good[way, kind]} of {tried[way, kind]}" if tried[way, kind] else "" for way in WAYS
         ]
         print(f"| {kind} | " + " | ".join(cells) + " |")
     failed = tried.total() - good.total()
@@ -367,7 +461,9 @@ def main() -> int:
     parser.add_argument("--points", type=int, default=330, help="kills in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--part", default="1/1", help="only these of the kills: 2/3 is every third")
     chosen = parser.parse_args()
+    part, parts = (int(number) for number in chosen.part.split("/"))
     began = time.monotonic()
     rng = random.Random(chosen.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -377,11 +473,17 @@ def main() -> int:
             child = forked(lambda stage=stage: undisturbed(stage, root), root / "log.txt")
             if child.wait():
                 raise SystemExit(child.log.read_text())
+        child = forked(lambda: stopping(root), root / "log.txt")
+        if child.wait():
+            raise SystemExit(child.log.read_text())
+        stops = points_of_stops(root, rng)
         written = [point for stage in STAGES for point in points_of(stage, root, rng, 0)]
         spare = max(24, -(-(chosen.points - len(written)) // len(STAGES)) + 8)
         points = [point for stage in STAGES for point in points_of(stage, root, rng, spare)]
+        points += stops
         if chosen.points < len(written):
             points = rng.sample(points, chosen.points)
+        points = points[part - 1 :: parts]
         return 1 if show(judge_all(points, root, chosen.jobs), time.monotonic() - began) else 0
 
 

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,10 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         last = latest(root)
         safe = f"the last good one is {last.path}" if last else "no checkpoint exists yet"
-        raise CheckpointError(f"{final}: checkpoint not written ({error}); {safe}") from error
+        raise CheckpointError(
+            f"{final}: checkpoint not written ({error}); {safe}. Once the disk takes it, go on "
+            f"with `ppomax resume {root.parent}`"
+        ) from error
     return final
 
 
@@ -111,6 +115,12 @@ def latest(root: Path) -> Checkpoint | None:
         if found is not None:
             return found
     return None
+
+
+def damaged(root: Path, found: Checkpoint | None) -> list[Path]:
+    """The checkpoints newer than the one found, newest first: they did not verify."""
+    paths = [path for path in _newest_first(root) if path.is_dir()]
+    return list(takewhile(lambda path: found is None or path != found.path, paths))
 
 
 def path_of(root: Path, step: int) -> Path:

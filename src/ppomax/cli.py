@@ -1,5 +1,6 @@
 """Command line: parse, build, call. Heavy modules are imported by the verb that needs them."""
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -53,6 +54,15 @@ def main() -> None:
     except PpomaxError as error:
         typer.echo(f"ppomax: {visible(str(error))}", err=True)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        place = f"{error.filename}: " if error.filename is not None else ""
+        typer.echo(f"ppomax: {visible(f'{place}{error.strerror}')}", err=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("ppomax: interrupted", err=True)
         sys.exit(130)

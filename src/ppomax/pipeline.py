@@ -15,6 +15,7 @@ from ppomax.eval.policy import evaluate_policy
 from ppomax.eval.policy_config import EvalConfig
 from ppomax.recipe import STAGES, Recipe
 from ppomax.report.page import write_report
+from ppomax.train.disk import refusals_told
 from ppomax.train.loop import is_done
 from ppomax.train.ppo import train_ppo
 from ppomax.train.ppo_config import PPOConfig
@@ -61,7 +62,8 @@ def run_recipe(
         if getattr(recipe, name) is None:
             raise ConfigError(f"recipe has no stage {name}; it has {', '.join(recipe.stages())}")
     # One process group for all stages: leaving and joining again may meet the one just left.
-    with _stoppable(out), world(getattr(recipe, stages[0]).device) as here:
+    device = getattr(recipe, stages[0]).device
+    with _stoppable(out), refusals_told(out), world(device) as here:
         if here.is_main:
             _open(recipe, only, resume=resume)
             _ask(out, stages)

@@ -1,5 +1,7 @@
 """The run directory: append-only JSONL files, resolved config, environment; rank 0 writes."""
 
+import errno
+import fcntl
 import json
 import os
 import platform
@@ -8,13 +10,14 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from ppomax.errors import ConfigError
+from ppomax.errors import CheckpointError, ConfigError
 
 CONFIG, ENV = "config.yaml", "env.json"
 METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.jsonl"
 HELDOUT = "heldout.jsonl"
+LOCK = ".lock"
 LOGS = (METRICS, SAMPLES, EVENTS, HELDOUT)
 """Files that grow with the run."""
 
@@ -99,6 +102,33 @@ def create(path: Path, config: str) -> None:
         write_text(path / CONFIG, config)
     except OSError as error:
         raise ConfigError(f"setting out: cannot write {path} ({error.strerror})") from None
+
+
+def lock(path: Path) -> IO[str] | None:
+    """Take a run directory for this process until the file that is returned is closed.
+
+    The system lets go of it where the process dies, however it does. None where the file system
+    knows no locks.
+
+    Raises:
+        CheckpointError: another process has it.
+    """
+    file = (path / LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        owner = file.read(40).strip()
+        file.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return None
+        raise CheckpointError(
+            f"{path}: another process ({owner}) writes this run; wait for it or stop it first"
+        ) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
 
 
 def write_environment(path: Path, extra: dict[str, Any]) -> None:

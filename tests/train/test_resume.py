@@ -25,6 +25,9 @@ BUSY = [
 ]
 """The smoke recipe with everything in it that has state: controller, schedules, critic rollouts."""
 
+UNASKED = ("checkpoint", "damaged_checkpoint")
+"""Events that only a disturbed run has: a save where a signal asked for it, damage that was met."""
+
 ONLY_SFT = ["reward=null", "ppo=null", "eval=null"]
 LOGGED = ["ppomax.rundir", "append_jsonl"]
 KILL, TERM = int(signal.SIGKILL), int(signal.SIGTERM)
@@ -55,7 +58,7 @@ def told(path):
             found[name] = [
                 {k: v for k, v in row.items() if not k.startswith(TIMES)}
                 for row in jsonl(path / f"{name}.jsonl")
-                if row.get("kind") != "checkpoint"  # one more where a signal asked for it
+                if row.get("kind") not in UNASKED
             ]
     return found
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ppomax.distributed import World, agree, all_max, barrier
 from ppomax.errors import ConfigError, Interrupted, TrainingError
 from ppomax.metrics import as_row
 from ppomax.monitors import check_keys
+from ppomax.train.disk import refusals_told
 from ppomax.train.progress import Progress
 from ppomax.train.resuming import differences, environment, open_directory
 from ppomax.train.settings import StageSettings
@@ -52,11 +53,22 @@ class StageRun:
         """How long a save takes: the last one's time, a guess before the first."""
         self._writer = checkpoint.Writer() if config.checkpoint.asynchronous else None
         self.found: checkpoint.Checkpoint | None = None
+        self._damaged: list[Path] = []
+        """Checkpoints newer than that one."""
+        self._lock: IO[str] | None = None
+        """Held open: this process alone writes the run."""
         if world.is_main:
-            open_directory(self.path, config, world, resume=resume)
+            self._lock = open_directory(self.path, config, world, resume=resume)
         barrier(world)
         if resume:
             self.found = checkpoint.latest(self.path / "checkpoints")
+            self._damaged = checkpoint.damaged(self.path / "checkpoints", self.found)
+        if self._damaged and self.found is None:
+            raise CheckpointError(
+                f"{self.path}: none of its {len(self._damaged)} checkpoints is whole; nothing was "
+                "changed. Bring them back from a copy, or remove the folder checkpoints to begin "
+                "again"
+            )
         self.trackers: list[Tracker] = (
             open_trackers(config.log.to, name, self.path) if world.is_main else []
         )
@@ -98,6 +110,9 @@ class StageRun:
         if self.world.is_main:
             for name in rundir.LOGS:
                 rundir.cut_back(self.path / name, state["progress"], self.attempt)
+        for path in self._damaged:
+            note = f"{path.name} is not whole; going on from {self.found.path.name}"
+            self.event("damaged_checkpoint", step=0, note=note)
         barrier(self.world)
         return state
 
@@ -369,7 +384,11 @@ class StageRun:
 @contextmanager
 def opened(name: str, config: StageSettings, *, resume: bool) -> Iterator[StageRun]:
     """A stage's run inside its process group, with threads, determinism and signals set up."""
-    with distributed.world(config.device) as here, distributed.deterministic(config.deterministic):
+    with (
+        distributed.world(config.device) as here,
+        distributed.deterministic(config.deterministic),
+        refusals_told(Path(config.out)),
+    ):
         if config.threads:
             torch.set_num_threads(config.threads)
         run = StageRun(name, config, here, resume=resume)

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -85,19 +85,21 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def open_directory(path: Path, config: StageSettings, world: World, *, resume: bool) -> None:
-    """Make a run directory, or check the one there; for rank 0.
+def open_directory(
+    path: Path, config: StageSettings, world: World, *, resume: bool
+) -> IO[str] | None:
+    """Make a run directory, or check the one there; for rank 0. Returns its lock, to be kept.
 
     Raises:
-        CheckpointError: it holds a run with other settings.
+        CheckpointError: it holds a run with other settings, or another process writes it.
     """
     text = dump(config)
-    for leftover in path.glob(".export-*"):  # of an export that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
     place = path / rundir.CONFIG
     if not resume or not place.exists():
         rundir.create(path, text)
+        lock = rundir.lock(path)
     else:
+        lock = rundir.lock(path)
         changed = changed_keys(parse(type(config), read_yaml(place)), config)
         if harmful(changed):
             raise CheckpointError(
@@ -106,6 +108,8 @@ def open_directory(path: Path, config: StageSettings, world: World, *, resume: b
             )
         if changed:
             rundir.write_text(place, text)
+    for leftover in path.glob(".export-*"):  # of an export that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     rundir.write_environment(
         path,
         {
@@ -116,3 +120,4 @@ def open_directory(path: Path, config: StageSettings, world: World, *, resume: b
             "threads": torch.get_num_threads(),
         },
     )
+    return lock

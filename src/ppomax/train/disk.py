@@ -1,0 +1,50 @@
+"""What a run says when its disk refuses. Saving itself is in `checkpoint`."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ppomax import checkpoint
+from ppomax.errors import CheckpointError
+
+REFUSALS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ESTALE,
+)
+"""Full, broken, not to be written, or gone."""
+
+
+@contextmanager
+def refusals_told(run: Path) -> Iterator[None]:
+    """Inside, a refusal of the disk becomes one line: what happened, what is safe, how to go on.
+
+    Raises:
+        CheckpointError: that line.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not _is_refusal(error):
+            raise
+        last = checkpoint.latest(run / "checkpoints")
+        safe = f"the last good checkpoint is {last.path.name}" if last else "nothing is damaged"
+        raise CheckpointError(
+            f"{run}: cannot be written ({error}); {safe}. Once it can be, go on with "
+            f"`ppomax resume {run}`"
+        ) from error
+
+
+def _is_refusal(error: OSError | SafetensorError) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in REFUSALS
+    return "os error" in str(error)  # safetensors writes through Rust, which keeps the number
