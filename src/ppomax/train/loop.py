@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ppomax import checkpoint, distributed, rundir
 from ppomax.data.formats import BadRow, count_kinds
 from ppomax.distributed import World, agree, all_max, barrier
-from ppomax.errors import ConfigError, Interrupted, TrainingError
+from ppomax.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from ppomax.metrics import as_row
 from ppomax.monitors import check_keys
 from ppomax.train.disk import refusals_told
