@@ -254,10 +254,18 @@ class Caller:
             os._exit(0)
 
 
-def in_turn(running, rounds, warm=1):
-    """Every worker once a round, the order turning round; answers by name, warm-up left out."""
+def in_turn(running, rounds, warm=1, minutes=float("inf")):
+    """Every worker once a round, the order turning round; answers by name, warm-up left out.
+
+    Fewer rounds where one more as long as the last would pass `minutes`.
+    """
     answers = {name: [] for name in running}
+    began = last = time.monotonic()
     for number in range(warm + rounds):
+        now = time.monotonic()
+        if number > warm and now - began + (now - last) > 60 * minutes:
+            break
+        last = now
         for name in list(running)[:: 1 if number % 2 else -1]:
             answer = running[name].go()
             if number >= warm:

@@ -113,6 +113,7 @@ def main():
     parser.add_argument("--prompt", type=int, default=36)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=20, help="for all rounds, at most")
     parser.add_argument("--micro-tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--env", type=Path, help="an environment that has TRL")
@@ -143,7 +144,7 @@ def main():
             rate = matmul_rate(
                 given.dtype, shape.products(given.prompts * (given.prompt + given.new))
             )
-            answers = in_turn(running, given.rounds)
+            answers = in_turn(running, given.rounds, minutes=given.minutes)
             again = matmul_rate(given.dtype)
         rate["best"] = max(rate["best"], again["best"])
         installed = {worker.name: worker.ready for worker in running.values()}

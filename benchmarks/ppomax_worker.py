@@ -22,6 +22,8 @@ from common import Caller, peak_memory_gb
 from ppomax.config import parse
 from ppomax.data.template import ChatTemplate
 from ppomax.models.load import load_tokenizer
+from ppomax.pipeline import Recipe
+from ppomax.planning import plan
 from ppomax.train.loop import StageRun, opened
 from ppomax.train.ppo import PPO
 from ppomax.train.ppo_config import PPOConfig
@@ -65,6 +67,7 @@ def settings(given, data, out):
             "max_prompt": given.prompt,
             "max_length": given.prompt + given.new,
             "micro_tokens": given.micro_tokens,
+            "gradient_checkpointing": given.checkpointing,
             "sampling": {"max_new_tokens": given.new},
             "engine": {"slots": given.slots or given.prompts},
             "reward": {"model": given.reward},
@@ -92,6 +95,8 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--ids", type=Path)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--plan", action="store_true", help="say what `ppomax plan` expects")
     given = parser.parse_args()
     caller = Caller()
     plain = ChatTemplate.__init__
@@ -127,9 +132,13 @@ def main():
         if given.ids:
             given.ids.write_text(json.dumps([ids for _, ids in made]), encoding="utf-8")
         config = settings(given, data, Path(folder) / "run")
+        planned = {}
+        if given.plan:
+            [stage] = plan(Recipe.model_validate({"out": folder, "ppo": config}))
+            planned = {"plan_gb": stage.memory_gb, "lines": dict(stage.lines)}
         with opened("ppo", config, resume=False) as run:
             trainer = PPO(config, run.world, run)
-            caller.say(ready=True, micro_tokens=config.micro_tokens)
+            caller.say(ready=True, **planned)
             caller.wait()
             began = time.perf_counter()
             trainer.train()
