@@ -77,13 +77,17 @@ def peak_memory_gb():
     return float("nan")
 
 
-def matmul_rate(dtype="float32", shapes=(), repeats=5, device="cpu"):
+def matmul_rate(dtype="float32", shapes=(), repeats=5, device="cpu", *, small=False):
     """The most floating-point operations a second that matrix products reach here and now.
 
     Best of `repeats` over square 2048 and 4096 and the model's own shapes (rows, inner, columns).
+
+    Args:
+        small: one square of 256, where only the script is tried.
     """
     best, found = 0.0, {}
-    for rows, inner, columns in [(2048,) * 3, (4096,) * 3, *shapes]:
+    squares = (256,) if small else (2048, 4096)
+    for rows, inner, columns in [*((size,) * 3 for size in squares), *shapes]:
         a = torch.randn(rows, inner, device=device).to(DTYPES[dtype])
         b = torch.randn(inner, columns, device=device).to(DTYPES[dtype])
         out = torch.empty(rows, columns, dtype=a.dtype, device=device)

@@ -51,9 +51,11 @@ def prompts_of(template, count, tokens):
 def settings(given, data, out):
     """One step of policy and critic on each rollout, everything else as PPO-max has it."""
     adam = {"lr": 1e-6}
+    adapters = {"lora": {"rank": given.lora}} if given.lora else {}
     return parse(
         PPOConfig,
         {
+            **adapters,
             "model": given.model,
             "out": str(out),
             "data": str(data),
@@ -94,6 +96,7 @@ def main():
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--lora", type=int, help="rank of adapters; default none")
     parser.add_argument("--ids", type=Path)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--plan", action="store_true", help="say what `ppomax plan` expects")

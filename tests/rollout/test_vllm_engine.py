@@ -58,7 +58,8 @@ def engine_of(model, **settings):
 
 
 def small_model(**changes):
-    return tiny_model(vocab_size=280, hidden_size=32, layers=2, heads=4, kv_heads=2, **changes)
+    sizes = {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2} | changes
+    return tiny_model(vocab_size=280, **sizes)
 
 
 def test_a_reply_is_asked_for_with_the_same_meaning():
@@ -165,7 +166,7 @@ def test_its_absence_names_the_pip_line(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed")
 def test_the_real_engine_draws_from_the_policy_and_follows_its_updates():
-    model = small_model(max_positions=128)
+    model = small_model(max_positions=128, hidden_size=128)  # vLLM's kernels want heads of 32
     engine = engine_of(model, slots=4)
     own = build_engine(EngineSettings(), model, TEMPLATE, ALONE, torch.float32)
     prompts = [[5, 6, 7], [8, 9], [20, 21, 22, 23], [30]] * 2
