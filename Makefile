@@ -53,6 +53,10 @@ faults: $(READY) ## every write of a run fails in turn: full disk, then broken d
 endurance: $(READY) ## thousands of PPO iterations: memory, open files, time of an iteration
 	$(BIN)/python benchmarks/endurance.py
 
+bench: $(READY) ## every benchmark with few rounds, ratios first (benchmarks/README.md)
+	@for script in "tiny" "ppo_iteration --rounds 3" "scaling --rounds 3" "memory" "vllm_rollout --rounds 3" "gpu"; do \
+	  echo "== $$script"; set -- $$script; $(BIN)/python benchmarks/$$1.py "$${@:2}" || echo "$$1: failed; run it alone to see why"; done
+
 docs: $(READY) ## docs/metrics.md from the declarations
 	$(BIN)/python -c 'from ppomax.monitors import as_markdown; print(as_markdown(), end="")' > docs/metrics.md
 

@@ -6,13 +6,25 @@ import pytest
 import torch
 
 from ppomax import planning
+from ppomax.data.batching import collate
 from ppomax.errors import ModelError
+from ppomax.models.language import LanguageModel
 from ppomax.models.load import load_policy
 from ppomax.models.lora import LoraSettings, add_lora
+from ppomax.models.tiny import tiny_model
 from ppomax.planning import Size, advice, available_memory_gb, model_size, plan
 from ppomax.recipe import Recipe
 
-ONE_B = Size(parameters=10**9, embedding=10**8, layers=20, hidden=2000, kv_width=1000, vocab=50_000)
+ONE_B = Size(
+    parameters=10**9,
+    embedding=10**8,
+    layers=20,
+    hidden=2000,
+    kv_width=1000,
+    q_width=2000,
+    intermediate=5000,
+    vocab=50_000,
+)
 
 
 def planned(config, kind, tmp_path):
@@ -67,6 +79,83 @@ def test_ppo_counts_four_models_or_less(small, tmp_path, monkeypatch):
     assert whole.disk_gb == pytest.approx(4 * 2 * 12 + 4)
 
 
+def kept_for_backward(model, tokens, compute):
+    """Bytes that autograd holds of a forward over so many tokens, weights left out."""
+    rows = [([5] * tokens, [False] * (tokens - 2) + [True] * 2)]
+    batch = collate(rows, 0, torch.device("cpu"))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found, held = {}, []
+
+    def pack(tensor):
+        held.append(tensor)  # so that no storage is freed and its place used again
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    casting = torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), casting:
+        model(batch)
+    return sum(size for place, size in found.items() if place not in weights)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [{}, {"kv_heads": 1}, {"intermediate": 512}, {"layers": 9}])
+def test_what_layers_keep_for_backward_is_what_autograd_holds(compute, shape):
+    sizes = {"vocab_size": 64, "hidden_size": 64, "heads": 4, "kv_heads": 2, "intermediate": 160}
+    sizes = {**sizes, "layers": 6, **shape}
+    model = LanguageModel(tiny_model(**sizes))
+    size = Size(
+        parameters=sum(p.numel() for p in model.parameters()),
+        embedding=64 * 64,
+        layers=sizes["layers"],
+        hidden=64,
+        kv_width=2 * 16 * sizes["kv_heads"],
+        vocab=64,
+        q_width=64,
+        intermediate=sizes["intermediate"],
+    )
+    few, many = (kept_for_backward(model, tokens, compute) for tokens in (100, 300))
+    plans = [
+        planning._activations(tokens, size, compute, checkpointing=False, trained=False)
+        for tokens in (100, 300)
+    ]
+    logits = [12 * 64 * tokens for tokens in (100, 300)]  # made in chunks, not kept
+    expected = (plans[1] - plans[0]) * planning.GB - (logits[1] - logits[0])
+    assert many - few == pytest.approx(expected, rel=0.08)  # the last norm, positions, sums
+    assert few == pytest.approx(plans[0] * planning.GB - logits[0], rel=0.15)
+
+
+def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():
+    def per_token(**change):
+        both = [
+            planning._activations(tokens, ONE_B, torch.float32, **change)
+            for tokens in (10**5, 10**6)
+        ]
+        return (both[1] - both[0]) * planning.GB / 9e5
+
+    layer = 4 * (6 * 2000 + 2 * 2000 + 1000 + 4 * 5000)
+    assert per_token(checkpointing=False) == pytest.approx(20 * layer)
+    assert per_token(checkpointing=True) == pytest.approx(20 * 4 * 2000 + layer)
+
+
+def test_a_micro_batch_is_no_larger_than_what_there_is(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "model_size", lambda *_, **__: ONE_B)
+    plans = [
+        planned(small("ppo", tmp_path / str(micro), {"micro_tokens": micro}), "ppo", tmp_path)
+        for micro in (10**4, 10**9)
+    ]
+    assert plans[0].memory_gb == plans[1].memory_gb  # two replies of at most 70 tokens a step
+
+
+def test_gradients_of_policy_and_critic_are_not_held_at_once(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "model_size", lambda *_, **__: ONE_B)
+    found = planned(small("ppo", tmp_path), "ppo", tmp_path)
+    parts = dict(found.lines)
+    held = 16 + 16 - 4 + 3 * 4
+    assert float(parts["activations"].split()[0]) > float(parts["cache"].split()[0])
+    activations = planning._activations(2 * 70, ONE_B, torch.float32, checkpointing=False)
+    assert found.memory_gb == pytest.approx(planning.PROCESS_GB + held + activations)
+
+
 def test_the_best_weights_and_every_member_take_disk(small, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "model_size", lambda *_, **__: ONE_B)
     plain = planned(small("reward", tmp_path / "a"), "reward", tmp_path)
@@ -81,6 +170,7 @@ def test_knobs_move_the_estimate_the_right_way(small, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "model_size", lambda *_, **__: ONE_B)
 
     def memory(**change):
+        change = {"batch_tokens": 100_000} | change
         return planned(small("sft", tmp_path / "x", change), "sft", tmp_path).memory_gb
 
     assert memory(micro_tokens=512) < memory() < memory(micro_tokens=32_768)

@@ -16,7 +16,7 @@ from ppomax.train.ppo_config import PPOConfig
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 PRESETS = sorted((FOLDER / "presets").glob("*.yaml"))
-SEVEN_B = Size(6_738_415_616, 131_072_000, 32, 4096, 8192, 32000)
+SEVEN_B = Size(6_738_415_616, 131_072_000, 32, 4096, 8192, 32000, 4096, 11008)
 
 
 def least(recipe):

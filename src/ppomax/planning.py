@@ -1,8 +1,8 @@
 """What a recipe will cost: sizes, steps, tokens, memory, disk. Starts nothing.
 
-Memory is an estimate from the parameter count: fp32 masters, gradients and two AdamW moments for
-what is trained, one copy in the compute dtype for what is frozen and for the engine, plus cache and
-activations.
+Memory is counted from the shape: fp32 masters, gradients and two AdamW moments of what is trained,
+a copy in the compute dtype of what is frozen and for the engine, the cache, and what the layers of
+a Llama keep for backward. `benchmarks/memory.py` holds it against what runs take.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from ppomax.data.template import ChatTemplate
 from ppomax.errors import ModelError, PpomaxError
 from ppomax.models.ensembles import members
 from ppomax.models.load import load_tokenizer
+from ppomax.models.logprobs import CHUNK_ELEMENTS
 from ppomax.models.lora import LoraSettings
 from ppomax.models.names import resolve
 from ppomax.recipe import Recipe
@@ -25,7 +26,7 @@ from ppomax.train.reward import RewardConfig
 from ppomax.train.sft import SFTConfig
 
 GB = 1e9
-PROCESS_GB = 0.9
+PROCESS_GB = 0.45
 """Python, PyTorch and libraries; measured on CPU."""
 
 
@@ -38,7 +39,10 @@ class Size:
     layers: int
     hidden: int
     kv_width: int
+    """Of keys and values together."""
     vocab: int
+    q_width: int
+    intermediate: int
 
 
 @dataclass(slots=True)
@@ -79,6 +83,8 @@ def model_size(name: str, *, trust_remote_code: bool = False) -> Size:
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         kv_width=2 * kv * head_dim,
+        q_width=heads * head_dim,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocab=config.vocab_size,
     )
 
@@ -146,11 +152,34 @@ def _adapter_parameters(lora: LoraSettings, shape: Size) -> int:
     return int(lora.rank * 2 * matrices / shape.hidden * 0.8)
 
 
-def _activations(micro_tokens: int, shape: Size, *, checkpointing: bool) -> float:
-    """GB held between forward and backward of one micro-batch: about 34 hidden vectors a layer."""
-    per_layer = 2 if checkpointing else 34
-    logits = min(micro_tokens * shape.vocab, 2**24) * 12
-    return (micro_tokens * shape.hidden * shape.layers * per_layer * 2 + logits) / GB
+def _activations(
+    tokens: int, shape: Size, compute: torch.dtype, *, checkpointing: bool, trained: bool = True
+) -> float:
+    """GB held between forward and backward of one micro-batch, and what backward makes beside it.
+
+    A layer keeps, for each token, in fp32: inputs and normalised inputs of both norms, and in the
+    compute dtype queries, keys, values, mixed values, gate, its activation, up and their product.
+    In fp32 the inputs of the products are one tensor for q, k, v and one for gate and up; under
+    autocast each product casts its own, and the cast weights are kept too.
+
+    Args:
+        tokens: in the largest micro-batch, padding included.
+        trained: the weights themselves, so that a cast copy of them is kept under autocast and the
+            embedding's gradient is made beside the output matrix's.
+    """
+    width = compute.itemsize
+    inputs = 2 if width == 4 else 5
+    layer = 16 * shape.hidden + width * (
+        inputs * shape.hidden + 2 * shape.q_width + shape.kv_width + 4 * shape.intermediate
+    )
+    kept = layer * shape.layers
+    if checkpointing:
+        kept = 4 * shape.hidden * shape.layers + layer  # inputs, and the layer being recomputed
+    matrices = shape.parameters - shape.embedding
+    casts = (shape.layers if not checkpointing else 1) * width * matrices / shape.layers
+    once = (casts if width < 4 else 0) + (4 * shape.embedding if trained else 0)
+    logits = 3 * 4 * min(tokens * shape.vocab, CHUNK_ELEMENTS)
+    return (tokens * kept + once + logits) / GB
 
 
 def _plan_sft(config: SFTConfig, shape: Size, template: ChatTemplate) -> StagePlan:
@@ -158,7 +187,13 @@ def _plan_sft(config: SFTConfig, shape: Size, template: ChatTemplate) -> StagePl
     rows = len(data.train) + len(data.heldout)
     tokens = sum(data.train[index].num_targets for step in data.steps for index in step)
     memory = PROCESS_GB + _trained(shape.parameters, config.lora, shape, config.compute_dtype)
-    memory += _activations(config.micro_tokens, shape, checkpointing=config.gradient_checkpointing)
+    memory += _activations(
+        min(config.micro_tokens, config.batch_tokens),
+        shape,
+        config.compute_dtype,
+        checkpointing=config.gradient_checkpointing,
+        trained=config.lora is None,
+    )
     best = 8 * shape.parameters / GB if config.early_stop else 0.0  # and the one that replaces it
     result = StagePlan(
         "sft", memory_gb=memory, disk_gb=_disk(1, config.checkpoint.keep_last, shape) + best
@@ -183,7 +218,13 @@ def _plan_reward(config: RewardConfig, shape: Size, template: ChatTemplate) -> S
     rows = len(data.train) + len(data.heldout)
     tokens = sum(data.train[index].tokens for step in data.steps for index in step)
     memory = PROCESS_GB + _trained(shape.parameters, config.lora, shape, config.compute_dtype)
-    memory += _activations(config.micro_tokens, shape, checkpointing=config.gradient_checkpointing)
+    memory += _activations(
+        min(config.micro_tokens, config.batch_tokens),
+        shape,
+        config.compute_dtype,
+        checkpointing=config.gradient_checkpointing,
+        trained=config.lora is None,
+    )
     best = 8 * shape.parameters / GB if config.early_stop else 0.0
     result = StagePlan(
         "reward", memory_gb=memory, disk_gb=_disk(1, config.checkpoint.keep_last, shape) + best
@@ -217,9 +258,16 @@ def _plan_ppo(config: PPOConfig, shape: Size, ensemble: int) -> StagePlan:
     length = config.max_prompt + config.sampling.max_new_tokens
     cache = slots * length * shape.layers * shape.kv_width * compute / GB
     activations = _activations(
-        config.micro_tokens, shape, checkpointing=config.gradient_checkpointing
+        min(config.micro_tokens, config.minibatch_size * length),
+        shape,
+        config.compute_dtype,
+        checkpointing=config.gradient_checkpointing,
+        trained=config.lora is None,
     )
-    memory = PROCESS_GB + policy + critic + sum(frozen.values()) + cache + activations
+    held = policy + critic + sum(frozen.values())
+    if config.critic and not config.lora:
+        held -= 4 * backbone / GB  # one model's gradients at a time
+    memory = PROCESS_GB + held + max(cache, activations)  # the cache goes before the update comes
     critic_rollouts = config.critic_pretraining.max_rollouts if config.critic_pretraining else 0
     rollouts = config.iterations + critic_rollouts
     replies = rollouts * config.replies

@@ -1,7 +1,7 @@
-"""Engines that answer prompts: one small protocol, two ways to fill it.
+"""Engines that answer prompts: one small protocol, three ways to fill it.
 
 `native` runs Llama-type models with a cache and kernels of its own, `transformers` any
-architecture.
+architecture, `vllm` whatever vLLM runs, where it is installed.
 """
 
 from ppomax.rollout.engine import Engine, EngineSettings, Rollout, build_engine

@@ -17,8 +17,9 @@ from ppomax.rollout.sampling import SamplingParams
 class EngineSettings(Settings):
     """Which engine answers and how many replies it writes at once."""
 
-    kind: Literal["native", "transformers"] = "native"
-    """`native` falls back to `transformers` for architectures it does not know, and says so."""
+    kind: Literal["native", "transformers", "vllm"] = "native"
+    """`native` falls back to `transformers` for architectures it does not know, and says so; `vllm`
+    needs the extra of its name."""
     slots: int = Field(64, ge=1)
     """Replies written side by side; finished ones leave and waiting prompts take their place."""
 
@@ -77,9 +78,14 @@ def build_engine(
     Args:
         model: a causal LM as `transformers` builds it, possibly with adapters, possibly sharded.
         dtype: of the matrix products, float32 or bfloat16.
-    """
-    from ppomax.rollout import native, transformers_engine
 
+    Raises:
+        ConfigError: vLLM is asked for and not there, or cannot do what is asked.
+    """
+    from ppomax.rollout import native, transformers_engine, vllm_engine
+
+    if settings.kind == "vllm":
+        return vllm_engine.VllmEngine(settings, model, template, world, dtype)
     if settings.kind == "native" and native.supports(model):
         return native.NativeEngine(settings, model, template, world, dtype)
     engine = transformers_engine.TransformersEngine(settings, model, template, world, dtype)
