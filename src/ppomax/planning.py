@@ -131,11 +131,19 @@ def _first_model(recipe: Recipe, model: str) -> str:
     return model
 
 
-def _trained(size: int, lora: LoraSettings | None, shape: Size, compute: torch.dtype) -> float:
-    """GB of weights, gradient and moments of a trained model."""
+def _trained(
+    size: int, lora: LoraSettings | None, shape: Size, compute: torch.dtype, frozen: int = 0
+) -> float:
+    """GB of weights, gradient and moments of a trained model.
+
+    Args:
+        frozen: lowest blocks that are not trained, nor the embedding then.
+    """
+    share = frozen / shape.layers
     if lora is None:
-        return 16 * size / GB
-    adapters = _adapter_parameters(lora, shape)
+        left = share * (shape.parameters - shape.embedding) + (shape.embedding if frozen else 0)
+        return (16 * size - 12 * left) / GB
+    adapters = (1 - share) * _adapter_parameters(lora, shape)
     return (size * torch.finfo(compute).bits / 8 + 16 * adapters) / GB
 
 
@@ -145,19 +153,28 @@ def _adapter_parameters(lora: LoraSettings, shape: Size) -> int:
     return int(lora.rank * 2 * matrices / shape.hidden * 0.8)
 
 
-def _activations(micro_tokens: int, shape: Size, *, checkpointing: bool) -> float:
+def _activations(micro_tokens: int, shape: Size, *, checkpointing: bool, frozen: int = 0) -> float:
     """GB held between forward and backward of one micro-batch: about 34 hidden vectors a layer."""
     per_layer = 2 if checkpointing else 34
     logits = min(micro_tokens * shape.vocab, 2**24) * 12
-    return (micro_tokens * shape.hidden * shape.layers * per_layer * 2 + logits) / GB
+    layers = shape.layers - frozen
+    return (micro_tokens * shape.hidden * layers * per_layer * 2 + logits) / GB
+
+
+def _training(config: SFTConfig | RewardConfig, shape: Size) -> float:
+    """GB of one model in training."""
+    below = config.freeze_layers or 0
+    weights = _trained(shape.parameters, config.lora, shape, config.compute_dtype, below)
+    return weights + _activations(
+        config.micro_tokens, shape, checkpointing=config.gradient_checkpointing, frozen=below
+    )
 
 
 def _plan_sft(config: SFTConfig, shape: Size, template: ChatTemplate) -> StagePlan:
     data = sft.load_data(config, template)
     rows = len(data.train) + len(data.heldout)
     tokens = sum(data.train[index].num_targets for step in data.steps for index in step)
-    memory = PROCESS_GB + _trained(shape.parameters, config.lora, shape, config.compute_dtype)
-    memory += _activations(config.micro_tokens, shape, checkpointing=config.gradient_checkpointing)
+    memory = PROCESS_GB + _training(config, shape)
     best = 8 * shape.parameters / GB if config.early_stop else 0.0  # and the one that replaces it
     result = StagePlan(
         "sft", memory_gb=memory, disk_gb=_disk(1, config.checkpoint.keep_last, shape) + best
@@ -181,8 +198,7 @@ def _plan_reward(config: RewardConfig, shape: Size, template: ChatTemplate) -> S
     data = reward.load_data(config, template)
     rows = len(data.train) + len(data.heldout)
     tokens = sum(data.train[index].tokens for step in data.steps for index in step)
-    memory = PROCESS_GB + _trained(shape.parameters, config.lora, shape, config.compute_dtype)
-    memory += _activations(config.micro_tokens, shape, checkpointing=config.gradient_checkpointing)
+    memory = PROCESS_GB + _training(config, shape)
     best = 8 * shape.parameters / GB if config.early_stop else 0.0
     result = StagePlan(
         "reward", memory_gb=memory, disk_gb=_disk(1, config.checkpoint.keep_last, shape) + best
@@ -202,7 +218,6 @@ def _plan_reward(config: RewardConfig, shape: Size, template: ChatTemplate) -> S
 def _plan_ppo(config: PPOConfig, shape: Size, ensemble: int) -> StagePlan:
     rows = len(load_prompts(config.data, max_bad_rows=config.max_bad_rows).rows)
     compute = torch.finfo(config.compute_dtype).bits / 8
-    backbone = shape.parameters
     frozen = {"engine": compute * shape.parameters / GB}
     judges = _reward_models(config, shape, ensemble)
     if judges:
@@ -210,13 +225,14 @@ def _plan_ppo(config: PPOConfig, shape: Size, ensemble: int) -> StagePlan:
         frozen[name] = compute * sum(judges) / GB
     if config.kl is not None and (config.reference or not config.lora):
         frozen["reference"] = compute * shape.parameters / GB
-    policy = _trained(shape.parameters, config.lora, shape, config.compute_dtype)
-    critic = _trained(backbone, config.lora, shape, config.compute_dtype) if config.critic else 0.0
+    below = config.freeze_layers or 0
+    policy = _trained(shape.parameters, config.lora, shape, config.compute_dtype, below)
+    critic = policy if config.critic else 0.0
     slots = min(config.engine.slots, config.replies)
     length = config.max_prompt + config.sampling.max_new_tokens
     cache = slots * length * shape.layers * shape.kv_width * compute / GB
     activations = _activations(
-        config.micro_tokens, shape, checkpointing=config.gradient_checkpointing
+        config.micro_tokens, shape, checkpointing=config.gradient_checkpointing, frozen=below
     )
     memory = PROCESS_GB + policy + critic + sum(frozen.values()) + cache + activations
     critic_rollouts = config.critic_pretraining.max_rollouts if config.critic_pretraining else 0
