@@ -214,7 +214,16 @@ class PPO:
     ) -> tuple[Plan, Scored]:
         plan = plan_updates(rollout, self.config, self.here, stage, step, 0)
         watched = self.run.until_asked
-        scored = score(rollout, prompts, plan, self.actors, self.config, self.here, watched)
+        scored = score(
+            rollout,
+            prompts,
+            plan,
+            self.actors,
+            self.config,
+            self.here,
+            watched,
+            update_follows=stage == "ppo",
+        )
         return plan, scored
 
     def _say_set_aside(self, prompts: list[Prompt], experience: Experience, step: int) -> None:
