@@ -12,7 +12,8 @@ Each seed draws its own pace, a factor on both learning rates, so that some runs
 too far and some do not: a detector must tell them apart within a preset too.
 
 Frozen before test seeds are drawn: the defaults of `DetectorSettings` (its thresholds were chosen
-on calibration seeds), of `WorldSettings` and `ppo_settings`, ITERATIONS, EVERY, PACES and the label below.
+on calibration seeds), of `WorldSettings` and `ppo_settings`, ITERATIONS, EVERY, PACES and the label
+below.
 """
 
 import argparse

@@ -201,6 +201,7 @@ KL_LOSS = {"kl": {"where": "loss", "estimator": "k3", "coef": 1.0}}
 CHANGES_ROWS = {
     "seed": {"seed": 4},
     "freeze_embeddings": {"freeze_embeddings": True},
+    "freeze_layers": {"freeze_layers": 1},
     "dtype": {"dtype": "bfloat16"},
     "system": {"system": "Be brief.", **CALLED},
     "data.path": {"data": "PAIRS"},

@@ -68,6 +68,8 @@ def test_ppo_counts_four_models_or_less(small, tmp_path, monkeypatch):
     parts = dict(whole.lines)
     assert parts["policy"] == parts["critic"] == "16.00 GB"
     assert parts["reference"] == parts["reward model"] == parts["engine"] == "4.00 GB"
+    upper = planned(small("ppo", tmp_path / "u", {"freeze_layers": ONE_B.layers}), "ppo", tmp_path)
+    assert dict(upper.lines)["policy"] == dict(upper.lines)["critic"] == "4.00 GB"  # weights alone
     half = planned(small("ppo", tmp_path / "b", {"dtype": "bfloat16"}), "ppo", tmp_path)
     assert dict(half.lines)["reference"] == "2.00 GB"
     none = planned(small("ppo", tmp_path / "c", {"kl": None}), "ppo", tmp_path)
@@ -175,6 +177,9 @@ def test_knobs_move_the_estimate_the_right_way(small, tmp_path, monkeypatch):
 
     assert memory(micro_tokens=512) < memory() < memory(micro_tokens=32_768)
     assert memory(gradient_checkpointing=True) < memory()
+    assert memory(freeze_layers=4) < memory(freeze_layers=2) < memory()
+    adapted = {"lora": {"rank": 8}}
+    assert memory(**adapted, freeze_layers=4) < memory(**adapted)
 
 
 def test_a_reward_that_is_a_function_is_no_model_in_memory(small, tmp_path, monkeypatch):

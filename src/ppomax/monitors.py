@@ -24,6 +24,8 @@ class Metric:
 
 
 _UPDATE = ("ppo",)
+_SUPERVISED = ("sft", "reward")
+_ALL = ("ppo", "critic", *_SUPERVISED)
 _REFERENCE = "with a reference model (kl not null)"
 _CRITIC = "with a critic (advantage.estimator: gae)"
 _PLAIN = "with plain temperature sampling"
@@ -323,12 +325,15 @@ DECLARED: tuple[Metric, ...] = (
     Metric(
         "throughput/train_tokens_per_s",
         "tokens/s",
-        "Prompt and response tokens trained on per second",
+        "Tokens trained on per second: prompts and responses; sft and reward: batch/tokens",
+        stages=_ALL,
     ),
+    Metric("time/step", "s", "Seconds for the optimizer step", stages=_SUPERVISED),
     Metric(
         "memory/peak_gb",
         "GB",
         "Largest memory so far (10⁹ bytes): device memory on CUDA, resident memory elsewhere",
+        stages=_ALL,
     ),
     Metric("reward/loss", "1", "Ranking plus imitation loss (eq. 2)", "", "", ("reward",)),
     Metric(

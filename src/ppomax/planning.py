@@ -138,11 +138,19 @@ def _first_model(recipe: Recipe, model: str) -> str:
     return model
 
 
-def _trained(size: int, lora: LoraSettings | None, shape: Size, compute: torch.dtype) -> float:
-    """GB of weights, gradient and moments of a trained model."""
+def _trained(
+    size: int, lora: LoraSettings | None, shape: Size, compute: torch.dtype, frozen: int = 0
+) -> float:
+    """GB of weights, gradient and moments of a trained model.
+
+    Args:
+        frozen: lowest blocks that are not trained, nor the embedding then.
+    """
+    share = frozen / shape.layers
     if lora is None:
-        return 16 * size / GB
-    adapters = _adapter_parameters(lora, shape)
+        left = share * (shape.parameters - shape.embedding) + (shape.embedding if frozen else 0)
+        return (16 * size - 12 * left) / GB
+    adapters = (1 - share) * _adapter_parameters(lora, shape)
     return (size * torch.finfo(compute).bits / 8 + 16 * adapters) / GB
 
 
@@ -153,7 +161,13 @@ def _adapter_parameters(lora: LoraSettings, shape: Size) -> int:
 
 
 def _activations(
-    tokens: int, shape: Size, compute: torch.dtype, *, checkpointing: bool, trained: bool = True
+    tokens: int,
+    shape: Size,
+    compute: torch.dtype,
+    *,
+    checkpointing: bool,
+    trained: bool = True,
+    frozen: int = 0,
 ) -> float:
     """GB held between forward and backward of one micro-batch, and what backward makes beside it.
 
@@ -166,34 +180,43 @@ def _activations(
         tokens: in the largest micro-batch, padding included.
         trained: the weights themselves, so that a cast copy of them is kept under autocast and the
             embedding's gradient is made beside the output matrix's.
+        frozen: lowest blocks that backward does not reach; they keep nothing.
     """
     width = compute.itemsize
     inputs = 2 if width == 4 else 5
     layer = 16 * shape.hidden + width * (
         inputs * shape.hidden + 2 * shape.q_width + shape.kv_width + 4 * shape.intermediate
     )
-    kept = layer * shape.layers
+    layers = shape.layers - frozen
+    kept = layer * layers
     if checkpointing:
-        kept = 4 * shape.hidden * shape.layers + layer  # inputs, and the layer being recomputed
+        kept = 4 * shape.hidden * layers + layer  # inputs, and the layer being recomputed
     matrices = shape.parameters - shape.embedding
-    casts = (shape.layers if not checkpointing else 1) * width * matrices / shape.layers
+    casts = (layers if not checkpointing else 1) * width * matrices / shape.layers
     once = (casts if width < 4 else 0) + (4 * shape.embedding if trained else 0)
     logits = 3 * 4 * min(tokens * shape.vocab, CHUNK_ELEMENTS)
     return (tokens * kept + once + logits) / GB
+
+
+def _training(config: SFTConfig | RewardConfig, shape: Size) -> float:
+    """GB of one model in training."""
+    below = config.freeze_layers or 0
+    weights = _trained(shape.parameters, config.lora, shape, config.compute_dtype, below)
+    return weights + _activations(
+        min(config.micro_tokens, config.batch_tokens),
+        shape,
+        config.compute_dtype,
+        checkpointing=config.gradient_checkpointing,
+        trained=config.lora is None and not below,
+        frozen=below,
+    )
 
 
 def _plan_sft(config: SFTConfig, shape: Size, template: ChatTemplate) -> StagePlan:
     data = sft.load_data(config, template)
     rows = len(data.train) + len(data.heldout)
     tokens = sum(data.train[index].num_targets for step in data.steps for index in step)
-    memory = PROCESS_GB + _trained(shape.parameters, config.lora, shape, config.compute_dtype)
-    memory += _activations(
-        min(config.micro_tokens, config.batch_tokens),
-        shape,
-        config.compute_dtype,
-        checkpointing=config.gradient_checkpointing,
-        trained=config.lora is None,
-    )
+    memory = PROCESS_GB + _training(config, shape)
     best = 8 * shape.parameters / GB if config.early_stop else 0.0  # and the one that replaces it
     result = StagePlan(
         "sft", memory_gb=memory, disk_gb=_disk(1, config.checkpoint.keep_last, shape) + best
@@ -217,14 +240,7 @@ def _plan_reward(config: RewardConfig, shape: Size, template: ChatTemplate) -> S
     data = reward.load_data(config, template)
     rows = len(data.train) + len(data.heldout)
     tokens = sum(data.train[index].tokens for step in data.steps for index in step)
-    memory = PROCESS_GB + _trained(shape.parameters, config.lora, shape, config.compute_dtype)
-    memory += _activations(
-        min(config.micro_tokens, config.batch_tokens),
-        shape,
-        config.compute_dtype,
-        checkpointing=config.gradient_checkpointing,
-        trained=config.lora is None,
-    )
+    memory = PROCESS_GB + _training(config, shape)
     best = 8 * shape.parameters / GB if config.early_stop else 0.0
     result = StagePlan(
         "reward", memory_gb=memory, disk_gb=_disk(1, config.checkpoint.keep_last, shape) + best
@@ -244,7 +260,6 @@ def _plan_reward(config: RewardConfig, shape: Size, template: ChatTemplate) -> S
 def _plan_ppo(config: PPOConfig, shape: Size, ensemble: int) -> StagePlan:
     rows = len(load_prompts(config.data, max_bad_rows=config.max_bad_rows).rows)
     compute = torch.finfo(config.compute_dtype).bits / 8
-    backbone = shape.parameters
     frozen = {"engine": compute * shape.parameters / GB}
     judges = _reward_models(config, shape, ensemble)
     if judges:
@@ -252,8 +267,9 @@ def _plan_ppo(config: PPOConfig, shape: Size, ensemble: int) -> StagePlan:
         frozen[name] = compute * sum(judges) / GB
     if config.kl is not None and (config.reference or not config.lora):
         frozen["reference"] = compute * shape.parameters / GB
-    policy = _trained(shape.parameters, config.lora, shape, config.compute_dtype)
-    critic = _trained(backbone, config.lora, shape, config.compute_dtype) if config.critic else 0.0
+    below = config.freeze_layers or 0
+    policy = _trained(shape.parameters, config.lora, shape, config.compute_dtype, below)
+    critic = policy if config.critic else 0.0
     slots = min(config.engine.slots, config.replies)
     length = config.max_prompt + config.sampling.max_new_tokens
     cache = slots * length * shape.layers * shape.kv_width * compute / GB
@@ -262,11 +278,12 @@ def _plan_ppo(config: PPOConfig, shape: Size, ensemble: int) -> StagePlan:
         shape,
         config.compute_dtype,
         checkpointing=config.gradient_checkpointing,
-        trained=config.lora is None,
+        trained=config.lora is None and not below,
+        frozen=below,
     )
     held = policy + critic + sum(frozen.values())
     if config.critic and not config.lora:
-        held -= 4 * backbone / GB  # one model's gradients at a time
+        held -= (policy - 4 * shape.parameters / GB) / 3  # one model's gradients at a time
     memory = PROCESS_GB + held + max(cache, activations)  # the cache goes before the update comes
     critic_rollouts = config.critic_pretraining.max_rollouts if config.critic_pretraining else 0
     rollouts = config.iterations + critic_rollouts

@@ -20,6 +20,7 @@ SHARED = ("seed", "device", "dtype", "threads", "system", "trust_remote_code")
 TRAINED = (
     "deterministic",
     "freeze_embeddings",
+    "freeze_layers",
     "gradient_checkpointing",
     "max_length",
     "micro_tokens",

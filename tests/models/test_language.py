@@ -2,13 +2,12 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ppomax.data.batching import collate
 from ppomax.distributed import World
 from ppomax.models.heads import ScalarModel
-from ppomax.models.language import LanguageModel, decoder_blocks, place, values_before_targets
+from ppomax.models.language import LanguageModel, place, values_before_targets
 from ppomax.models.lora import LoraSettings, add_lora
 from ppomax.models.tiny import tiny_model
 
@@ -141,27 +140,7 @@ def test_values_are_those_of_the_state_in_which_each_target_was_chosen():
     assert found.tolist() == pytest.approx(wanted, abs=1e-5)
 
 
-# --- blocks and places
-
-
-@pytest.mark.parametrize(
-    "wrap", [lambda m: m, LanguageModel, lambda m: ScalarModel.from_causal_lm(m, 0)]
-)
-def test_the_blocks_are_the_repeated_layers(wrap):
-    model = small()
-    layers = list(model.model.layers)
-    assert decoder_blocks(wrap(model)) == layers
-
-
-def test_a_model_without_repeated_layers_has_no_blocks():
-    assert decoder_blocks(nn.Linear(2, 2)) == []
-
-
-def test_the_largest_list_is_taken_for_the_blocks():
-    model = nn.Module()
-    model.many = nn.ModuleList([nn.Linear(2, 2) for _ in range(5)])
-    model.large = nn.ModuleList([nn.Linear(20, 20) for _ in range(2)])
-    assert decoder_blocks(model) == list(model.large)
+# --- places
 
 
 def test_placing_alone_leaves_the_parameters_as_they_are():

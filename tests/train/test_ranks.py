@@ -89,6 +89,7 @@ def stages(root, data, reward):
         ),
         "ppo_lora": ("ppo", called | {"lora": lora}),
         "ppo_called": ("ppo", called | {"kl": None, "rollout_size": 3}),
+        "ppo_frozen": ("ppo", ppo | {"freeze_layers": 1}),
         "ppo_importance": ("ppo", ppo | {"loss": {"ratio_to": "reference"}}),
         "ppo_penalty": (
             "ppo",

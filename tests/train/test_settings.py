@@ -24,3 +24,10 @@ def test_dtype_auto_is_settled_by_what_the_machine_does_fast(fast, monkeypatch, 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_dtype_that_is_named_stays(dtype, tmp_path):
     assert SFTConfig(model="tiny", out=tmp_path, data=ROWS, dtype=dtype).dtype == dtype
+
+
+def test_freezing_the_embedding_beside_the_layers_above_it_is_refused(tmp_path):
+    shared = {"model": "tiny", "out": tmp_path, "data": ROWS, "freeze_layers": 1}
+    assert SFTConfig(**shared).freeze_layers == 1
+    with pytest.raises(ValueError, match="freeze_embeddings has no effect with freeze_layers 1"):
+        SFTConfig(**shared, freeze_embeddings=True)

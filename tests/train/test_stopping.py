@@ -18,6 +18,8 @@ from ppomax.train.settings import StageSettings
 from ppomax.train.sft import train_sft
 from ppomax.train.stopping import SIGNALS, StopAsked, Stopper
 
+TIMES = ("time", "throughput/", "memory/")
+
 HERE = World(0, 1, torch.device("cpu"))
 SEVERAL = {"max_steps": 4, "epochs": 2, "eval_every": 2, "micro_tokens": 40}
 
@@ -35,7 +37,9 @@ def told(path):
     """Rows without the clock and without what one checkpoint more adds."""
     rows = [*jsonl(path / "metrics.jsonl"), *jsonl(path / "events.jsonl")]
     return [
-        {k: v for k, v in r.items() if k != "time"} for r in rows if r.get("kind") != "checkpoint"
+        {k: v for k, v in r.items() if not k.startswith(TIMES)}
+        for r in rows
+        if r.get("kind") != "checkpoint"
     ]
 
 

@@ -11,6 +11,8 @@ from ppomax.train import reward, sft
 from ppomax.train.reward import train_reward
 from ppomax.train.sft import train_sft
 
+TIMES = ("time", "throughput/", "memory/")
+
 TRAIN = {"sft": train_sft, "reward": train_reward}
 STEPS = {"eval_every": 1, "max_steps": 6, "epochs": 6, "checkpoint": {"every": 1}}
 
@@ -20,7 +22,10 @@ def jsonl(path):
 
 
 def rows(run):
-    return [{k: v for k, v in row.items() if k != "time"} for row in jsonl(run / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(TIMES)}
+        for row in jsonl(run / "metrics.jsonl")
+    ]
 
 
 def same_weights(one, other):

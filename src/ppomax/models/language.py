@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ppomax import distributed
 from ppomax.data.batching import TokenBatch
 from ppomax.distributed import World
+from ppomax.models.blocks import decoder_blocks
 from ppomax.models.exact_kl import TargetStates, token_kl
 from ppomax.models.heads import ScalarModel, hidden_states, output_weight
 from ppomax.models.logprobs import token_logprobs
@@ -87,17 +88,6 @@ def freeze_embeddings(model: LanguageModel | ScalarModel) -> None:
     """Exclude the token embedding, and with it a tied output head, from training."""
     backbone = model.lm if isinstance(model, LanguageModel) else model.backbone
     backbone.get_input_embeddings().requires_grad_(requires_grad=False)
-
-
-def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a backbone."""
-    lists = [
-        module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)
-    ]
-    if not lists:
-        return []
-    largest = max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()))
-    return list(largest)
 
 
 def place(model: LanguageModel | ScalarModel, world: World, *, checkpointing: bool = False) -> None:

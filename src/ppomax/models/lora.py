@@ -5,7 +5,7 @@ never merged into the live weights: merged weights are computed apart, for engin
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -15,7 +15,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ppomax.config import Settings
-from ppomax.errors import ModelError
+from ppomax.errors import ConfigError, ModelError
+from ppomax.models.blocks import decoder_blocks, lowest_blocks
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -45,7 +46,7 @@ class LoraSettings(Settings):
         return value
 
 
-def add_lora(model: M, settings: LoraSettings, seed: int) -> M:
+def add_lora(model: M, settings: LoraSettings, seed: int, *, freeze_layers: int = 0) -> M:
     """The same model, frozen, with fresh fp32 adapters that change nothing yet (B = 0).
 
     A base in bf16 is meant to run under autocast, which casts what the fp32 adapters read.
@@ -53,8 +54,12 @@ def add_lora(model: M, settings: LoraSettings, seed: int) -> M:
     Of a model with a `backbone` (ScalarModel) the backbone is adapted; its score head stays
     trainable, its language-model head is frozen. The global random state is left as it was.
 
+    Args:
+        freeze_layers: the lowest blocks, which get no adapters.
+
     Raises:
         ModelError: the target modules match nothing, the output head, or a non-linear layer.
+        ConfigError: no block is left to adapt.
     """
     from peft import inject_adapter_in_model
 
@@ -63,7 +68,11 @@ def add_lora(model: M, settings: LoraSettings, seed: int) -> M:
     lm_head = getattr(model, "lm_head", None)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = lora_config(settings, transposed=_transposed(backbone))
+        config = lora_config(
+            settings,
+            transposed=_transposed(backbone),
+            excluded=_linear_below(backbone, freeze_layers),
+        )
         inject_adapter_in_model(config, backbone)
     for name, layer in _lora_layers(backbone):
         if not _is_linear(layer.base_layer):
@@ -79,12 +88,15 @@ def add_lora(model: M, settings: LoraSettings, seed: int) -> M:
     return model
 
 
-def lora_config(settings: LoraSettings, *, transposed: bool = False) -> "LoraConfig":
+def lora_config(
+    settings: LoraSettings, *, transposed: bool = False, excluded: Sequence[str] = ()
+) -> "LoraConfig":
     """The settings as peft's own configuration record.
 
     Args:
         settings: ours.
         transposed: the layers keep their weights as [in, out] (GPT-2).
+        excluded: full names of layers that get no adapter.
     """
     from peft import LoraConfig
 
@@ -94,6 +106,7 @@ def lora_config(settings: LoraSettings, *, transposed: bool = False) -> "LoraCon
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a float works, the hint says int
         lora_dropout=0.0,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=list(excluded) or None,
         bias="none",
         fan_in_fan_out=transposed,
     )
@@ -211,6 +224,20 @@ def adapter_state_dict(
 def _adapted_part(model: nn.Module) -> nn.Module:
     backbone = getattr(model, "backbone", None)
     return backbone if isinstance(backbone, nn.Module) else model
+
+
+def _linear_below(backbone: nn.Module, count: int) -> list[str]:
+    """Names of the linear layers of the lowest `count` blocks.
+
+    Raises:
+        ConfigError: the model has no block above those.
+    """
+    below = {module for block in lowest_blocks(backbone, count) for module in block.modules()}
+    if count and count == len(decoder_blocks(backbone)):
+        raise ConfigError(
+            f"setting freeze_layers: {count} leaves lora no block to adapt; freeze fewer"
+        )
+    return [name for name, m in backbone.named_modules() if m in below and _is_linear(m)]
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

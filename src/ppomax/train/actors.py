@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World
 from ppomax.errors import ConfigError
+from ppomax.models.blocks import freeze_layers
 from ppomax.models.ensembles import members
 from ppomax.models.export import REWARD_CARD_FILE, read_reward_card
 from ppomax.models.heads import ScalarModel
@@ -70,7 +71,7 @@ def load_actors(config: PPOConfig, here: World) -> Actors:
     )
     reference = None
     if config.lora:
-        add_lora(lm, config.lora, config.seed)
+        add_lora(lm, config.lora, config.seed, freeze_layers=config.freeze_layers or 0)
     if config.kl is not None and (config.reference or not config.lora):
         source = config.reference or config.model
         if config.reference:
@@ -83,10 +84,13 @@ def load_actors(config: PPOConfig, here: World) -> Actors:
     critic = _load_critic(config, tokenizer, base, rewards) if config.critic else None
     policy = LanguageModel(lm)
     for model in (policy, critic):
-        if model is not None and config.freeze_embeddings:
+        if model is None:
+            continue
+        if config.freeze_embeddings:
             freeze_embeddings(model)
-        if model is not None:
-            place(model, here, checkpointing=config.gradient_checkpointing)
+        if config.freeze_layers:
+            freeze_layers(model, config.freeze_layers)
+        place(model, here, checkpointing=config.gradient_checkpointing)
     if reference is not None:
         place(reference, here)
     steps = config.total_steps
@@ -133,7 +137,8 @@ def _load_critic(
     if standardized:
         _rescale(critic, Path(source))
     if config.lora:
-        add_lora(critic, config.lora, config.seed + 1)
+        frozen = config.freeze_layers or 0
+        add_lora(critic, config.lora, config.seed + 1, freeze_layers=frozen)
     return critic
 
 

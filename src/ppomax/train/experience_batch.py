@@ -14,7 +14,7 @@ from torch import Tensor
 from ppomax.data.batching import TokenBatch, collate, permutation, plan_micro_batches
 from ppomax.distributed import World, sum_tensor
 from ppomax.metrics import MetricSums
-from ppomax.models.language import values_of_replies
+from ppomax.models.language import TargetReading, values_of_replies
 from ppomax.rollout.engine import Rollout
 from ppomax.train.actors import Actors
 from ppomax.train.micro_batches import Watched, autocast, rank_micro_batches
@@ -117,18 +117,34 @@ def score(
     config: PPOConfig,
     here: World,
     watched: Watched = iter,
+    *,
+    update_follows: bool = False,
 ) -> Scored:
-    """All roles on every reply; each rank its share, then everything on every rank."""
+    """All roles on every reply; each rank its share, then everything on every rank.
+
+    Args:
+        update_follows: the policy's first step comes next, on the first minibatch. It begins with
+            the micro-batch that is scored first, whose forward is then kept for it: one less, and
+            never more in memory than the step itself needs. Not of a sharded model, which frees
+            its parameters between forwards.
+    """
     mask = response_mask(rollout, here.device)
     tables: dict[str, Tensor] = defaultdict(lambda: torch.zeros(mask.shape, device=here.device))
     last_values = torch.zeros(len(rollout.responses), device=here.device)
+    exact = config.kl is not None and config.kl.exact_loss  # that forward is another one
+    keep = update_follows and here.size == 1 and not exact
     for minibatch in plan:
         for indices, weight in watched(rank_micro_batches(minibatch, here)):
             batch = reply_batch(rollout, indices, actors.pad, here.device)
             with autocast(here, config.compute_dtype):
-                flat = _log_probs(batch, actors, config)
+                with torch.set_grad_enabled(keep):
+                    own = actors.policy.model(batch, config.sampling.temperature, entropy=True)
+                flat = _log_probs(batch, own, actors, config)
                 if actors.critic is not None:
                     flat["values"], last = values_of_replies(actors.critic.model, batch)
+            if keep:
+                actors.policy.keep(indices, own)
+                keep = False
             for name, values in flat.items():
                 table = tables[name]  # on every rank, also where its micro-batch is a filler
                 if weight:
@@ -155,11 +171,14 @@ def score(
 
 
 def _log_probs(
-    batch: TokenBatch, actors: Actors, config: PPOConfig
+    batch: TokenBatch, own: TargetReading, actors: Actors, config: PPOConfig
 ) -> dict[str, Float[Tensor, " tokens"]]:
-    """What policy and reference say of the batch's target tokens."""
-    own = actors.policy.model(batch, config.sampling.temperature, entropy=True)
-    found = {"logprobs": own.logprobs, "plain": own.plain, "entropy": own.entropy}
+    """What policy and reference say of the batch's target tokens, as constants."""
+    found = {
+        "logprobs": own.logprobs.detach(),
+        "plain": own.plain,
+        "entropy": own.entropy.detach(),
+    }
     if config.kl is not None:
         with actors.as_reference() as reference:
             ref = reference(batch, config.sampling.temperature)

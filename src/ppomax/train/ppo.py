@@ -158,7 +158,8 @@ def _scored(
 ) -> tuple[Plan, Scored]:
     plan = plan_updates(rollout, ppo.config, ppo.here, stage, step, 0)
     watched = ppo.run.until_asked
-    return plan, score(rollout, prompts, plan, ppo.actors, ppo.config, ppo.here, watched)
+    asked = (rollout, prompts, plan, ppo.actors, ppo.config, ppo.here, watched)
+    return plan, score(*asked, update_follows=stage == "ppo")
 
 
 def _exact_kl(ppo: PPOState, rollout: Rollout) -> float | None:

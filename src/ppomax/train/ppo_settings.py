@@ -63,6 +63,11 @@ class KLSettings(Settings):
             )
         return self
 
+    @property
+    def exact_loss(self) -> bool:
+        """Whether the update computes the KL over the whole vocabulary."""
+        return self.where == "loss" and self.estimator == "exact"
+
 
 GROUPED = ("rloo", "grpo", "reinforce_baseline")
 """Estimators that compare replies to the same prompt."""

@@ -16,6 +16,7 @@ from ppomax.distributed import World, gather
 from ppomax.errors import TrainingError
 from ppomax.losses import centring_loss, lm_loss, pairwise_ranking_loss
 from ppomax.metrics import MetricSums
+from ppomax.models.blocks import freeze_layers
 from ppomax.models.heads import ScalarModel
 from ppomax.models.language import freeze_embeddings, place
 from ppomax.models.load import load_reward_model, load_tokenizer
@@ -55,9 +56,11 @@ def _train(config: RewardConfig, here: World, run: StageRun) -> Path:
     check_positions(config, model.backbone)
     data = load_data(config, template)
     if config.lora:
-        add_lora(model, config.lora, config.seed)
+        add_lora(model, config.lora, config.seed, freeze_layers=config.freeze_layers or 0)
     elif config.freeze_embeddings:
         freeze_embeddings(model)
+    if config.freeze_layers:
+        freeze_layers(model, config.freeze_layers)
     place(model, here, checkpointing=config.gradient_checkpointing)
     reward = Trainable("reward", model, config.optim, len(data.steps), here)
     state = run.restore([reward])

@@ -17,6 +17,7 @@ from ppomax.data.template import ChatTemplate, Encoded
 from ppomax.distributed import World, state_on_main
 from ppomax.losses import lm_loss
 from ppomax.metrics import MetricSums
+from ppomax.models.blocks import freeze_layers
 from ppomax.models.export import Card, export_policy
 from ppomax.models.language import LanguageModel, freeze_embeddings, place
 from ppomax.models.load import load_policy, load_tokenizer
@@ -81,10 +82,12 @@ def _train(config: SFTConfig, here: World, run: StageRun) -> Path:
     check_positions(config, lm)
     data = load_data(config, template)
     if config.lora:
-        add_lora(lm, config.lora, config.seed)
+        add_lora(lm, config.lora, config.seed, freeze_layers=config.freeze_layers or 0)
     model = LanguageModel(lm)
     if config.freeze_embeddings:
         freeze_embeddings(model)
+    if config.freeze_layers:
+        freeze_layers(model, config.freeze_layers)
     place(model, here, checkpointing=config.gradient_checkpointing)
     policy = Trainable("policy", model, config.optim, len(data.steps), here)
     state = run.restore([policy])

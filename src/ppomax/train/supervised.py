@@ -6,6 +6,7 @@ out. Nothing here knows a loss.
 
 import math
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from ppomax.data.formats import BadRow, count_kinds
 from ppomax.data.sources import Loaded, Sources, exchange_overlap, split_by_prompt
 from ppomax.errors import CheckpointError, ConfigError, DataError
 from ppomax.models.lora import LoraSettings
-from ppomax.train.loop import StageRun, Trainable
+from ppomax.train.loop import StageRun, Trainable, peak_memory_gb
 from ppomax.train.memory import fitted
 from ppomax.train.settings import StageSettings
 from ppomax.train.stopping import StopAsked
@@ -244,7 +245,8 @@ def fit(
 
     while step < num_steps and not _out_of_patience(best, config):
         try:
-            values = trained or fitted(run, [part], step + 1, partial(train, step))
+            work = partial(fitted, run, [part], step + 1, partial(train, step))
+            values = trained or _timed(run, work)
         except StopAsked:
             part.drop_gradients()
             raise run.stopped(step, partial(save, step)) from None
@@ -275,6 +277,18 @@ def fit(
         _load_best(run, part, best)
     run.event("export", step=step, note=ended.said)
     return ended
+
+
+def _timed(run: StageRun, step: Callable[[], Values]) -> Values:
+    """A step's metrics with its time, its rate, and the memory so far (collective)."""
+    began = time.perf_counter()
+    values = step()
+    seconds = time.perf_counter() - began
+    return values | {
+        "time/step": seconds,
+        "throughput/train_tokens_per_s": values["batch/tokens"] / max(seconds, 1e-9),
+        "memory/peak_gb": peak_memory_gb(run.world),
+    }
 
 
 def quality(judged: Mapping[str, float]) -> float | None:

@@ -38,12 +38,29 @@ class Trainable(Generic[M]):
         self.why_skipped = ""
         """What was wrong with the last step that was not taken."""
         self._losses: list[Tensor] = []
+        self._kept: tuple[list[int], Any] | None = None
 
     @property
     def lr(self) -> float:
         """Rate of the next step."""
         rate = learning_rate(self.settings, self.step_count, max(1, self.total_steps))
         return rate * self.lr_factor
+
+    def keep(self, rows: list[int], found: object) -> None:
+        """Hold on to a forward with its graph: until a step it need not be made again.
+
+        Args:
+            rows: what it was made of.
+        """
+        self._kept = (rows, found)
+
+    def kept(self, rows: list[int]) -> Any | None:  # noqa: ANN401 - whatever the model returns
+        """The forward of these rows, once: backward frees its graph."""
+        if self._kept is None or self._kept[0] != rows:
+            return None
+        _, found = self._kept
+        self._kept = None
+        return found
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradients; losses are sums over a denominator of the whole batch."""
@@ -81,8 +98,9 @@ class Trainable(Generic[M]):
         return "gradient norm spike" if spike else ""
 
     def drop_gradients(self) -> None:
-        """Forget what was added since the last step."""
+        """Forget what was added since the last step, and any forward that waits for one."""
         self._losses.clear()
+        self._kept = None
         self.optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:

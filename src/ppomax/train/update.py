@@ -90,7 +90,7 @@ def update_policy(
     for indices, weight in now.run.watched(rank_micro_batches(minibatch, now.here)):
         part = micro_batch(experience, indices, now)
         with autocast(now.here, config.compute_dtype):
-            out = _policy_forward(part.batch, now)
+            out = _policy_forward(part, now)
         logprobs = part.unflat(out.logprobs)
         surrogate = _surrogate(logprobs, part, experience, advantages, num_tokens, now)
         loss = surrogate.loss
@@ -207,10 +207,14 @@ def prepared_advantages(
     return result
 
 
-def _policy_forward(batch: TokenBatch, now: Updating) -> TargetReading:
-    config = now.config
+def _policy_forward(part: Part, now: Updating) -> TargetReading:
+    """The policy's forward; scoring has kept that of an iteration's first micro-batch."""
+    config, batch = now.config, part.batch
+    kept: TargetReading | None = now.actors.policy.kept(part.rows)
+    if kept is not None:
+        return kept
     states = None
-    if config.kl is not None and config.kl.where == "loss" and config.kl.estimator == "exact":
+    if config.kl is not None and config.kl.exact_loss:
         with now.actors.as_reference() as reference:
             states = reference.states(batch)
     found: TargetReading = now.actors.policy.model(

@@ -1,0 +1,46 @@
+"""The repeated layers of a backbone, and which of its parameters are left out of training."""
+
+from torch import nn
+
+from ppomax.errors import ConfigError
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a backbone."""
+    lists = [
+        module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)
+    ]
+    if not lists:
+        return []
+    largest = max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()))
+    return list(largest)
+
+
+def lowest_blocks(model: nn.Module, count: int) -> list[nn.Module]:
+    """The first `count` blocks that a token passes.
+
+    Raises:
+        ConfigError: the model has fewer.
+    """
+    blocks = decoder_blocks(model)
+    if count > len(blocks):
+        raise ConfigError(
+            f"setting freeze_layers: {count} is more than the model's {len(blocks)} blocks"
+        )
+    return blocks[:count]
+
+
+def freeze_layers(model: nn.Module, count: int) -> None:
+    """Exclude the lowest blocks and all that feeds them, the embeddings, from training.
+
+    What enters block `count` then needs no gradient: backward ends there, and nothing below keeps
+    activations. An output head tied to the embedding is frozen with it. Lee et al. 2019
+    (1911.03090): training the upper part of a transformer alone keeps most of the quality.
+
+    Raises:
+        ConfigError: the model has fewer blocks.
+    """
+    below = lowest_blocks(model, count)
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    for module in (*below, *embeddings):
+        module.requires_grad_(requires_grad=False)

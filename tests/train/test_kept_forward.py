@@ -1,0 +1,110 @@
+"""The forward that scoring keeps for the update: one less, and nothing else is different."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ppomax.models.language import LanguageModel
+from ppomax.train import trainable
+from ppomax.train.ppo import PPO, train_ppo
+
+TIMES = ("time", "throughput/", "memory/")
+EXACT = {"where": "loss", "estimator": "exact", "coef": 0.5}
+
+
+def rows(run):
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.startswith(TIMES)}
+        for line in lines
+    ]
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Whether gradients were on in each of the policy's forwards."""
+    seen = []
+    plain = LanguageModel.forward
+
+    def spy(self, *args, **kwargs):
+        if any(p.requires_grad for p in self.parameters()):
+            seen.append(torch.is_grad_enabled())
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(LanguageModel, "forward", spy)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"minibatch_size": 4},
+        {"micro_tokens": 50, "epochs": 2},
+        {"freeze_layers": 1, "loss": {"entropy_coef": 0.1}},
+        {"lora": {"rank": 2}, "gradient_checkpointing": True},
+        {"buffer_iterations": 2, "critic_pretraining": {"max_rollouts": 1}},
+        {"kl": EXACT},
+        {"dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_with_and_without_the_kept_forward_a_run_is_the_same_to_the_bit(
+    change, small, tmp_path, monkeypatch, graphs
+):
+    change = {"optim": {"lr": 1e-2}} | change
+    kept = train_ppo(small("ppo", tmp_path / "kept", change))
+    every = len(graphs)
+    graphs.clear()
+    monkeypatch.setattr(trainable.Trainable, "keep", lambda *_: None)
+    again = train_ppo(small("ppo", tmp_path / "again", change))
+    assert rows(kept) == rows(again)
+    assert all(row.get("policy/first_ratio_error", 0.0) == 0 for row in rows(again))
+    files = [load_file(run / "export" / "model.safetensors") for run in (kept, again)]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    saved = 0 if change.get("kl") else 2  # one in each of two iterations
+    assert len(graphs) - every == saved
+
+
+def test_a_forward_is_kept_for_its_rows_alone_and_given_once(small, tmp_path):
+    seen = []
+    config = small("ppo", tmp_path / "run", {"critic_pretraining": {"max_rollouts": 1}})
+    plain = PPO.update
+
+    def spy(self, *args):
+        seen.append(self.actors.policy._kept is not None)
+        plain(self, *args)
+        seen.append(self.actors.policy._kept is not None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PPO, "update", spy)
+        fitted = PPO.fit_critic
+        patch.setattr(
+            PPO,
+            "fit_critic",
+            lambda self, *args: (
+                seen.append(self.actors.policy._kept is not None),
+                fitted(self, *args),
+            ),
+        )
+        train_ppo(config)
+    assert seen == [False, True, False, True, False]
+
+
+def test_what_is_kept_goes_with_the_gradients():
+    model = trainable.Trainable(
+        "policy",
+        torch.nn.Linear(2, 1),
+        trainable.OptimSettings(lr=0.1),
+        1,
+        trainable.World(0, 1, torch.device("cpu")),
+    )
+    model.keep([1, 2], "found")
+    assert model.kept([2, 1]) is None
+    assert model.kept([1, 2]) == "found"
+    assert model.kept([1, 2]) is None
+    model.keep([1, 2], "found")
+    model.drop_gradients()
+    assert model.kept([1, 2]) is None
