@@ -22,8 +22,8 @@ from ppomax.data.formats import BadRow, count_kinds
 from ppomax.data.sources import Loaded, Sources, exchange_overlap, split_by_prompt
 from ppomax.errors import CheckpointError, ConfigError, DataError
 from ppomax.models.lora import LoraSettings
-from ppomax.train.loop import StageRun, Trainable, peak_memory_gb
-from ppomax.train.memory import fitted
+from ppomax.train.loop import StageRun, Trainable
+from ppomax.train.memory import fitted, peak_memory_gb
 from ppomax.train.settings import StageSettings
 from ppomax.train.stopping import StopAsked
 from ppomax.types import PreferenceRow, SFTRow
