@@ -22,7 +22,7 @@ from ppomax.distributed import World
 from ppomax.models.language import LanguageModel
 from ppomax.models.lora import Factors, LoraSettings, add_lora, merged_copy
 from ppomax.models.tiny import tiny_tokenizer
-from ppomax.rollout import EngineSettings, SamplingParams, build_engine, native
+from ppomax.rollout import EngineSettings, SamplingParams, build_engine, native, sampling
 from ppomax.rollout.native import NativeEngine, supports
 from ppomax.rollout.product import pack
 from ppomax.rollout.transformers_engine import TransformersEngine
@@ -362,6 +362,95 @@ def test_a_reply_does_not_depend_on_its_batch_mates(kind):
     parts = zip(*map(parts_of, alone), strict=True)
     joined = type(together)(*(list(chain.from_iterable(part)) for part in parts))
     agree(together, joined)
+
+
+def endless():
+    """A template whose replies never end, so that every step has the same shape."""
+    template = ChatTemplate(tiny_tokenizer(TEXTS, 300))
+    template.end_ids = frozenset()
+    return template
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_in_the_same_slot_and_shape_a_reply_is_bitwise_the_same_beside_any_others(name):
+    engine = engine_of(make(name), slots=5, template=endless())
+    first, others = prompts_of(15), prompts_of(15, seed=1)
+    mixed = [
+        a if i % 4 == 0 else (b * 20)[: len(a)]
+        for i, (a, b) in enumerate(zip(first, others, strict=True))
+    ]
+    assert len(set(map(tuple, first + mixed))) > 22
+    found = engine.generate(first, PARAMS, seeds_of(15))
+    beside = engine.generate(mixed, PARAMS, seeds_of(15))
+    for index in range(0, 15, 4):
+        assert found.responses[index] == beside.responses[index]
+        assert found.logprobs[index] == beside.logprobs[index]
+    assert found.responses[1] != beside.responses[1]
+
+
+@pytest.mark.slow
+def test_in_any_company_64_tokens_are_the_same_but_where_two_tokens_tie(monkeypatch):
+    monkeypatch.setattr(sampling, "CANDIDATES", 300)  # all of them, so that the best two are known
+    model = make("llama")
+    prompts, seeds = prompts_of(400), seeds_of(400)
+    params = SamplingParams(max_new_tokens=64)
+    found = engine_of(model, slots=64).generate(prompts, params, seeds)
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0)).tolist()
+    turned = engine_of(model, slots=9).generate(
+        [prompts[i] for i in order], params, [seeds[i] for i in order]
+    )
+    same = 0
+    for place, index in enumerate(order):
+        one, other = found.responses[index], turned.responses[place]
+        same += one == other
+        pairs = zip(one, other, strict=False)
+        common = next((n for n, (x, y) in enumerate(pairs) if x != y), min(len(one), len(other)))
+        p, q = found.logprobs[index][:common], turned.logprobs[place][:common]
+        assert all(abs(x - y) <= 1e-4 for x, y in zip(p, q, strict=True))
+        if one != other:
+            assert margin(model, prompts[index] + one[:common], seeds[index], common) < 1e-4
+    assert same >= 0.995 * 400
+    assert sum(map(len, found.responses)) > 400 * 20
+
+
+def margin(model, ids, seed, step):
+    """How far the best perturbed logit of the next token is above the second."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -1].double()
+    every = torch.arange(len(logits))[None]
+    noise = sampling.gumbel(torch.tensor([seed]), torch.tensor([step]), every)[0]
+    best, second = (logits + noise).topk(2).values.tolist()
+    return best - second
+
+
+# --- shared prompts
+
+
+@pytest.mark.parametrize("slots", [3, 8, 64])
+@pytest.mark.parametrize("params", [PARAMS, PAPER], ids=["plain", "paper"])
+def test_replies_to_one_prompt_are_those_of_prompts_computed_one_by_one(slots, params):
+    model, few = make("qwen3"), prompts_of(6)
+    prompts = [few[i % 6] for i in range(20)] + [few[0]] * 4
+    alone = engine_of(model, slots=1).generate(prompts, params, seeds_of(24))
+    shared = engine_of(model, slots=slots).generate(prompts, params, seeds_of(24))
+    agree(alone, shared)
+    assert len({tuple(reply) for reply in shared.responses}) > 20
+
+
+def test_a_prompt_shared_by_replies_that_start_together_is_computed_once(monkeypatch):
+    counted = []
+    whole = NativeEngine._finish
+
+    def finish(self, layer, x, mixed):
+        counted.append(len(x))
+        return whole(self, layer, x, mixed)
+
+    monkeypatch.setattr(NativeEngine, "_finish", finish)
+    few = prompts_of(4, low=5)
+    params = SamplingParams(max_new_tokens=2)
+    engine_of(make("llama")).generate([few[i % 4] for i in range(12)], params, seeds_of(12))
+    assert counted[:2] == [sum(map(len, few))] * 2, "no padding, no second copy"
+    assert set(counted[2:]) <= {*range(1, 13)}
 
 
 @pytest.mark.parametrize("kind", ["native", "transformers"])

@@ -195,6 +195,32 @@ def test_the_default_number_of_candidates_holds_a_wide_nucleus_exactly():
     assert fits(tokens, chance) > 1e-3
 
 
+@pytest.mark.parametrize("vocab", [4096, 16_384, 50_000, 50_003])
+@pytest.mark.parametrize("count", [1, 8, 256])
+def test_the_most_likely_tokens_are_those_of_a_full_sort(vocab, count):
+    generator = torch.Generator().manual_seed(vocab + count)
+    logits = torch.randperm(vocab * 3, generator=generator).float().view(3, vocab)  # no two alike
+    values, ids = sampling.most_likely(logits, count)
+    wanted = logits.sort(1, descending=True)
+    assert torch.equal(values, wanted.values[:, :count])
+    assert torch.equal(ids, wanted.indices[:, :count])
+
+
+@pytest.mark.parametrize("params", [{"top_p": 0.9}, {"min_p": 0.02}, {"top_p": 0.8, "min_p": 0.1}])
+def test_a_nucleus_is_widened_until_it_fits_and_then_drawn_as_from_the_whole(monkeypatch, params):
+    # widths from a few tokens to nearly all 8192: each row stops at a step of its own
+    spread = torch.tensor([12.0, 6.0, 3.0, 1.5, 0.7, 0.1])[:, None]
+    logits = torch.randn(6, 8192, generator=torch.Generator().manual_seed(0)) * spread
+    logits, seeds = logits.repeat(20, 1), seeds_of(120)
+    steps, params = torch.arange(120), SamplingParams(**params)
+    monkeypatch.setattr(sampling, "CANDIDATES", 16)
+    stepwise = sample(logits, seeds, steps, params)
+    monkeypatch.setattr(sampling, "CANDIDATES", 8192)
+    whole = sample(logits, seeds, steps, params)
+    assert torch.equal(stepwise.tokens, whole.tokens)
+    torch.testing.assert_close(stepwise.logprobs, whole.logprobs, rtol=0, atol=1e-5)
+
+
 def test_top_k_may_ask_for_more_than_the_candidates(monkeypatch):
     monkeypatch.setattr(sampling, "CANDIDATES", 3)
     params = SamplingParams(top_k=8)

@@ -1,9 +1,9 @@
 """The native engine: Llama-type models with a preallocated cache and slots that are refilled.
 
 Replies stand in slots 0..n-1 of one cache. A finished reply leaves: the last active slot moves into
-its place, and waiting prompts are prefilled into the free slots. The residual stream, norms,
-softmax and log-probs are fp32, matrix products run in the compute dtype, as in training under
-autocast.
+its place, and waiting prompts are prefilled into the free slots; a prompt that several of them
+share is computed once. The residual stream, norms, softmax and log-probs are fp32, matrix products
+run in the compute dtype, as in training under autocast.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ppomax.data.template import ChatTemplate
-from ppomax.distributed import World, full_state
-from ppomax.models.lora import Factors, effective_state_dict, split_state_dict
+from ppomax.distributed import World
 from ppomax.rollout.engine import EngineSettings, Rollout, check_prompts
-from ppomax.rollout.product import Product, pack
 from ppomax.rollout.sampling import SamplingParams, sample
 from ppomax.rollout.stops import StopStrings
+from ppomax.rollout.weights import Layer, Weights, take_weights
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
@@ -43,20 +42,6 @@ def supports(model: PreTrainedModel) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """Packed weights of one decoder layer, in the compute dtype (norms in fp32)."""
-
-    qkv: Product
-    out: Product
-    gate_up: Product
-    down: Product
-    attention_norm: Tensor
-    mlp_norm: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-
-
 @dataclass(slots=True)
 class Reply:
     """A reply being written."""
@@ -64,8 +49,22 @@ class Reply:
     index: int
     prompt: list[int]
     seed: int
+    group: int
+    """Index of the first reply with the same prompt."""
     ids: list[int]
     logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Keys and values of each layer, [slots, kv_heads, length, dim], and what rotates them."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    cos: Tensor
+    """[length, 1, dim]"""
+    sin: Tensor
+    """The same, negative where a rotation subtracts."""
 
 
 class NativeEngine:
@@ -94,159 +93,112 @@ class NativeEngine:
         self.inv_freq: Tensor = rotary.inv_freq.to(self.device, torch.float32)
         self.rope_scale = float(rotary.attention_scaling)
         self.stops = StopStrings(template)
-        self.layers: list[Layer] = []
         self.sync(model)
 
-    # --- weights ------------------------------------------------------------------------------
-
-    @torch.no_grad()
     def sync(self, model: PreTrainedModel) -> None:
-        """Pack the model's present weights, gathered where sharded.
-
-        In fp32 adapters are merged; in bf16, where that would round them away, they stand beside.
-        """
-        whole = full_state(model)
-        factors: dict[str, Factors] = {}
-        if self.dtype == torch.float32:
-            state = effective_state_dict(model, whole)
-        else:
-            state, factors = split_state_dict(model, whole)
-            merged = effective_state_dict(model, whole)
-            for name in [name for name in factors if not name.endswith("_proj")]:
-                state[f"{name}.weight"] = merged[f"{name}.weight"]  # of head and embedding
-        prefix = next(n for n in state if n.endswith("embed_tokens.weight"))[
-            : -len("embed_tokens.weight")
-        ]
-
-        def product(*names: str) -> Product:
-            return pack(
-                [f"{prefix}{name}" for name in names], state, factors, self.device, self.dtype
-            )
-
-        def norm(name: str) -> Tensor:
-            return state[f"{prefix}{name}"].to(self.device, torch.float32, copy=True)
-
-        def optional_norm(name: str) -> Tensor | None:
-            return norm(name) if f"{prefix}{name}" in state else None
-
-        self.layers = []
-        for index in range(sum(n.endswith("input_layernorm.weight") for n in state)):
-            at = f"layers.{index}."
-            attention = [f"{at}self_attn.{name}_proj" for name in "qkv"]
-            self.layers.append(
-                Layer(
-                    qkv=product(*attention),
-                    out=product(f"{at}self_attn.o_proj"),
-                    gate_up=product(f"{at}mlp.gate_proj", f"{at}mlp.up_proj"),
-                    down=product(f"{at}mlp.down_proj"),
-                    attention_norm=norm(f"{at}input_layernorm.weight"),
-                    mlp_norm=norm(f"{at}post_attention_layernorm.weight"),
-                    q_norm=optional_norm(f"{at}self_attn.q_norm.weight"),
-                    k_norm=optional_norm(f"{at}self_attn.k_norm.weight"),
-                )
-            )
-        self.final_norm = norm("norm.weight")
-        self.embedding = state[f"{prefix}embed_tokens.weight"].to(
-            self.device, self.dtype, copy=True
+        """Take a copy of the model's present weights; the copy before is let go first."""
+        vars(self).pop("weights", None)
+        self.weights: Weights = take_weights(
+            model, self.heads, self.kv_heads, self.device, self.dtype
         )
-        self.head = self.embedding
-        if not model.config.tie_word_embeddings:
-            self.head = state["lm_head.weight"].to(self.device, self.dtype, copy=True)
 
     # --- the block ----------------------------------------------------------------------------
 
-    def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of [rows, length, head_dim]; positions [rows, length]."""
-        angles = positions[..., None].float() * self.inv_freq
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
-
-    def _qkv(
+    def _project(
         self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries, and keys and values.
+        """Rotated queries [tokens, heads, dim], rotated keys and values [tokens, kv_heads, dim].
 
-        [rows, heads, length, dim], [rows, kv_heads, length, dim].
+        Args:
+            x: [tokens, hidden].
         """
-        rows, length, _ = x.shape
-        normed = F.rms_norm(x, (self.hidden,), layer.attention_norm, self.eps).to(self.dtype)
-        packed = layer.qkv(normed)
-        packed = packed.view(rows, length, self.heads + 2 * self.kv_heads, self.head_dim)
-        q, k, v = torch.split(packed, [self.heads, self.kv_heads, self.kv_heads], dim=2)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = F.rms_norm(q.float(), (self.head_dim,), layer.q_norm, self.eps)
-            k = F.rms_norm(k.float(), (self.head_dim,), layer.k_norm, self.eps)
-        q, k = self._rotate(q, cos, sin), self._rotate(k, cos, sin)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x.float()
+        normed = self._norm(x, layer.attention_norm)
+        packed = layer.qkv(normed).view(len(x), -1, self.head_dim)
+        qk, v = packed[:, : -self.kv_heads].float(), packed[:, -self.kv_heads :]
+        if layer.qk_norm is not None:
+            qk = F.rms_norm(qk, (self.head_dim,), None, self.eps) * layer.qk_norm
         half = self.head_dim // 2
-        turned = torch.cat([-x[..., half:], x[..., :half]], -1)
-        return (x * cos[:, :, None] + turned * sin[:, :, None]).to(self.dtype)
+        turned = torch.cat([qk[..., half:], qk[..., :half]], -1)
+        qk = torch.addcmul(qk * cos, turned, sin).to(self.dtype)
+        return qk[:, : self.heads], qk[:, self.heads :], v
 
-    def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x, (self.hidden,), layer.mlp_norm, self.eps).to(self.dtype)
-        gate, up = layer.gate_up(normed).chunk(2, -1)
-        return x + layer.down(F.silu(gate) * up)
+    def _finish(self, layer: Layer, x: Tensor, mixed: Tensor) -> Tensor:
+        """The residual stream after attention's output and the MLP; x is overwritten.
+
+        Args:
+            mixed: what attention read, [tokens, heads * dim].
+        """
+        x += layer.out(mixed)
+        gate, up = layer.gate_up(self._norm(x, layer.mlp_norm)).chunk(2, -1)
+        x += layer.down(F.silu(gate).mul_(up))
+        return x
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.hidden,), weight, self.eps).to(self.dtype)
 
     def _logits(self, x: Tensor) -> Tensor:
-        x = F.rms_norm(x, (self.hidden,), self.final_norm, self.eps).to(self.dtype)
-        return F.linear(x, self.head).float()
+        return self.weights.head(self._norm(x, self.weights.final_norm)).float()
 
-    def _prefill(
-        self, replies: list[Reply], cache: list[tuple[Tensor, Tensor]], first: int
-    ) -> Tensor:
-        """Fill slots from `first` on with the prompts; next-token logits [replies, vocab]."""
-        lengths = torch.tensor([len(reply.prompt) for reply in replies], device=self.device)
-        longest = int(lengths.max())
-        ids = torch.zeros(len(replies), longest, dtype=torch.long)
-        for row, reply in enumerate(replies):
-            ids[row, : len(reply.prompt)] = torch.tensor(reply.prompt)
-        x = F.embedding(ids.to(self.device), self.embedding).float()
-        positions = torch.arange(longest, device=self.device)[None].expand(len(replies), -1)
-        cos, sin = self._rope(positions)
-        groups = self.heads // self.kv_heads
-        for layer, (keys, values) in zip(self.layers, cache, strict=True):
-            q, k, v = self._qkv(layer, x, cos, sin)
-            keys[first : first + len(replies), :, :longest] = k
-            values[first : first + len(replies), :, :longest] = v
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    def _prefill(self, replies: list[Reply], cache: Cache, first: int) -> Tensor:
+        """Fill slots from `first` on with the prompts; next-token logits [replies, vocab].
+
+        Each distinct prompt is computed once. Only attention sees padding.
+        """
+        groups = {reply.group: reply.prompt for reply in replies}
+        place = {group: row for row, group in enumerate(groups)}
+        which = torch.tensor([place[reply.group] for reply in replies], device=self.device)
+        prompts = list(groups.values())
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        count, longest = len(prompts), int(lengths.max())
+        rows = torch.arange(count).repeat_interleave(lengths).to(self.device)
+        positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(self.device)
+        ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
+        x = F.embedding(ids, self.weights.embedding).float()
+        cos, sin = cache.cos[positions], cache.sin[positions]
+
+        def padded(flat: Tensor) -> Tensor:
+            result = flat.new_zeros(count, flat.shape[1], longest, self.head_dim)
+            result[rows, :, positions] = flat
+            return result
+
+        shared, slots = self.heads // self.kv_heads, slice(first, first + len(replies))
+        for layer, keys, values in zip(self.weights.layers, cache.keys, cache.values, strict=True):
+            q, k, v = map(padded, self._project(layer, x, cos, sin))
+            keys[slots, :, :longest], values[slots, :, :longest] = k[which], v[which]
+            k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            mixed = mixed.transpose(1, 2).flatten(2)
-            x = self._mlp(layer, x + layer.out(mixed))
-        return self._logits(x[torch.arange(len(replies), device=self.device), lengths - 1])
+            x = self._finish(layer, x, mixed[rows, :, positions].flatten(1))
+        last = (lengths.cumsum(0) - 1).to(self.device)[which]
+        return self._logits(x[last])
 
-    def _decode(
-        self, tokens: Tensor, lengths: Tensor, cache: list[tuple[Tensor, Tensor]]
-    ) -> Tensor:
+    def _decode(self, tokens: list[int], lengths: list[int], cache: Cache) -> Tensor:
         """One step of slots 0..n-1; logits [n, vocab].
 
         Args:
-            tokens: [n], each reply's newest.
-            lengths: [n], the positions they go to.
+            tokens: each reply's newest.
+            lengths: the positions they go to.
         """
-        count, longest = len(tokens), int(lengths.max()) + 1
+        count, longest = len(tokens), max(lengths) + 1
+        heads = count * self.kv_heads
         rows = torch.arange(count, device=self.device)
-        x = F.embedding(tokens, self.embedding).float()[:, None]
-        cos, sin = self._rope(lengths[:, None])
-        groups = self.heads // self.kv_heads
-        beyond = torch.arange(longest, device=self.device)[None] > lengths[:, None]
-        beyond = beyond[:, None, None].expand(-1, self.kv_heads, groups, -1)
-        scale = self.head_dim**-0.5
-        for layer, (keys, values) in zip(self.layers, cache, strict=True):
-            q, k, v = self._qkv(layer, x, cos, sin)
-            keys[rows, :, lengths] = k[:, :, 0]
-            values[rows, :, lengths] = v[:, :, 0]
-            q = q.reshape(count, self.kv_heads, groups, self.head_dim)
-            scores = torch.matmul(q, keys[:count, :, :longest].transpose(2, 3)).float() * scale
-            weights = scores.masked_fill_(beyond, float("-inf")).softmax(-1).to(self.dtype)
-            mixed = torch.matmul(weights, values[:count, :, :longest])
-            mixed = mixed.reshape(count, 1, self.heads * self.head_dim)
-            x = self._mlp(layer, x + layer.out(mixed))
-        return self._logits(x[:, 0])
-
-    # --- the loop -----------------------------------------------------------------------------
+        positions = torch.tensor(lengths, device=self.device)
+        x = F.embedding(torch.tensor(tokens, device=self.device), self.weights.embedding).float()
+        cos, sin = cache.cos[positions], cache.sin[positions]
+        beyond = torch.arange(longest, device=self.device) > positions[:, None]
+        mask = torch.zeros(beyond.shape, dtype=self.dtype, device=self.device)
+        mask.masked_fill_(beyond, float("-inf"))
+        mask = mask.repeat_interleave(self.kv_heads, 0)[:, None]
+        for layer, keys, values in zip(self.weights.layers, cache.keys, cache.values, strict=True):
+            q, k, v = self._project(layer, x, cos, sin)
+            keys[rows, :, positions], values[rows, :, positions] = k, v
+            # query heads that share keys are the rows of one product over contiguous slices
+            q = q.reshape(heads, -1, self.head_dim)
+            past = keys.view(-1, *keys.shape[2:])[:heads, :longest].transpose(1, 2)
+            scores = torch.baddbmm(mask, q, past, alpha=self.head_dim**-0.5)
+            shares = scores.softmax(-1, dtype=torch.float32).to(self.dtype)
+            mixed = torch.bmm(shares, values.view(-1, *values.shape[2:])[:heads, :longest])
+            x = self._finish(layer, x, mixed.view(count, -1))
+        return self._logits(x)
 
     @torch.no_grad()
     def generate(
@@ -254,24 +206,16 @@ class NativeEngine:
     ) -> Rollout:
         """One reply per prompt, in the prompts' order."""
         check_prompts(prompts, self.max_positions)
+        first: dict[tuple[int, ...], int] = {}
         replies = [
-            Reply(index, prompt, seed, [], [])
+            Reply(index, prompt, seed, first.setdefault(tuple(prompt), index), [], [])
             for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
         finished = [False] * len(replies)
         if replies:
-            waiting = sorted(replies, key=lambda reply: (-len(reply.prompt), reply.index))
             slots = min(self.settings.slots, len(replies))
             length = min(max(map(len, prompts)) + params.max_new_tokens, self.max_positions)
-            shape = (slots, self.kv_heads, length, self.head_dim)
-            cache = [
-                (
-                    torch.zeros(shape, dtype=self.dtype, device=self.device),
-                    torch.zeros(shape, dtype=self.dtype, device=self.device),
-                )
-                for _ in self.layers
-            ]
-            self._run(waiting, slots, cache, params, finished)
+            self._run(replies, slots, self._cache(slots, length), params, finished)
         return Rollout(
             prompts,
             [reply.ids for reply in replies],
@@ -279,32 +223,45 @@ class NativeEngine:
             finished,
         )
 
+    def _cache(self, slots: int, length: int) -> Cache:
+        """Room for `slots` texts of `length` tokens; zeros, for what is masked must be finite."""
+        shape = (slots, self.kv_heads, length, self.head_dim)
+
+        def room() -> list[Tensor]:
+            return [
+                torch.zeros(shape, dtype=self.dtype, device=self.device)
+                for _ in self.weights.layers
+            ]
+
+        angles = torch.arange(length, device=self.device)[:, None, None].float() * self.inv_freq
+        cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
+        return Cache(room(), room(), torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
+
     def _run(
         self,
-        waiting: list[Reply],
+        replies: list[Reply],
         slots: int,
-        cache: list[tuple[Tensor, Tensor]],
+        cache: Cache,
         params: SamplingParams,
         finished: list[bool],
     ) -> None:
-        """Write all waiting replies; at most `slots` at a time."""
+        """Write all replies, those with the longest prompts first; at most `slots` at a time."""
+        waiting = sorted(replies, key=lambda reply: (-len(reply.prompt), reply.group, reply.index))
         active: list[Reply] = []
         refill = max(1, slots // 8)
         while active or waiting:
-            logits: Tensor | None = None
-            if waiting and (slots - len(active) >= refill or len(waiting) <= slots - len(active)):
-                new = self._take(waiting, slots - len(active))
-                first = len(active)
-                active += new
-                logits = self._prefill(new, cache, first)
-                stepping = new
+            free = slots - len(active)
+            if waiting and (free >= refill or len(waiting) <= free):
+                stepping = self._take(waiting, free)
+                logits = self._prefill(stepping, cache, len(active))
+                active += stepping
             else:
                 stepping = active
-                tokens = torch.tensor([reply.ids[-1] for reply in active], device=self.device)
-                lengths = torch.tensor(
-                    [len(reply.prompt) + len(reply.ids) - 1 for reply in active], device=self.device
+                logits = self._decode(
+                    [reply.ids[-1] for reply in active],
+                    [len(reply.prompt) + len(reply.ids) - 1 for reply in active],
+                    cache,
                 )
-                logits = self._decode(tokens, lengths, cache)
             self._extend(stepping, logits, params)
             for slot in reversed(range(len(active))):
                 reply = active[slot]
@@ -317,11 +274,15 @@ class NativeEngine:
                     self._leave(active, slot, cache)
 
     def _take(self, waiting: list[Reply], free: int) -> list[Reply]:
-        """The next prompts for the free slots, as many as one prefill holds."""
+        """The next replies for the free slots, with as many prompts as one prefill holds."""
         fitting = max(1, PREFILL_TOKENS // len(waiting[0].prompt))
-        count = min(free, fitting)
-        taken = waiting[:count]
-        del waiting[:count]
+        taken: list[Reply] = []
+        groups: set[int] = set()
+        while waiting and len(taken) < free:
+            if len(groups | {waiting[0].group}) > fitting:
+                break
+            groups.add(waiting[0].group)
+            taken.append(waiting.pop(0))
         return taken
 
     def _extend(self, replies: list[Reply], logits: Tensor, params: SamplingParams) -> None:
@@ -343,13 +304,12 @@ class NativeEngine:
             reply.ids.append(token)
             reply.logprobs.append(logprob)
 
-    def _leave(self, active: list[Reply], slot: int, cache: list[tuple[Tensor, Tensor]]) -> None:
+    def _leave(self, active: list[Reply], slot: int, cache: Cache) -> None:
         """Free a slot: the last active reply moves into it."""
         last = len(active) - 1
         if slot != last:
             used = len(active[last].prompt) + len(active[last].ids)
-            for keys, values in cache:
-                keys[slot, :, :used] = keys[last, :, :used]
-                values[slot, :, :used] = values[last, :, :used]
+            for each in (*cache.keys, *cache.values):
+                each[slot, :, :used] = each[last, :, :used]
             active[slot] = active[last]
         active.pop()

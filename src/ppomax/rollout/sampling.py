@@ -17,7 +17,13 @@ from torch import Tensor
 from ppomax.config import Settings
 
 CANDIDATES = 256
-"""Tokens perturbed one by one; a wider nucleus falls back to the whole vocabulary."""
+"""Tokens perturbed one by one; a wider nucleus is looked for among WIDER times as many, and so on
+up to the whole vocabulary."""
+
+WIDER = 16
+
+RUN = 16
+"""Logits of which only the largest is compared first, in the search for the most likely tokens."""
 
 TAIL_ROWS = 4
 """Replies whose tail is drawn from at once; few, so that their noise stays in cache."""
@@ -79,24 +85,62 @@ def sample(
     if params.temperature == 0:
         tokens = logits.argmax(1)  # two log-probs may round to one number
         return Draw(tokens, torch.log_softmax(logits, 1).gather(1, tokens[:, None]).squeeze(1))
-    logits = logits / params.temperature
+    if params.temperature != 1:
+        logits = logits / params.temperature
     count = min(CANDIDATES, logits.shape[1])
     if params.top_k is not None:
         count = max(1, min(params.top_k, logits.shape[1]))
-    values, ids = logits.topk(count, dim=1)
+    values, ids = most_likely(logits, count)
     normaliser = logits.logsumexp(1)
     if params.top_p is None and params.min_p is None and params.top_k is None:
         return _draw_plain(logits, values, ids, normaliser, seeds, steps)
     keep = _nucleus(values, normaliser, params)
     draw = _draw_kept(values, ids, keep, seeds, steps)
-    if params.top_k is None and count < logits.shape[1]:
-        wide = torch.nonzero(keep[:, -1]).flatten()  # their nucleus may go beyond the candidates
-        if len(wide):
-            values, ids = logits[wide].sort(1, descending=True)
-            keep = _nucleus(values, normaliser[wide], params)
-            again = _draw_kept(values, ids, keep, seeds[wide], steps[wide])
-            draw.tokens[wide], draw.logprobs[wide] = again
+    if params.top_k is None:
+        _widen(draw, keep, logits, normaliser, seeds, steps, params)
     return draw
+
+
+def _widen(
+    draw: Draw,
+    keep: Bool[Tensor, "batch candidates"],
+    logits: Float[Tensor, "batch vocab"],
+    normaliser: Float[Tensor, " batch"],
+    seeds: Int[Tensor, " batch"],
+    steps: Int[Tensor, " batch"],
+    params: SamplingParams,
+) -> None:
+    """Draw again, into `draw`, for replies whose nucleus may go beyond the candidates."""
+    rows, vocab = torch.arange(len(keep), device=keep.device), logits.shape[1]
+    while keep.shape[1] < vocab:
+        wide = keep[:, -1]
+        rows = rows[wide]
+        if not len(rows):
+            return
+        values, ids = most_likely(logits[rows], min(keep.shape[1] * WIDER, vocab))
+        keep = _nucleus(values, normaliser[rows], params)
+        draw.tokens[rows], draw.logprobs[rows] = _draw_kept(
+            values, ids, keep, seeds[rows], steps[rows]
+        )
+
+
+def most_likely(
+    logits: Float[Tensor, "batch vocab"], count: int
+) -> tuple[Float[Tensor, "batch {count}"], Int[Tensor, "batch {count}"]]:
+    """Values and ids of the largest logits, largest first: topk, sooner on a wide vocabulary.
+
+    The vocabulary is cut into runs; the `count` largest lie in the `count` runs whose maxima are.
+    """
+    batch, vocab = logits.shape
+    runs = vocab // RUN
+    if vocab % RUN or runs < 4 * count:
+        values, ids = logits.topk(count, dim=1)
+        return values, ids
+    table = logits.reshape(batch, RUN, runs)  # a run is a column: its maximum is elementwise
+    best = table.amax(1).topk(count, dim=1, sorted=False).indices
+    found = table.gather(2, best[:, None].expand(-1, RUN, -1)).view(batch, -1)
+    values, places = found.topk(count, dim=1)
+    return values, best.gather(1, places % count) + places // count * runs
 
 
 def penalise(
@@ -106,9 +150,10 @@ def penalise(
     if generated.shape[1] == 0:
         return logits
     rows, places = torch.nonzero(generated >= 0, as_tuple=True)
-    seen = torch.zeros_like(logits, dtype=torch.bool)
-    seen[rows, generated[rows, places]] = True
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    ids = generated[rows, places]
+    found, result = logits[rows, ids], logits.clone()
+    result[rows, ids] = torch.where(found > 0, found / penalty, found * penalty)
+    return result
 
 
 def _nucleus(
