@@ -38,7 +38,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 fast: $(READY) ## tests that take seconds
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu'
 
 mutate: $(READY) ## break the mathematics on purpose and see the tests fail
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutate.py

@@ -3,11 +3,14 @@
 The import hook checks the shapes of the mathematics in every test.
 """
 
+import contextlib
+import io
 import json
 import multiprocessing
 import os
 import runpy
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.forkserver import ensure_running
@@ -144,6 +147,52 @@ def small_reward(
         patch.setenv("PPOMAX_CACHE", str(tiny_cache))
         out = tmp_path_factory.mktemp("reward") / "run"
         return str(train_reward(_small("reward", out, small_data, None)) / "export")
+
+
+SMOKE = [
+    "sft.max_steps=1",
+    "sft.batch_tokens=400",
+    "reward.max_steps=1",
+    "reward.batch_tokens=600",
+    "ppo.iterations=1",
+    "ppo.rollout_size=4",
+    "ppo.minibatch_size=4",
+    "ppo.critic_pretraining=null",
+    "eval.limit=4",
+]
+"""Overrides that leave of the smoke recipe one step of each stage."""
+
+
+@dataclass(frozen=True)
+class SmokeRun:
+    """A finished run of every stage; tests look at it and leave it as it is."""
+
+    out: Path
+    err: str
+    """What `ppomax run` said."""
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
+    """`ppomax run smoke` with `SMOKE`, once for all tests."""
+    from ppomax import cli
+
+    out, err = tmp_path_factory.mktemp("smoke") / "run", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(err):
+        patch.setenv("PPOMAX_CACHE", str(tiny_cache))
+        patch.setenv("GLIBC_TUNABLES", "")
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setattr(sys, "argv", ["ppomax", "run", "smoke", f"out={out}", *SMOKE])
+        with contextlib.suppress(SystemExit):  # typer leaves by one, also when all is well
+            cli.main()
+    assert (out / "report.html").exists(), err.getvalue()
+    return SmokeRun(out, err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def smoke() -> list[str]:
+    """`SMOKE`, for a run of one's own that is the same."""
+    return SMOKE
 
 
 @pytest.fixture

@@ -189,56 +189,35 @@ def test_a_computing_verb_starts_again_with_the_allocators_setting(monkeypatch):
 
 # --- the verbs, once each
 
-SMALL = [
-    "sft.max_steps=1",
-    "sft.batch_tokens=400",
-    "reward.max_steps=1",
-    "reward.batch_tokens=600",
-    "ppo.iterations=1",
-    "ppo.rollout_size=4",
-    "ppo.minibatch_size=4",
-    "ppo.critic_pretraining=null",
-    "eval.limit=4",
-]
-
 
 @pytest.fixture(scope="module")
-def finished(tiny, tmp_path_factory):
-    """A run of every stage, made once by the Python entry of the pipeline."""
-    from ppomax.pipeline import run_recipe
-    from ppomax.recipe import load_recipe
-
-    out = tmp_path_factory.mktemp("finished") / "run"
-    done = run_recipe(load_recipe("smoke", [f"out={out}", *SMALL]), say=lambda _: None)
-    assert done.report == out / "report.html"
-    return out
+def finished(smoke_run, tiny):
+    return smoke_run.out
 
 
-def test_run_says_what_it_does_and_what_comes_next(ppomax):
-    code, out, err = ppomax("run", "smoke", "out=run", *SMALL)
-    assert code == 0, err
-    assert out == ""
+def test_run_says_what_it_does_and_what_comes_next(ppomax, smoke_run):
+    out, err = smoke_run.out, smoke_run.err
     for stage in ("sft", "reward", "ppo", "eval"):
         assert f"{stage}: starting" in err
-        assert (Path("run") / stage / "done.json").exists()
-    assert "report: run/report.html" in err
-    assert "next:   ppomax chat run/ppo/export" in err
-    code, _, err = ppomax("resume", "run")
-    assert code == 0
+        assert (out / stage / "done.json").exists()
+    assert f"report: {out}/report.html" in err
+    assert f"next:   ppomax chat {out}/ppo/export" in err
+    code, said, err = ppomax("resume", out)
+    assert (code, said) == (0, "")
     assert err.count("finished before, kept") == 4
 
 
-def test_the_stages_one_by_one_are_the_run(ppomax, finished):
+def test_the_stages_one_by_one_are_the_run(ppomax, finished, smoke):
     for stage in ("sft", "reward", "ppo"):
-        assert ppomax(stage, "smoke", "out=run", *SMALL)[0] == 0
+        assert ppomax(stage, "smoke", "out=run", *smoke)[0] == 0
     for stage in ("sft", "reward", "ppo"):
         weights = [p / stage / "export" / "model.safetensors" for p in (Path("run"), finished)]
         assert weights[0].read_bytes() == weights[1].read_bytes()
     assert not Path("run/eval").exists()
 
 
-def test_plan_shows_the_settings_and_the_cost_and_starts_nothing(ppomax):
-    code, out, _ = ppomax("plan", "smoke", "out=run", *SMALL)
+def test_plan_shows_the_settings_and_the_cost_and_starts_nothing(ppomax, smoke):
+    code, out, _ = ppomax("plan", "smoke", "out=run", *smoke)
     assert code == 0
     assert "preset" not in out
     assert "optimizer steps      1," in out

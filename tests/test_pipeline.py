@@ -20,17 +20,6 @@ BASE = {
     "ppo": {"data": "c.jsonl", "iterations": 1, "max_prompt": 64, "max_length": 512},
     "eval": {"data": "d.jsonl"},
 }
-SMALL = [
-    "sft.max_steps=1",
-    "sft.batch_tokens=400",
-    "reward.max_steps=1",
-    "reward.batch_tokens=600",
-    "ppo.iterations=1",
-    "ppo.rollout_size=4",
-    "ppo.minibatch_size=4",
-    "ppo.critic_pretraining=null",
-    "eval.limit=4",
-]
 
 
 def quiet(_):
@@ -122,10 +111,8 @@ def test_a_folder_of_the_recipes_name_does_not_hide_it(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def finished(tiny, tmp_path_factory):
-    out = tmp_path_factory.mktemp("finished") / "run"
-    run_recipe(load_recipe("smoke", [f"out={out}", *SMALL]), say=quiet)
-    return out
+def finished(smoke_run, tiny):
+    return smoke_run.out
 
 
 def test_a_run_holds_what_the_contract_says(finished):
@@ -165,8 +152,8 @@ def test_a_finished_run_resumed_does_nothing_again(finished):
     assert [path for path, when in after.items() if before[path] != when] == []
 
 
-def test_one_stage_after_the_other_skips_what_is_done(tiny, tmp_path):
-    recipe = load_recipe("smoke", [f"out={tmp_path / 'run'}", *SMALL])
+def test_one_stage_after_the_other_skips_what_is_done(tiny, tmp_path, smoke):
+    recipe = load_recipe("smoke", [f"out={tmp_path / 'run'}", *smoke])
     said = []
     run_recipe(recipe, only="sft", say=said.append)
     run_recipe(recipe, only="sft", say=said.append)
@@ -175,14 +162,14 @@ def test_one_stage_after_the_other_skips_what_is_done(tiny, tmp_path):
     assert (tmp_path / "run" / "reward" / "done.json").exists()
 
 
-def test_a_run_is_not_started_where_one_stands(finished):
-    recipe = load_recipe("smoke", [f"out={finished}", *SMALL])
+def test_a_run_is_not_started_where_one_stands(finished, smoke):
+    recipe = load_recipe("smoke", [f"out={finished}", *smoke])
     with pytest.raises(ConfigError, match="already holds a run"):
         run_recipe(recipe, say=quiet)
 
 
-def test_other_settings_do_not_resume_nor_pass_for_done(finished):
-    recipe = load_recipe("smoke", [f"out={finished}", *SMALL, "sft.optim.lr=0.1"])
+def test_other_settings_do_not_resume_nor_pass_for_done(finished, smoke):
+    recipe = load_recipe("smoke", [f"out={finished}", *smoke, "sft.optim.lr=0.1"])
     text = (finished / "config.yaml").read_text()
     for more in ({"resume": True}, {"only": "sft"}):
         with pytest.raises(CheckpointError):
@@ -190,15 +177,15 @@ def test_other_settings_do_not_resume_nor_pass_for_done(finished):
     assert (finished / "config.yaml").read_text() == text
 
 
-def test_a_missing_stage_is_named_before_anything_is_written(tiny, tmp_path):
-    recipe = load_recipe("smoke", [f"out={tmp_path / 'run'}", *SMALL, "eval=null"])
+def test_a_missing_stage_is_named_before_anything_is_written(tiny, tmp_path, smoke):
+    recipe = load_recipe("smoke", [f"out={tmp_path / 'run'}", *smoke, "eval=null"])
     with pytest.raises(ConfigError, match="no stage eval; it has sft, reward, ppo"):
         run_recipe(recipe, only="eval", say=quiet)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_signal_between_stages_ends_the_run_as_one_to_resume(tiny, tmp_path, monkeypatch):
-    recipe = load_recipe("smoke", [f"out={tmp_path / 'run'}", *SMALL])
+def test_a_signal_between_stages_ends_the_run_as_one_to_resume(tiny, tmp_path, monkeypatch, smoke):
+    recipe = load_recipe("smoke", [f"out={tmp_path / 'run'}", *smoke])
     before = signal.getsignal(signal.SIGTERM)
 
     def stopped(*_, **__):

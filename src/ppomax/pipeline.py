@@ -118,7 +118,8 @@ def _open(recipe: Recipe, only: str | None, *, resume: bool) -> None:
     changed = harmful(changed_keys(parse(Recipe, read_yaml(path)), recipe), prefixes=STAGES)
     if resume and changed:
         raise CheckpointError(
-            f"{path}: differs from the settings to resume with in {', '.join(changed)}"
+            f"{path}: differs from the settings to resume with in {', '.join(changed)}; "
+            "resume with the same, or give another out=DIR"
         )
     for name in [only] if only else recipe.stages():
         config = getattr(recipe, name)

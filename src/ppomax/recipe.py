@@ -173,7 +173,9 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     place = path / rundir.CONFIG
     if not place.exists():
-        raise ConfigError(f"{path}: no run here (config.yaml is missing)")
+        raise ConfigError(
+            f"{path}: no run here (config.yaml is missing); name the directory that `out` named"
+        )
     data = read_yaml(place)
     if "iterations" in data or "data" in data:  # one stage's directory: its parent holds the recipe
         return load_run(path.parent, overrides)

@@ -147,7 +147,6 @@ def test_an_iteration_is_the_papers_arithmetic(small, small_reward, experiences,
 @pytest.mark.parametrize(
     "change",
     [
-        {},
         {"loss": {"entropy_coef": 0.1}, "advantage": {"whiten": True}},
         {"ptx": {"data": "bundled:text", "tokens": 40}, "critic_pretraining": {"max_rollouts": 1}},
         {"lora": {"rank": 2}},
@@ -156,7 +155,7 @@ def test_an_iteration_is_the_papers_arithmetic(small, small_reward, experiences,
 )
 def test_19_micro_batches_from_one_reply_up_to_all_change_nothing(change, small, tmp_path):
     found = []
-    for micro in (1, 60, 100_000):
+    for micro in (1, 100_000):  # more cuts in test_invariances.py
         more = {"micro_tokens": micro, "iterations": 1, "epochs": 2, "rollout_size": 6}
         more |= {"minibatch_size": 3}
         run = train_ppo(small("ppo", tmp_path / str(micro), change | more))

@@ -283,4 +283,6 @@ def _check_loaded(
     for index in sorted(set(range(len(sources))) - set(loaded.source_of)):
         source = sources[index]
         filtered = f" where {source.where}" if source.where else ""
-        raise DataError(f"{source.path}: no usable {wanted} row{filtered}")
+        raise DataError(
+            f"{source.path}: no usable {wanted} row{filtered}; `ppomax data check` says why"
+        )

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from ppomax.config import Settings, parse
 from ppomax.errors import ConfigError
-from ppomax.eval import endpoint, people, scoring
+from ppomax.eval import endpoint, local_judges, people
 from ppomax.eval.answers import Answer, Answers
 from ppomax.eval.asking import ORDERS, Ask, make_ask, read_position, side_of
 from ppomax.eval.outcomes import Judged, Side, question_of
@@ -160,7 +160,7 @@ def judge_pairs(
     if config.kind == "file":
         return _votes(pairs, Path(config.target))
     if config.kind == "reward":
-        rows = scoring.score_pairs(pairs, config.target)
+        rows = local_judges.by_reward_model(pairs, config.target)
     else:
         rows = _asked(pairs, config, rubrics, answers, say)
     return Verdicts(rows, {config.label: verdicts_by_item(rows)}, {})
@@ -206,11 +206,11 @@ def _asked(
                 used = answers.used(keep.judge)
                 endpoint.ask_endpoint(wanted, _endpoint(config), used, keep)
             case "local":
-                scoring.ask_local(
+                local_judges.ask_local(
                     wanted, config.target, config.max_tokens, config.temperature, keep
                 )
             case _:
-                scoring.ask_callable(wanted, config.target, keep)
+                local_judges.ask_callable(wanted, config.target, keep)
     sides: dict[str, dict[str, Side | None]] = {}
     for ask in asks:
         found = read_position(answers.known[ask.key].text, ask.mark)
@@ -250,9 +250,9 @@ def _identity(config: JudgeConfig) -> str:
     """What an answer depends on besides its question."""
     parts: list[Any] = [config.spec, config.max_tokens, config.temperature, config.extra]
     if config.kind == "local":
-        parts.append(scoring.fingerprint(config.target))
+        parts.append(local_judges.fingerprint(config.target))
     if config.kind == "callable":
-        parts.append(scoring.source_of(config.target))
+        parts.append(local_judges.source_of(config.target))
     return json.dumps(parts, sort_keys=True, default=str)
 
 

@@ -172,7 +172,8 @@ def load_eval_prompts(
     kept = [(row, found[1]) for row, found in fitted if found is not None]
     if not kept:
         raise DataError(
-            f"setting eval.max_prompt: none of {len(rows)} prompts fits {config.max_prompt} tokens"
+            f"setting eval.max_prompt: none of {len(rows)} prompts fits {config.max_prompt} "
+            "tokens; raise it"
         )
     return [row for row, _ in kept], [ids for _, ids in kept], repeated
 

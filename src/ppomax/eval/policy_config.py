@@ -71,7 +71,10 @@ class EvalConfig(ComputeSettings):
             raise ValueError("capability_models has no effect without capability")
         taken = {"sft", "ppo"} & set(self.capability_models)
         if taken:
-            raise ValueError(f"capability_models: {min(taken)} is the name of a model of the run")
+            raise ValueError(
+                f"capability_models: {min(taken)} is the name of a model of the run; "
+                "give it another"
+            )
         if self.judges:
             check_labels(self.judges)
         return self

@@ -15,8 +15,8 @@ from ppomax.data.sources import SourceConfig, load_prompts
 from ppomax.data.template import ChatTemplate
 from ppomax.errors import ConfigError, DataError
 from ppomax.eval.generate import generate_rows
+from ppomax.eval.local_judges import fingerprint
 from ppomax.eval.pairs import Pair, Reply, make_pair
-from ppomax.eval.scoring import fingerprint
 from ppomax.models.load import load_tokenizer
 from ppomax.rollout import SamplingParams
 from ppomax.types import PromptRow

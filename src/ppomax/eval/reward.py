@@ -93,7 +93,8 @@ def evaluate_reward(
         encoded = encode_for_all(rows, judges, max_length)
         if not encoded:
             raise DataError(
-                f"setting max_length: no pair of {', '.join(files)} fits {max_length} tokens"
+                f"setting max_length: no pair of {', '.join(files)} fits {max_length} tokens; "
+                "raise it"
             )
         kept = [pairs[0].row for pairs in encoded]
         likelihoods = _likelihoods(language_model, judges[0], kept, settings, here)

@@ -47,7 +47,10 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise _cannot_load(name, error) from None
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"model {name!r}: its tokenizer names no eos token; replies need an end")
+        raise ModelError(
+            f"model {name!r}: its tokenizer names no eos token; replies need an end, "
+            "so set eos_token in its tokenizer_config.json"
+        )
     tokenizer.padding_side = "right"
     settle_template(tokenizer)
     ensure_pad(tokenizer, _generation_ends(source))
@@ -148,7 +151,9 @@ def load_reward_model(
         )
         return ScalarModel.from_causal_lm(policy, seed)
     if config.num_labels != 1:
-        raise ModelError(f"model {name!r} has {config.num_labels} outputs; a reward model has 1")
+        raise ModelError(
+            f"model {name!r} has {config.num_labels} outputs; a reward model has 1, so name another"
+        )
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     model = _load_model(
         AutoModelForSequenceClassification,
@@ -284,7 +289,7 @@ def _load_model(
         raise _cannot_load(name, error) from None
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ModelError(f"model {name!r}: its weights lack {missing}")
+        raise ModelError(f"model {name!r}: its weights lack {missing}; fetch or export it again")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

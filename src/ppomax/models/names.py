@@ -30,7 +30,9 @@ def resolve(name: str) -> str:
         raise ModelError(f"model {name!r}: no such folder; did you mean {near[0]}?")
     if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         return name
-    raise ModelError(f"model {name!r}: no such folder, and not a short name or hub id")
+    raise ModelError(
+        f"model {name!r}: no such folder, and not a short name ({', '.join(SHORT_NAMES)}) or hub id"
+    )
 
 
 def licence_of(name: str) -> str | None:

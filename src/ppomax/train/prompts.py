@@ -68,7 +68,7 @@ def load_stream(config: PPOConfig, template: ChatTemplate) -> PromptStream:
     if not prompts:
         raise DataError(
             f"setting ppo.max_prompt: none of {len(loaded.rows)} prompts fits "
-            f"{config.max_prompt} tokens"
+            f"{config.max_prompt} tokens; raise it"
         )
     return PromptStream(prompts, loaded, bad, config.seed)
 
@@ -100,7 +100,7 @@ class TextStream:
             cuts = [ids[at : at + settings.length] for at in range(0, len(ids), settings.length)]
             self.pieces += [piece for piece in cuts if len(piece) >= 8]
         if not self.pieces:
-            raise DataError("setting ppo.ptx.data: no text of at least 8 tokens")
+            raise DataError("setting ppo.ptx.data: no text of at least 8 tokens; give more")
 
     def take(self, tokens: int, *parts: int | str) -> list[list[int]]:
         """Pieces of about `tokens` predicted tokens in all, chosen by the seed and `parts`."""

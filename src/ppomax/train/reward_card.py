@@ -62,15 +62,7 @@ def export(
         model,
         tokenizer,
         folder,
-        card=Card(
-            title="Reward model",
-            summary="A reward model trained with ppomax: one score, read at the answer's last "
-            f"token. {fitted.said}",
-            source_model=config.model,
-            datasets=[source.path for source in config.data],
-            numbers={**numbers, **length},
-            **({"licence": licence} if licence else {}),
-        ),
+        card=_model_card(config, fitted, {**numbers, **length}, licence),
         reward_card=RewardCard(
             tokenizer_hash=tokenizer_hash(tokenizer),
             template_hash=template_hash(tokenizer),
@@ -99,6 +91,24 @@ def export(
             source_model=config.model,
         ),
         state=state,
+    )
+
+
+def _model_card(
+    config: RewardConfig,
+    fitted: Fitted,
+    numbers: dict[str, float | int | str],
+    licence: str | None,
+) -> Card:
+    """What the folder's README says."""
+    return Card(
+        title="Reward model",
+        summary="A reward model trained with ppomax: one score, read at the answer's last "
+        f"token. {fitted.said}",
+        source_model=config.model,
+        datasets=[source.path for source in config.data],
+        numbers=numbers,
+        **({"licence": licence} if licence else {}),
     )
 
 

@@ -31,7 +31,7 @@ CHUNK = 16
 """Answers of a local judge written side by side, and kept together."""
 
 
-def score_pairs(pairs: Sequence[Pair], model: str) -> list[Judged]:
+def by_reward_model(pairs: Sequence[Pair], model: str) -> list[Judged]:
     """The reply with the higher score wins; the score is read at the reply's end.
 
     A reward model reads a dialogue in its own template and tokens, whole: replies are texts here.
@@ -66,11 +66,12 @@ def _member_scores(texts: Sequence[tuple[Pair, str]], name: str) -> Tensor:
         longest = max(map(len, ids), default=0)
         if limit is not None and longest > limit:
             raise ModelError(
-                f"judge reward:{name}: a dialogue has {longest} tokens, the model {limit} positions"
+                f"judge reward:{name}: a dialogue has {longest} tokens, the model {limit} "
+                "positions; leave its prompt out, or name another judge"
             )
         scores = score_rows(model, ids, int(template.tokenizer.pad_token_id), settings, alone)
     if not torch.isfinite(scores).all():
-        raise ModelError(f"judge reward:{name}: a score is not finite")
+        raise ModelError(f"judge reward:{name}: a score is not finite; name another judge")
     return scores
 
 
