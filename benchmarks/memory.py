@@ -18,7 +18,7 @@ from common import HERE, Worker, say, write_result
 from ppo_iteration import scorer
 from shapes import SHAPES, random_model
 
-from ppomax.models.load import resolve
+from ppomax.models.names import resolve
 
 CASES = {
     "weights": ("smollm2-135m", ["--prompts", 8, "--prompt", 36, "--new", 28]),

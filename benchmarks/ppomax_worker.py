@@ -22,11 +22,12 @@ from common import Caller, peak_memory_gb
 from ppomax.config import parse
 from ppomax.data.template import ChatTemplate
 from ppomax.models.load import load_tokenizer
-from ppomax.pipeline import Recipe
 from ppomax.planning import plan
+from ppomax.recipe import Recipe
 from ppomax.train.loop import StageRun, opened
-from ppomax.train.ppo import PPO
+from ppomax.train.ppo import train
 from ppomax.train.ppo_config import PPOConfig
+from ppomax.train.ppo_state import PPOState
 
 WORDS = ("tea", "rain", "salt", "moon", "bread", "song", "train", "duck", "lamp", "river")
 
@@ -140,11 +141,11 @@ def main():
             [stage] = plan(Recipe.model_validate({"out": folder, "ppo": config}))
             planned = {"plan_gb": stage.memory_gb, "lines": dict(stage.lines)}
         with opened("ppo", config, resume=False) as run:
-            trainer = PPO(config, run.world, run)
+            state = PPOState(config, run)
             caller.say(ready=True, **planned)
             caller.wait()
             began = time.perf_counter()
-            trainer.train()
+            train(state)
 
 
 if __name__ == "__main__":

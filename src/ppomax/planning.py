@@ -160,6 +160,18 @@ def _adapter_parameters(lora: LoraSettings, shape: Size) -> int:
     return int(lora.rank * 2 * matrices / shape.hidden * 0.8)
 
 
+def _kept(shape: Size, compute: torch.dtype) -> int:
+    """Bytes that a layer keeps of each token until backward.
+
+    In fp32 inputs and normalised inputs of both norms; in the compute dtype queries, keys, values,
+    mixed values, gate, its activation, up, their product, and the inputs of the matrix products:
+    one tensor for q, k, v and one for gate and up, but under autocast each product casts its own.
+    """
+    inputs = 2 if compute == torch.float32 else 5
+    products = inputs * shape.hidden + 2 * shape.q_width + shape.kv_width + 4 * shape.intermediate
+    return 16 * shape.hidden + compute.itemsize * products
+
+
 def _activations(
     tokens: int,
     shape: Size,
@@ -171,31 +183,22 @@ def _activations(
 ) -> float:
     """GB held between forward and backward of one micro-batch, and what backward makes beside it.
 
-    A layer keeps, for each token, in fp32: inputs and normalised inputs of both norms, and in the
-    compute dtype queries, keys, values, mixed values, gate, its activation, up and their product.
-    In fp32 the inputs of the products are one tensor for q, k, v and one for gate and up; under
-    autocast each product casts its own, and the cast weights are kept too.
+    That is the gradients of the layer it is in, and of the embedding beside the output matrix's.
 
     Args:
         tokens: in the largest micro-batch, padding included.
-        trained: the weights themselves, so that a cast copy of them is kept under autocast and the
-            embedding's gradient is made beside the output matrix's.
+        trained: the weights themselves are; with adapters they have no gradient.
         frozen: lowest blocks that backward does not reach; they keep nothing.
     """
-    width = compute.itemsize
-    inputs = 2 if width == 4 else 5
-    layer = 16 * shape.hidden + width * (
-        inputs * shape.hidden + 2 * shape.q_width + shape.kv_width + 4 * shape.intermediate
-    )
-    layers = shape.layers - frozen
-    kept = layer * layers
+    layer, layers = _kept(shape, compute), shape.layers - frozen
+    held = layer * (layers + 1)
+    casts = compute.itemsize * (shape.parameters - shape.embedding) * layers // shape.layers
     if checkpointing:
-        kept = 4 * shape.hidden * layers + layer  # inputs, and the layer being recomputed
-    matrices = shape.parameters - shape.embedding
-    casts = (layers if not checkpointing else 1) * width * matrices / shape.layers
-    once = (casts if width < 4 else 0) + (4 * shape.embedding if trained else 0)
+        held = 4 * shape.hidden * layers + 2 * layer  # the inputs; one layer is made anew
+        casts //= max(1, layers)
+    once = (casts if compute != torch.float32 else 0) + (4 * shape.embedding if trained else 0)
     logits = 3 * 4 * min(tokens * shape.vocab, CHUNK_ELEMENTS)
-    return (tokens * kept + once + logits) / GB
+    return (tokens * held + once + logits) / GB
 
 
 def _training(config: SFTConfig | RewardConfig, shape: Size) -> float:

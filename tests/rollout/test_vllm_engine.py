@@ -27,6 +27,8 @@ class FakeLLM:
     def __init__(self, **arguments):
         self.arguments, self.weights, self.calls = arguments, [], []
         self.core = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
+        torch.manual_seed(0)  # as vLLM does, and what comes next too
+        torch.set_num_threads = lambda count: None
 
     def collective_rpc(self, method, kwargs):
         assert method == "reload_weights"
@@ -136,6 +138,18 @@ def test_weights_are_handed_over_in_this_process_and_again_after_an_update(fake)
     assert engine.llm.calls == ["weights", "reset"] * 2
     assert set(engine.llm.weights[0]) >= {"model.norm.weight", "model.layers.1.mlp.up_proj.weight"}
     assert engine.llm.weights[1]["model.norm.weight"].eq(3.0).all()
+
+
+def test_the_process_stays_as_it_was(fake):
+    set_threads, threads, state = (
+        torch.set_num_threads,
+        torch.get_num_threads(),
+        torch.get_rng_state(),
+    )
+    engine_of(small_model())
+    assert torch.set_num_threads is set_threads
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_every_prompt_is_asked_with_its_own_seed(fake):

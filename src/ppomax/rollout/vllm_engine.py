@@ -57,7 +57,7 @@ class VllmEngine:
         self.max_positions = min(int(config.max_position_embeddings), LONGEST)
         vllm = load_vllm()
         self.sampling_params = vllm.SamplingParams
-        with tempfile.TemporaryDirectory() as folder, in_process():
+        with tempfile.TemporaryDirectory() as folder, in_process(), undisturbed():
             model.config.save_pretrained(folder)
             self.llm = vllm.LLM(**engine_arguments(config, settings, folder, world, dtype))
         self.sync(model)
@@ -127,6 +127,19 @@ def in_process() -> Iterator[None]:
             os.environ[name] = before
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Undo what vLLM does to the process it starts in: random state, and no more set_num_threads.
+
+    On a processor it puts a function that does nothing in that one's place.
+    """
+    set_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    with torch.random.fork_rng():
+        yield
+    torch.set_num_threads = set_threads
+    torch.set_num_threads(threads)
+
+
 def engine_arguments(
     config: Any,  # noqa: ANN401 - each architecture's has fields of its own
     settings: EngineSettings,
@@ -153,6 +166,7 @@ def engine_arguments(
         "max_model_len": positions,
         "max_num_seqs": settings.slots,
         "kv_cache_memory_bytes": tokens * cache_bytes(config, dtype),
+        "gpu_memory_utilization": 0.05,  # must be free at the start; the line above holds
         "enforce_eager": world.device.type == "cpu",
         "disable_log_stats": True,
     }
