@@ -195,8 +195,8 @@ def check_room(root: Path, size: int, copies: int) -> None:
     free, need = shutil.disk_usage(place).free, size * copies
     if free + held < need:
         raise CheckpointError(
-            f"{root}: {copies} checkpoints of {size / 1e9:.2f} GB each are to be held (the one "
-            f"being written counts), {(free + held) / 1e9:.2f} GB are free; free some, lower "
+            f"{root}: {copies} checkpoints of {_size(size)} each are to be held (the one "
+            f"being written counts), {_size(free + held)} are free; free some, lower "
             "checkpoint.keep_last or give another out"
         )
 
@@ -327,4 +327,9 @@ def _check_space(root: Path, groups: Mapping[str, Mapping[str, Tensor]]) -> None
     )
     free = shutil.disk_usage(root).free
     if free < need * 1.05 + 2**20:
-        raise OSError(28, f"needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+        raise OSError(28, f"needs {_size(need)}, {_size(free)} are free")
+
+
+def _size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

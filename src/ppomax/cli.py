@@ -46,6 +46,7 @@ def main() -> None:
     """Entry point: errors made by users end in one line and their exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # retries are not the user's matter
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     _take_huge_pages()
     sys.path.append(str(Path.cwd()))  # where `ppo.reward.callable` is looked for last

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,10 +56,17 @@ def test_a_refusal_is_one_line_with_what_is_safe_and_how_to_go_on(number, tmp_pa
     assert f"ppomax resume {path}" in text
 
 
-def test_the_writer_of_tensors_is_understood_too(tmp_path):
-    words = "Error while serializing: I/O error: No space left on device (os error 28)"
-    with pytest.raises(CheckpointError, match="nothing is damaged"), refusals_told(tmp_path):
-        raise SafetensorError(words)
+def test_the_writers_of_tensors_and_tokenizers_are_understood_too(tmp_path):
+    words = "No space left on device (os error 28)"
+    for error in (
+        SafetensorError(f"Error while serializing: I/O error: {words}"),
+        Exception(words),
+    ):
+        with pytest.raises(CheckpointError, match="nothing is damaged"), refusals_told(tmp_path):
+            raise error
+    for odd in (Exception("a bug"), RuntimeError(words), Exception("odd (os error 999)")):
+        with pytest.raises(type(odd), match=re.escape(str(odd))), refusals_told(tmp_path):
+            raise odd
     with pytest.raises(SafetensorError, match="header"), refusals_told(tmp_path):
         raise SafetensorError("invalid header")
 

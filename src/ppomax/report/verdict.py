@@ -175,9 +175,9 @@ def _trend(run: RunData) -> str | None:
     if key is None:
         return None
     steps, values = keys[key]
-    return f"{_name(run.stage)}: {key} {number(values[0])} → {number(values[-1])}" + (
-        f" by step {number(steps[-1])}"
-    )
+    last = f"{number(values[-1])} by step {number(steps[-1])}"
+    trend = last if len(values) == 1 else f"{number(values[0])} → {last}"
+    return f"{_name(run.stage)}: {key} {trend}"
 
 
 def _alarms(stages: Sequence[RunData]) -> str | None:

@@ -1,6 +1,7 @@
 """What a run says when its disk refuses. Saving itself is in `checkpoint`."""
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ def refusals_told(run: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         if not _is_refusal(error):
             raise
         last = checkpoint.latest(run / "checkpoints")
@@ -44,7 +45,11 @@ def refusals_told(run: Path) -> Iterator[None]:
         ) from error
 
 
-def _is_refusal(error: OSError | SafetensorError) -> bool:
+def _is_refusal(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in REFUSALS
-    return "os error" in str(error)  # safetensors writes through Rust, which keeps the number
+    if type(error) not in (SafetensorError, Exception):
+        return False
+    # safetensors and tokenizers write through Rust, which keeps the number and drops the type
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return number is not None and int(number[1]) in REFUSALS
