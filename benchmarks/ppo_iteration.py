@@ -40,7 +40,7 @@ from common import (
     write_result,
 )
 
-from ppomax.models.load import resolve
+from ppomax.models.names import resolve
 from ppomax.models.pull import cache_dir
 
 TRL = "trl==1.12.*"

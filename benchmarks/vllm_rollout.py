@@ -103,7 +103,7 @@ def main():
     if given.engine:
         work(given)
         return
-    from ppomax.models.load import resolve
+    from ppomax.models.names import resolve
     from ppomax.models.pull import cache_dir
 
     model = resolve(given.model)

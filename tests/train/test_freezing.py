@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from ppomax import checkpoint
-from ppomax.models.load import resolve
+from ppomax.models.names import resolve
 from ppomax.train.ppo import train_ppo
 from ppomax.train.reward import train_reward
 from ppomax.train.sft import train_sft

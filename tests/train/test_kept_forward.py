@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from ppomax.models.language import LanguageModel
-from ppomax.train import trainable
-from ppomax.train.ppo import PPO, train_ppo
+from ppomax.train import ppo, trainable
+from ppomax.train.ppo import train_ppo
 
 TIMES = ("time", "throughput/", "memory/")
 EXACT = {"where": "loss", "estimator": "exact", "coef": 0.5}
@@ -71,24 +71,23 @@ def test_with_and_without_the_kept_forward_a_run_is_the_same_to_the_bit(
 def test_a_forward_is_kept_for_its_rows_alone_and_given_once(small, tmp_path):
     seen = []
     config = small("ppo", tmp_path / "run", {"critic_pretraining": {"max_rollouts": 1}})
-    plain = PPO.update
+    plain, fitted = ppo.update, ppo.fit_critic
 
-    def spy(self, *args):
-        seen.append(self.actors.policy._kept is not None)
-        plain(self, *args)
-        seen.append(self.actors.policy._kept is not None)
+    def holds(state):
+        return state.actors.policy._kept is not None
+
+    def update(state, *args):
+        seen.append(holds(state))
+        plain(state, *args)
+        seen.append(holds(state))
+
+    def fit_critic(state, *args):
+        seen.append(holds(state))
+        fitted(state, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PPO, "update", spy)
-        fitted = PPO.fit_critic
-        patch.setattr(
-            PPO,
-            "fit_critic",
-            lambda self, *args: (
-                seen.append(self.actors.policy._kept is not None),
-                fitted(self, *args),
-            ),
-        )
+        patch.setattr(ppo, "update", update)
+        patch.setattr(ppo, "fit_critic", fit_critic)
         train_ppo(config)
     assert seen == [False, True, False, True, False]
 
