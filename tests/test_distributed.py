@@ -547,8 +547,11 @@ def test_the_norm_is_that_before_the_clip_and_over_all_parameters():
 def test_gradients_within_the_limit_are_left_as_they_are(limit):
     parameters = parameters_with([3.0, 0.0], [[4.0]])
     parameters.append(nn.Parameter(torch.zeros(2)))  # without a gradient
+    writes = parameters[0].grad._version
     assert clip_gradients(parameters, limit) == pytest.approx(5.0)
     assert parameters[0].grad.tolist() == pytest.approx([3.0, 0.0], abs=1e-5)
+    if limit != 5.0:  # not even multiplied by 1
+        assert parameters[0].grad._version == writes
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -210,7 +210,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -
     """Clip the global gradient norm in place; returns the norm *before* clipping."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = full(torch.nn.utils.get_total_norm(gradients))
-    if max_norm is not None and torch.isfinite(norm):
+    if max_norm is not None and torch.isfinite(norm) and float(norm) + 1e-6 > max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return float(norm)
 

@@ -125,7 +125,11 @@ class _TokenLogprobs(torch.autograd.Function):
             grad = x.to(ctx.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = torch.mm(grad, matrix).to(hidden.dtype)
-            if grad_weight is not None:
+            if grad_weight is None:
+                continue
+            if ctx.dtype == torch.float32:  # in place: no fresh [vocab, hidden] for every chunk
+                grad_weight.addmm_(grad.T, states)
+            else:
                 grad_weight += torch.mm(grad.T, states)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)

@@ -93,9 +93,8 @@ class StageSettings(ComputeSettings):
     weights, and so of gradients and moments. `lora` freezes it anyway."""
     freeze_layers: int | None = Field(None, ge=1)
     """Lowest blocks that are left as they are, the embedding with them; null trains all. Backward
-    ends there: with half of the blocks frozen a step costs about two thirds of the time, and
-    gradients, moments and activations half of the memory. With `lora` only the blocks above get
-    adapters. Ours."""
+    ends there: with half of them frozen a step takes 0.6 of the time and half of the
+    activations (measured, docs/LOG.md). With `lora` only the blocks above get adapters. Ours."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
     checkpoint: CheckpointSettings = CheckpointSettings()
