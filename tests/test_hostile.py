@@ -43,7 +43,7 @@ def test_a_malicious_tensor_file_is_one_line_though_its_digest_is_right(kind, tm
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
     digest = checkpoint._digest(path / "policy.safetensors")
     manifest["files"]["policy.safetensors"] = digest
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    (path / checkpoint.MANIFEST).write_text(checkpoint._manifest(**manifest))
     with pytest.raises(CheckpointError, match=r"policy\.safetensors cannot be read"):
         checkpoint.latest(tmp_path).tensors("policy")
 
@@ -64,7 +64,7 @@ def test_a_manifest_that_names_files_elsewhere_is_none(name, tmp_path):
     (root / "outside").write_text("x")
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
     manifest["files"][name] = checkpoint._digest(root / "outside")
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    (path / checkpoint.MANIFEST).write_text(checkpoint._manifest(**manifest))
     assert checkpoint.latest(root) is None
 
 

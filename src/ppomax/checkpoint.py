@@ -78,7 +78,7 @@ def save(
         manifest = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
         for path in temporary.iterdir():
             _sync(path)
-        _write(temporary / MANIFEST, json.dumps({"step": step, "files": manifest}, indent=1))
+        _write(temporary / MANIFEST, _manifest(step, manifest))
         _sync(temporary)
         _put(temporary, final)
     except (OSError, SafetensorError) as error:
@@ -95,8 +95,14 @@ def save(
 def verify(path: Path) -> Checkpoint | None:
     """The checkpoint at `path` if every file is there and has its recorded digest."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        manifest = dict(manifest)  # a list of names is none
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+        whole = json.loads(text)
+        # the manifest has no digest of its own: it must be what `save` writes, to the byte
+        if text != _manifest(whole["step"], whole["files"]) or path_of(
+            path.parent, whole["step"]
+        ).name != path.name.removesuffix(".old"):
+            return None
+        manifest = dict(whole["files"])  # a list of names is none
         names = {item.name for item in path.iterdir()} - {MANIFEST}
         if names != set(manifest):
             return None
@@ -299,6 +305,10 @@ def _put(temporary: Path, final: Path) -> None:
     temporary.rename(final)
     _sync(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _manifest(step: int, files: dict[str, str]) -> str:
+    return json.dumps({"step": step, "files": files}, indent=1)
 
 
 def _digest(path: Path) -> str:
