@@ -256,8 +256,8 @@ def spoil(place, bad, patch):
         name = {"score": "scores", "value": "values", "log-prob": "logprobs"}[place]
         inner = ppo.score
 
-        def scored(*args):
-            found = inner(*args)
+        def scored(*args, **options):
+            found = inner(*args, **options)
             getattr(found, name)[0] = bad
             if name == "scores" and math.isnan(bad):
                 found.mask[0] = False  # as `score` does
@@ -284,8 +284,8 @@ def test_a_rollout_of_nothing_but_bad_numbers_stops_the_run_and_is_kept(
 ):
     inner = ppo.score
 
-    def scored(*args):
-        found = inner(*args)
+    def scored(*args, **options):
+        found = inner(*args, **options)
         found.values[:] = math.inf
         return found
 
