@@ -152,6 +152,23 @@ def test_errors_end_in_one_line_and_their_code(error, code, ppomax, monkeypatch)
     assert ppomax("run", "smoke") == (code, "", f"ppomax: {error}\n")
 
 
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (PermissionError(13, "Permission denied", "a/b"), "a/b: Permission denied"),
+    ],
+)
+def test_a_refusal_of_the_disk_ends_in_one_line(error, text, ppomax, monkeypatch):
+    from ppomax import pipeline
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(pipeline, "load_recipe", fails)
+    assert ppomax("run", "smoke") == (2, "", f"ppomax: {text}\n")
+
+
 def test_an_interrupt_outside_a_stage_exits_130(ppomax, monkeypatch):
     from ppomax import recipe
 
