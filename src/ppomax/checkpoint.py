@@ -103,7 +103,8 @@ def verify(path: Path) -> Checkpoint | None:
         ).name != path.name.removesuffix(".old"):
             return None
         manifest = dict(whole["files"])  # a list of names is none
-        names = {item.name for item in path.iterdir()} - {MANIFEST}
+        found = {item.name for item in path.iterdir()} - {MANIFEST}
+        names = {name for name in found if not name.startswith(".")}  # a file browser's
         if names != set(manifest):
             return None
         if any(_digest(path / name) != digest for name, digest in manifest.items()):

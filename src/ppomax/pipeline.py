@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -63,9 +63,9 @@ def run_recipe(
             raise ConfigError(f"recipe has no stage {name}; it has {', '.join(recipe.stages())}")
     # One process group for all stages: leaving and joining again may meet the one just left.
     device = getattr(recipe, stages[0]).device
-    with _stoppable(out), refusals_told(out), world(device) as here:
+    with _stoppable(out), refusals_told(out), world(device) as here, ExitStack() as held:
         if here.is_main:
-            _open(recipe, only, resume=resume)
+            _open(recipe, only, held, resume=resume)
             _ask(out, stages)
         barrier(here)
         for name in stages:
@@ -104,11 +104,17 @@ def _run_stage(config: SFTConfig | RewardConfig | PPOConfig | EvalConfig, *, res
             evaluate_policy(config)
 
 
-def _open(recipe: Recipe, only: str | None, *, resume: bool) -> None:
+def _open(recipe: Recipe, only: str | None, held: ExitStack, *, resume: bool) -> None:
+    """Make the run directory, or check the one there; its lock goes into `held`."""
     path = recipe.out / rundir.CONFIG
     text = dump(recipe)
-    if not path.exists():
+    fresh = not path.exists()
+    if fresh:
         rundir.create(recipe.out, text)
+    lock = rundir.lock(recipe.out)
+    if lock is not None:
+        held.callback(lock.close)
+    if fresh:
         return
     if only is None and not resume:
         raise ConfigError(

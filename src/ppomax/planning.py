@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ppomax.data.sources import load_prompts
 from ppomax.data.template import ChatTemplate
 from ppomax.errors import ModelError, PpomaxError
+from ppomax.models.blocks import check_frozen
 from ppomax.models.ensembles import members
 from ppomax.models.load import load_tokenizer
 from ppomax.models.logprobs import CHUNK_ELEMENTS
@@ -107,6 +108,7 @@ def plan(recipe: Recipe, only: str | None = None) -> list[StagePlan]:
         source = _first_model(recipe, config.model)
         sizes.setdefault(source, model_size(source, trust_remote_code=config.trust_remote_code))
         size = sizes[source]
+        check_frozen(config.freeze_layers, size.layers)
         tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
         template = ChatTemplate(tokenizer, config.system)
         ensemble = (recipe.reward.ensemble if recipe.reward else None) or 1

@@ -105,17 +105,17 @@ def create(path: Path, config: str) -> None:
 
 
 def lock(path: Path) -> IO[str] | None:
-    """Take a run directory for this process until the file that is returned is closed.
+    """Take a run directory until the file that is returned is closed.
 
     The system lets go of it where the process dies, however it does. None where the file system
     knows no locks.
 
     Raises:
-        CheckpointError: another process has it.
+        CheckpointError: another process has it, or another run of this one.
     """
     file = (path / LOCK).open("a+", encoding="utf-8")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.seek(0)
         owner = file.read(40).strip()
@@ -123,7 +123,7 @@ def lock(path: Path) -> IO[str] | None:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return None
         raise CheckpointError(
-            f"{path}: another process ({owner}) writes this run; wait for it or stop it first"
+            f"{path}: process {owner} writes this run; wait for it or stop it first"
         ) from None
     file.truncate(0)
     file.write(f"{os.getpid()} on {platform.node()}\n")

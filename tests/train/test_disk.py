@@ -16,7 +16,7 @@ from ppomax import checkpoint, rundir
 from ppomax.distributed import World
 from ppomax.errors import CheckpointError, PpomaxError
 from ppomax.train.disk import refusals_told
-from ppomax.train.loop import StageRun
+from ppomax.train.loop import StageRun, opened
 from ppomax.train.settings import StageSettings
 from ppomax.train.sft import train_sft
 
@@ -48,7 +48,7 @@ def spoil(path):
 def test_a_refusal_is_one_line_with_what_is_safe_and_how_to_go_on(number, tmp_path):
     path = saved(tmp_path, 1, 2)
     with pytest.raises(CheckpointError) as caught, refusals_told(path):
-        raise OSError(number, os.strerror(number))
+        raise OSError(number, os.strerror(number), str(path / "metrics.jsonl"))
     text = str(caught.value)
     assert "\n" not in text
     assert os.strerror(number) in text
@@ -69,6 +69,14 @@ def test_the_writers_of_tensors_and_tokenizers_are_understood_too(tmp_path):
             raise odd
     with pytest.raises(SafetensorError, match="header"), refusals_told(tmp_path):
         raise SafetensorError("invalid header")
+
+
+def test_a_missing_file_of_somebody_elses_is_not_called_the_runs_disk(tmp_path):
+    for name in (tmp_path / "table.json", None):
+        with pytest.raises(FileNotFoundError), refusals_told(tmp_path / "run"):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", name)
+    with pytest.raises(CheckpointError), refusals_told(tmp_path / "run"):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "table.json"))
 
 
 def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path):
@@ -144,7 +152,7 @@ def test_two_processes_do_not_write_one_run_and_a_dead_one_holds_nothing(tmp_pat
     )
     try:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(PpomaxError, match=rf"another process \({other.pid} on .*writes this"):
+        with pytest.raises(PpomaxError, match=rf"process {other.pid} on .*writes this"):
             stage(tmp_path, resume=True)
         now = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
         assert {k: v for k, v in now.items() if k != rundir.LOCK} == {
@@ -154,3 +162,18 @@ def test_two_processes_do_not_write_one_run_and_a_dead_one_holds_nothing(tmp_pat
         other.kill()
         other.wait()
     assert stage(tmp_path, resume=True).found is not None
+
+
+def test_one_process_does_not_write_a_run_twice_at_once_and_may_after_an_error(tmp_path):
+    config = stage(tmp_path).config
+
+    def fails():
+        with opened("sft", config, resume=True):
+            with pytest.raises(CheckpointError, match=f"process {os.getpid()} on"):
+                stage(tmp_path, resume=True)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as kept:
+        fails()
+    assert stage(tmp_path, resume=True).path == config.out
+    del kept

@@ -311,3 +311,19 @@ def test_a_minibatch_that_does_not_fit_into_memory_is_cut_smaller(small, tmp_pat
     found = jsonl(run / "metrics.jsonl")
     for key in ("policy/loss", "value/loss", "policy/grad_norm", "value/grad_norm"):
         assert found[0][key] == pytest.approx(rows[0][key], rel=1e-4, abs=1e-6)
+
+
+def test_plain_text_that_does_not_fit_into_memory_is_cut_smaller_too(small, tmp_path, monkeypatch):
+    text = {"data": "bundled:text", "tokens": 60, "length": 20}
+    wide = {"micro_tokens": 400, "iterations": 1, "ptx": text}
+    rows = jsonl(train_ppo(small("ppo", tmp_path / "alone", wide)) / "metrics.jsonl")
+    inner = update.collate
+
+    def narrow(rows, *others):
+        if len(rows) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner(rows, *others)
+
+    monkeypatch.setattr(update, "collate", narrow)
+    found = jsonl(train_ppo(small("ppo", tmp_path / "run", wide)) / "metrics.jsonl")
+    assert found[0]["ptx/loss"] == pytest.approx(rows[0]["ptx/loss"], rel=1e-4)

@@ -23,11 +23,20 @@ def lowest_blocks(model: nn.Module, count: int) -> list[nn.Module]:
         ConfigError: the model has fewer.
     """
     blocks = decoder_blocks(model)
-    if count > len(blocks):
-        raise ConfigError(
-            f"setting freeze_layers: {count} is more than the model's {len(blocks)} blocks"
-        )
+    check_frozen(count, len(blocks))
     return blocks[:count]
+
+
+def check_frozen(count: int | None, blocks: int) -> None:
+    """No more blocks are to be frozen than there are.
+
+    Raises:
+        ConfigError: they are.
+    """
+    if count is not None and count > blocks:
+        raise ConfigError(
+            f"setting freeze_layers: {count} is more than the model's {blocks} blocks"
+        )
 
 
 def freeze_layers(model: nn.Module, count: int) -> None:

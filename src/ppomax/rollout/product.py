@@ -1,5 +1,6 @@
 """A linear layer of the native engine, packed for the processor, with its adapters beside it."""
 
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -75,6 +76,7 @@ def pack(
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN holds the weights in a layout of its own (bf16 only where it has units)."""
-    if device.type != "cpu" or not torch._C._has_mkldnn:
+    tried = platform.machine() in ("x86_64", "AMD64")  # elsewhere nobody has run these kernels
+    if device.type != "cpu" or not tried or not torch._C._has_mkldnn:
         return False
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

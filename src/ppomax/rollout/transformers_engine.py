@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World, full_state
-from ppomax.models.lora import effective_state_dict
+from ppomax.models.lora import effective_state_dict, has_lora
 from ppomax.rollout.engine import EngineSettings, Rollout, check_prompts
 from ppomax.rollout.sampling import SamplingParams, sample
 from ppomax.rollout.stops import StopStrings
@@ -40,6 +40,11 @@ class TransformersEngine:
         with torch.random.fork_rng(own), torch.device(world.device):  # weights drawn, then replaced
             plain: nn.Module = type_of(model)(self.config)
         self.model = plain.to(dtype).eval()
+        if dtype != torch.float32 and has_lora(model):
+            self.note = (
+                "adapters are merged into bfloat16 weights for the replies, which loses most of a "
+                "young update; dtype float32 keeps it"
+            )
         self.sync(model)
 
     @torch.no_grad()

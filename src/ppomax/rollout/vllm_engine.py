@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World, full_state
 from ppomax.errors import ConfigError
-from ppomax.models.lora import effective_state_dict
+from ppomax.models.lora import effective_state_dict, has_lora
 from ppomax.rollout.engine import EngineSettings, Rollout, check_prompts
 from ppomax.rollout.sampling import SamplingParams
 from ppomax.rollout.stops import StopStrings
@@ -51,6 +51,11 @@ class VllmEngine:
             raise ConfigError(
                 f"setting engine.kind: vllm runs in one process and there are {world.size}; take "
                 "native, whose ranks share the prompts"
+            )
+        if dtype != torch.float32 and has_lora(model):
+            raise ConfigError(
+                "setting engine.kind: adapters merged into bfloat16 weights, as vllm is handed "
+                "them, lose most of a young update; take native, or dtype float32"
             )
         self.template, self.stops = template, StopStrings(template)
         config: Any = model.config.get_text_config()
@@ -134,10 +139,12 @@ def undisturbed() -> Iterator[None]:
     On a processor it puts a function that does nothing in that one's place.
     """
     set_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    with torch.random.fork_rng():
-        yield
-    torch.set_num_threads = set_threads
-    torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.set_num_threads = set_threads
+        torch.set_num_threads(threads)
 
 
 def engine_arguments(

@@ -11,18 +11,10 @@ from safetensors import SafetensorError
 from ppomax import checkpoint
 from ppomax.errors import CheckpointError
 
-REFUSALS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOENT,
-    errno.ESTALE,
-)
-"""Full, broken, not to be written, or gone."""
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE)
+"""Full or broken, whatever was written."""
+REFUSALS_HERE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT)
+"""Not to be written, or gone: the run's disk where the file is the run's, else another's fault."""
 
 
 @contextmanager
@@ -35,7 +27,7 @@ def refusals_told(run: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_refusal(error):
+        if not _is_refusal(error, run):
             raise
         last = checkpoint.latest(run / "checkpoints")
         safe = f"the last good checkpoint is {last.path.name}" if last else "nothing is damaged"
@@ -45,11 +37,13 @@ def refusals_told(run: Path) -> Iterator[None]:
         ) from error
 
 
-def _is_refusal(error: Exception) -> bool:
+def _is_refusal(error: Exception, run: Path) -> bool:
     if isinstance(error, OSError):
-        return error.errno in REFUSALS
+        name = error.filename
+        inside = isinstance(name, str | Path) and run.absolute() in Path(name).absolute().parents
+        return error.errno in REFUSALS or (inside and error.errno in REFUSALS_HERE)
     if type(error) not in (SafetensorError, Exception):
         return False
     # safetensors and tokenizers write through Rust, which keeps the number and drops the type
     number = re.search(r"\(os error (\d+)\)", str(error))
-    return number is not None and int(number[1]) in REFUSALS
+    return number is not None and int(number[1]) in (*REFUSALS, *REFUSALS_HERE)

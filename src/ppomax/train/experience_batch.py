@@ -124,15 +124,16 @@ def score(
 
     Args:
         update_follows: the policy's first step comes next, on the first minibatch. It begins with
-            the micro-batch that is scored first, whose forward is then kept for it: one less, and
-            never more in memory than the step itself needs. Not of a sharded model, which frees
-            its parameters between forwards.
+            the micro-batch that is scored first, whose forward is then kept for it: one less.
+            Not of a sharded model, which frees its parameters between forwards, and not where
+            the exact KL is measured meanwhile.
     """
     mask = response_mask(rollout, here.device)
     tables: dict[str, Tensor] = defaultdict(lambda: torch.zeros(mask.shape, device=here.device))
     last_values = torch.zeros(len(rollout.responses), device=here.device)
     exact = config.kl is not None and config.kl.exact_loss  # that forward is another one
-    keep = update_follows and here.size == 1 and not exact
+    measured = config.kl is not None and config.kl.exact_replies is not None
+    keep = update_follows and here.size == 1 and not exact and not measured
     for minibatch in plan:
         for indices, weight in watched(rank_micro_batches(minibatch, here)):
             batch = reply_batch(rollout, indices, actors.pad, here.device)

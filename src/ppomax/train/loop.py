@@ -380,6 +380,11 @@ class StageRun:
             raise self.interrupt()
         return self.path
 
+    def release(self) -> None:
+        """Let another process, or another run of this one, write here."""
+        if self._lock is not None:
+            self._lock.close()
+
 
 @contextmanager
 def opened(name: str, config: StageSettings, *, resume: bool) -> Iterator[StageRun]:
@@ -393,11 +398,13 @@ def opened(name: str, config: StageSettings, *, resume: bool) -> Iterator[StageR
             torch.set_num_threads(config.threads)
         run = StageRun(name, config, here, resume=resume)
         run.stopper.nothing_to_save = here.size == 1  # while models load; ranks stop together
-        with run.stopper.noting():
-            try:
+        try:
+            with run.stopper.noting():
                 yield run
-            except StopAsked:
-                raise run.interrupt() from None
+        except StopAsked:
+            raise run.interrupt() from None
+        finally:
+            run.release()
 
 
 def is_done(path: Path) -> bool:

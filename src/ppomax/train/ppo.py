@@ -25,6 +25,10 @@ from ppomax.train.recovery import begin_watch, go_on, judge, track
 from ppomax.train.stopping import StopAsked
 from ppomax.train.update import update_critic, update_policy
 
+CHECKED_EVERY = 10
+"""Iterations, the first among them, whose first forward is computed twice, for scoring and for the
+update: `policy/first_ratio_error` is a check of both there, in the others of the rest."""
+
 
 def train_ppo(config: PPOConfig, *, resume: bool = False) -> Path:
     """Run the stage; returns its run directory, with the policy in `export/`."""
@@ -109,7 +113,7 @@ def collect(ppo: PPOState, stage: str, step: int) -> tuple[list[Prompt], Experie
         rollout = sample(ppo, prompts, stage, step)
     with ppo.clock("score"):
         plan, scored = ppo.fitted(step, lambda: _scored(ppo, rollout, prompts, stage, step))
-        exact = _exact_kl(ppo, rollout)
+        exact = ppo.fitted(step, lambda: _exact_kl(ppo, rollout))
     if ppo.run.stop_asked():  # nothing of this iteration has touched the state yet
         raise StopAsked
     scored, defects = without_non_finite(scored)
@@ -158,8 +162,9 @@ def _scored(
 ) -> tuple[Plan, Scored]:
     plan = plan_updates(rollout, ppo.config, ppo.here, stage, step, 0)
     watched = ppo.run.until_asked
+    keeps = stage == "ppo" and step % CHECKED_EVERY != 1
     asked = (rollout, prompts, plan, ppo.actors, ppo.config, ppo.here, watched)
-    return plan, score(*asked, update_follows=stage == "ppo")
+    return plan, score(*asked, update_follows=keeps)
 
 
 def _exact_kl(ppo: PPOState, rollout: Rollout) -> float | None:

@@ -1,6 +1,7 @@
 """One optimizer step of a PPO update: whole or not at all, whatever signals or memory do."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ppomax.data.batching import plan_micro_batches
 from ppomax.train.actors import check_entropy
@@ -56,7 +57,8 @@ def take_step(
 
     def attempt() -> float | None:
         at.sums.reset(before)
-        return step_of(context, experience, cut(ppo, experience, minibatch))
+        now = replace(context, config=ppo.config)  # with what memory left of micro_tokens
+        return step_of(now, experience, cut(ppo, experience, minibatch))
 
     try:
         kl = ppo.fitted(context.step, attempt)

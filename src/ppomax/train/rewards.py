@@ -28,7 +28,7 @@ def load_callable(name: str, setting: str) -> Scorer:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function or "reward")
-    except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError, SyntaxError, OSError) as error:
         raise ConfigError(
             f"setting {setting}: {name!r} cannot be imported ({error}); write module:function"
         ) from None
