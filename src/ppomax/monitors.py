@@ -153,8 +153,8 @@ DECLARED: tuple[Metric, ...] = (
     Metric(
         "policy/first_ratio_error",
         "1",
-        "Largest |ratio − 1| in the first optimizer step; 0 bitwise. In one process nine iterations "
-        "of ten keep one micro-batch's forward, which this does not check",
+        "Largest |ratio − 1| in the first optimizer step; 0 bitwise. In one process nine "
+        "iterations of ten keep one micro-batch's forward, which this does not check",
         "not 0: scoring and training differ",
         "",
         _UPDATE,
