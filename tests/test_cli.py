@@ -160,12 +160,12 @@ def test_errors_end_in_one_line_and_their_code(error, code, ppomax, monkeypatch)
     ],
 )
 def test_a_refusal_of_the_disk_ends_in_one_line(error, text, ppomax, monkeypatch):
-    from ppomax import pipeline
+    from ppomax import recipe
 
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(pipeline, "load_recipe", fails)
+    monkeypatch.setattr(recipe, "load_recipe", fails)
     assert ppomax("run", "smoke") == (2, "", f"ppomax: {text}\n")
 
 

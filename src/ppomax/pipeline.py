@@ -107,15 +107,24 @@ def _run_stage(config: SFTConfig | RewardConfig | PPOConfig | EvalConfig, *, res
 def _open(recipe: Recipe, only: str | None, held: ExitStack, *, resume: bool) -> None:
     """Make the run directory, or check the one there; its lock goes into `held`."""
     path = recipe.out / rundir.CONFIG
-    text = dump(recipe)
-    fresh = not path.exists()
-    if fresh:
-        rundir.create(recipe.out, text)
+    if path.exists():
+        _check_same(recipe, only, resume=resume)
+    else:
+        rundir.create(recipe.out, dump(recipe))
     lock = rundir.lock(recipe.out)
     if lock is not None:
         held.callback(lock.close)
-    if fresh:
-        return
+    rundir.write_text(path, dump(recipe))
+
+
+def _check_same(recipe: Recipe, only: str | None, *, resume: bool) -> None:
+    """The run in the directory is one of this recipe, and was asked for.
+
+    Raises:
+        ConfigError: it was not: nobody resumes.
+        CheckpointError: it has other settings.
+    """
+    path = recipe.out / rundir.CONFIG
     if only is None and not resume:
         raise ConfigError(
             f"setting out: {recipe.out} already holds a run; continue it with "
@@ -129,10 +138,8 @@ def _open(recipe: Recipe, only: str | None, held: ExitStack, *, resume: bool) ->
         )
     for name in [only] if only else recipe.stages():
         config = getattr(recipe, name)
-        if config is None:
-            continue
-        place = config.out / rundir.CONFIG
-        if not place.exists():
+        place = None if config is None else config.out / rundir.CONFIG
+        if place is None or not place.exists():
             continue
         changed = harmful(changed_keys(parse(type(config), read_yaml(place)), config))
         if changed:
@@ -140,7 +147,6 @@ def _open(recipe: Recipe, only: str | None, held: ExitStack, *, resume: bool) ->
                 f"{config.out}: holds a run with other settings than these "
                 f"({', '.join(changed)}); give another out=DIR"
             )
-    rundir.write_text(path, text)
 
 
 def _ask(out: Path, stages: list[str]) -> None:

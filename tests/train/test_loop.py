@@ -171,6 +171,7 @@ def test_without_a_checkpoint_a_resumed_run_starts_its_files_again(tmp_path):
     run = opened(tmp_path)
     run.log(1, {"sft/loss": 1.0}, total=2)
     run.event("note", step=0)
+    run.release()
     again = opened(tmp_path, resume=True)
     assert again.restore([trainable()]) is None
     assert (run.path / "metrics.jsonl").read_text() == ""
@@ -184,6 +185,7 @@ def test_a_checkpoint_comes_back_and_rows_past_it_are_cut(tmp_path):
     run.log(1, {"sft/loss": 1.0}, total=2)
     run.save(1, [model], {"step": 1, "odd": [1, 2]}, {"sft": 1})
     run.log(2, {"sft/loss": 2.0}, total=2)
+    run.release()
     other = trainable()
     state = opened(tmp_path, resume=True).restore([other])
     assert (state["step"], state["odd"], other.step_count) == (1, [1, 2], 1)
@@ -196,6 +198,7 @@ def test_another_thread_count_is_said(tmp_path, monkeypatch):
     run.save(1, [model], {"step": 1}, {"sft": 1})
     now = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: now + 3)
+    run.release()
     opened(tmp_path, resume=True).restore([model])
     rows = [row for row in jsonl(run.path / "events.jsonl") if row["kind"] == "resume"]
     assert f"{now} threads before, {now + 3} now" in rows[0]["note"]

@@ -99,13 +99,13 @@ def open_directory(
         rundir.create(path, text)
         lock = rundir.lock(path)
     else:
-        lock = rundir.lock(path)
         changed = changed_keys(parse(type(config), read_yaml(place)), config)
         if harmful(changed):
             raise CheckpointError(
                 f"{path}: its config.yaml differs from this run's in "
                 f"{', '.join(harmful(changed))}; resume needs the same, or give another out"
             )
+        lock = rundir.lock(path)
         if changed:
             rundir.write_text(place, text)
     for leftover in path.glob(".export-*"):  # of an export that was killed
