@@ -27,7 +27,7 @@ smoke: $(READY) ## the same path with a tiny model, in a minute
 	$(BIN)/ppomax demo --smoke --out $(OUT)
 
 test: $(READY) ## every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=20
 
 check: lint fast ## what every commit passes
 
