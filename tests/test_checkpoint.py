@@ -206,6 +206,12 @@ def test_an_extra_file_or_folder_is_noticed(tmp_path):
     assert whole(latest(tmp_path)) == 10
 
 
+def test_what_a_file_browser_leaves_does_no_harm(tmp_path):
+    write(tmp_path, 1)
+    (checkpoint.path_of(tmp_path, 1) / ".DS_Store").write_text("")
+    assert checkpoint.latest(tmp_path) is not None
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_of_another_checkpoint_or_of_another_name_is_noticed(tmp_path, name):
     older, newest = write(tmp_path, 10), write(tmp_path, 20)

@@ -7,7 +7,7 @@ import torch
 
 from ppomax import planning
 from ppomax.data.batching import collate
-from ppomax.errors import ModelError
+from ppomax.errors import ConfigError, ModelError
 from ppomax.models.language import LanguageModel
 from ppomax.models.load import load_policy
 from ppomax.models.lora import LoraSettings, add_lora
@@ -237,3 +237,9 @@ def test_advice_says_whether_it_fits_and_what_would_help(small, tmp_path, monkey
 
 def test_this_machine_has_memory():
     assert 0.5 < available_memory_gb() < 10_000
+
+
+def test_more_frozen_blocks_than_there_are_is_no_plan(tiny, tmp_path):
+    config = {"model": "tiny", "out": str(tmp_path / "sft"), "data": "bundled:preferences"}
+    with pytest.raises(ConfigError, match=r"freeze_layers: 99 is more than the model's \d+ blocks"):
+        planned(config | {"optim": {"lr": 1e-3}, "freeze_layers": 99}, "sft", tmp_path)

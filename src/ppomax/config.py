@@ -60,7 +60,7 @@ class _Loader(yaml.SafeLoader):
                 )
         return node
 
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ANN401
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ANN401 - YAML values
         """A value; one that its tag does not fit is a YAML error, not Python's."""
         try:
             return super().construct_object(node, deep)
@@ -79,7 +79,7 @@ class _Dumper(yaml.SafeDumper):
         for first, pairs in yaml.SafeDumper.yaml_implicit_resolvers.items()
     }
 
-    def represent_scalar(self, tag: str, value: Any, style: Any = None) -> yaml.ScalarNode:  # noqa: ANN401
+    def represent_scalar(self, tag: str, value: Any, style: Any = None) -> yaml.ScalarNode:  # noqa: ANN401 - yaml's own
         """A scalar; PyYAML reads U+0085 back only from double quotes."""
         quoted = isinstance(value, str) and "\x85" in value
         return super().represent_scalar(tag, value, '"' if quoted else style)

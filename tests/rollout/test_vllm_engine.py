@@ -11,6 +11,7 @@ import torch
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World
 from ppomax.errors import ConfigError, ModelError
+from ppomax.models.lora import LoraSettings, add_lora
 from ppomax.models.tiny import tiny_model, tiny_tokenizer
 from ppomax.rollout import EngineSettings, SamplingParams, build_engine, vllm_engine
 from ppomax.rollout.stops import StopStrings
@@ -211,3 +212,17 @@ def test_the_real_engine_draws_from_the_policy_and_follows_its_updates():
             logits = model(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1]
         exact = (logits / 0.8).log_softmax(-1).gather(1, torch.tensor(reply)[:, None]).squeeze(1)
         assert found == pytest.approx(exact.tolist(), abs=1e-4)
+
+
+def test_adapters_in_bfloat16_are_refused_before_anything_is_loaded():
+    model = add_lora(small_model(), LoraSettings(rank=2), 0)
+    settings = EngineSettings(kind="vllm")
+    with pytest.raises(ConfigError, match="adapters merged into bfloat16"):
+        build_engine(settings, model, TEMPLATE, ALONE, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("dtype", "told"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_the_transformers_engine_says_what_bfloat16_does_to_adapters(dtype, told):
+    model = add_lora(small_model(), LoraSettings(rank=2), 0)
+    engine = build_engine(EngineSettings(kind="transformers"), model, TEMPLATE, ALONE, dtype)
+    assert (engine.note is not None and "adapters" in engine.note) == told
