@@ -14,46 +14,24 @@ benchmarks/results/rollout-DTYPE.json.
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import time
-from pathlib import Path
 
 import torch
 import transformers
+from common import write_result
 
 from ppomax.data.batching import derived_seed
 from ppomax.data.sources import SourceConfig, load_prompts
 from ppomax.data.template import ChatTemplate
-from ppomax.distributed import World, bfloat16_is_fast
+from ppomax.distributed import World
 from ppomax.models.load import load_policy, load_tokenizer
 from ppomax.rollout import EngineSettings, SamplingParams, build_engine
 
 SLOTS = 32
 PROMPTS = {"fixed": 32, "natural": 96}
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
-
-
-def machine():
-    """What the numbers depend on."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
-    return {
-        "processor": processor,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "bf16_units": bfloat16_is_fast("cpu"),
-        "threads": torch.get_num_threads(),
-        "load_at_start": round(os.getloadavg()[0], 1),
-        "tunables": os.environ.get("GLIBC_TUNABLES", ""),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def matmul_rate(dtype, clock, size=2048):
@@ -68,13 +46,6 @@ def matmul_rate(dtype, clock, size=2048):
 
 def middle(values):
     return {"median": statistics.median(values), "range": [min(values), max(values)]}
-
-
-def write_result(name, result):
-    folder = Path(__file__).with_name("results")
-    folder.mkdir(exist_ok=True)
-    text = json.dumps(result, indent=1) + "\n"
-    (folder / f"{name}.json").write_text(text, encoding="utf-8")
 
 
 def flops(config, prompts, replies):
@@ -183,7 +154,7 @@ def main():
     torch.set_num_threads(options.threads)
     options.torch_dtype = getattr(torch, options.dtype)
     transformers.logging.set_verbosity_error()
-    facts = machine()
+    load = round(os.getloadavg()[0], 1)
     template = ChatTemplate(load_tokenizer(options.model))
     lm = load_policy(options.model, dtype=options.torch_dtype).eval()
     lm.generation_config.eos_token_id = None
@@ -193,7 +164,8 @@ def main():
     rows = load_prompts([SourceConfig(path="bundled:prompts")]).rows
     rows = [row for row in rows if row.meta.get("lang", "en") == "en"]
     result = {"model": options.model, "dtype": options.dtype, "new": options.new}
-    result |= {"clock": options.clock, "repeats": options.repeats, "machine": facts, "settings": {}}
+    result |= {"clock": options.clock, "repeats": options.repeats, "load_at_start": load}
+    result["settings"] = {}
     for name in options.settings:
         prompts = [template.prompt(row.messages) for row in rows[: PROMPTS[name]]]
         found = compare(name, lm, engine, template, prompts, options)
