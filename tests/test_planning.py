@@ -81,6 +81,23 @@ def test_ppo_counts_four_models_or_less(small, tmp_path, monkeypatch):
     assert whole.disk_gb == pytest.approx(4 * 2 * 12 + 4)
 
 
+def test_frozen_blocks_in_common_are_counted_once(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "model_size", lambda *_, **__: ONE_B)
+    own = {"reward": {"model": str(tmp_path / "reward" / "export")}, "freeze_layers": ONE_B.layers}
+
+    def shared(name, **change):
+        plan = planned(small("ppo", tmp_path / name, own | change), "ppo", tmp_path)
+        return dict(plan.lines).get("held once", "").partition(" GB")[0]
+
+    assert shared("a", freeze_layers=None) == ""
+    assert shared("b") == "-12.00"  # four models of 4 GB, one kept
+    assert shared("c", kl=None) == "-8.00"
+    assert shared("d", dtype="bfloat16") == "-6.00"  # masters of two, and two in bf16
+    assert shared("e", dtype="bfloat16", lora={"rank": 8}) == "-4.00"  # the reference is the policy
+    assert shared("f", freeze_layers=ONE_B.layers // 2) == "-6.60"  # with the embeddings
+    assert shared("g", reward={"model": "tiny"}) == "-4.00"  # another's reward model and its critic
+
+
 def kept_for_backward(model, tokens, compute):
     """Bytes that autograd holds of a forward over so many tokens, weights left out."""
     rows = [([5] * tokens, [False] * (tokens - 2) + [True] * 2)]

@@ -286,7 +286,8 @@ def _plan_ppo(config: PPOConfig, shape: Size, ensemble: int) -> StagePlan:
         trained=config.lora is None and not below,
         frozen=below,
     )
-    held = policy + critic + sum(frozen.values())
+    shared = _held_once(config, shape)
+    held = policy + critic + sum(frozen.values()) - shared
     if config.critic and not config.lora:
         held -= (policy - 4 * shape.parameters / GB) / 3  # one model's gradients at a time
     memory = PROCESS_GB + held + max(cache, activations)  # the cache goes before the update comes
@@ -317,11 +318,29 @@ def _plan_ppo(config: PPOConfig, shape: Size, ensemble: int) -> StagePlan:
         ("policy", f"{policy:.2f} GB"),
         *([("critic", f"{critic:.2f} GB")] * bool(config.critic)),
         *[(name, f"{value:.2f} GB") for name, value in frozen.items()],
+        *([("held once", f"-{shared:.2f} GB: frozen blocks in common")] * bool(shared)),
         ("cache", f"{cache:.2f} GB ({slots} slots of {length} tokens)"),
         ("activations", f"{activations:.2f} GB (micro_tokens {config.micro_tokens})"),
         *[("advice", note) for note in config.advice()],
     ]
     return result
+
+
+def _held_once(config: PPOConfig, shape: Size) -> float:
+    """GB that `share_trunks` saves where the roles come from stages of this run."""
+    below = config.freeze_layers or 0
+    if not below:
+        return 0.0
+    size = shape.embedding + (shape.parameters - shape.embedding) * below / shape.layers
+    names = [name for source in config.reward.all_models for name in members(source.model)]
+    own = [name for name in names if Path(name).is_relative_to(config.out.parent)]
+    critic = config.critic == "policy" or (config.critic == "reward" and names[:1] == own[:1])
+    reference = config.kl is not None and not config.reference and not config.lora
+    masters, others = 1 + critic, reference + len(own)
+    compute = config.compute_dtype.itemsize
+    if config.lora or config.compute_dtype == torch.float32:  # all of one dtype
+        return compute * size * (masters + others - 1) / GB
+    return size * (4 * (masters - 1) + compute * max(0, others - 1)) / GB
 
 
 def _reward_models(config: PPOConfig, shape: Size, ensemble: int) -> list[int]:

@@ -5,15 +5,19 @@ from torch import nn
 from ppomax.errors import ConfigError
 
 
-def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a backbone."""
+def block_list(model: nn.Module) -> nn.ModuleList | None:
+    """The list that holds the repeated layers of a backbone."""
     lists = [
         module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)
     ]
     if not lists:
-        return []
-    largest = max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()))
-    return list(largest)
+        return None
+    return max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()))
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a backbone."""
+    return list(block_list(model) or [])
 
 
 def lowest_blocks(model: nn.Module, count: int) -> list[nn.Module]:

@@ -5,6 +5,7 @@ Nothing here reads a file but `ScalarModel.save`, which writes one; loading is `
 
 import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -48,18 +49,22 @@ def hidden_states(
     Right-padded batches need no mask: attention is causal, so a token never sees what follows it.
     Under autocast the embedding is raised to fp32 first, so that the residual stream is fp32
     whether the weights are fp32 masters or frozen bf16, and policy and reference round alike.
+    Blocks in a `Trunk` are skipped where it has read the same ids before.
     """
-    backbone = _backbone(model)
+    backbone = backbone_of(model)
     inputs: dict[str, Tensor] = {"input_ids": input_ids}
     if torch.is_autocast_enabled(input_ids.device.type):
         inputs = {"inputs_embeds": backbone.get_input_embeddings()(input_ids).float()}
-    output = backbone(
-        **inputs,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        use_cache=False,
-        return_dict=True,
-    )
+    trunk = getattr(backbone, "trunk", None)
+    plain = position_ids is None and attention_mask is None
+    with trunk.reading(input_ids) if trunk is not None and plain else nullcontext():
+        output = backbone(
+            **inputs,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            return_dict=True,
+        )
     hidden: Tensor = output.last_hidden_state
     return hidden
 
@@ -261,7 +266,8 @@ def _unwrapped(model: nn.Module) -> Any:  # noqa: ANN401 - any wrapper's inner m
     return model if get_base is None else get_base()
 
 
-def _backbone(model: nn.Module) -> Any:  # noqa: ANN401 - transformers' untyped modules
+def backbone_of(model: nn.Module) -> Any:  # noqa: ANN401 - transformers' untyped modules
+    """The transformers model below the heads; adapters and wrappers looked through."""
     if isinstance(model, ScalarModel):
         return model.backbone
     return _unwrapped(model).base_model

@@ -19,6 +19,7 @@ from ppomax.models.heads import ScalarModel
 from ppomax.models.language import LanguageModel, freeze_embeddings, place
 from ppomax.models.load import load_policy, load_tokenizer, load_value_model
 from ppomax.models.lora import adapters_off, add_lora
+from ppomax.models.trunk import Trunk, share_trunks
 from ppomax.rollout.engine import Engine, build_engine
 from ppomax.train.loop import Trainable, check_positions
 from ppomax.train.ppo_config import PPOConfig
@@ -37,6 +38,13 @@ class Actors:
     rewards: RewardSources
     engine: Engine
     template: ChatTemplate
+    trunks: list[Trunk]
+    """Frozen lowest blocks that roles have in common."""
+
+    def forget(self) -> None:
+        """Drop what frozen blocks said of batches that do not come again."""
+        for trunk in self.trunks:
+            trunk.forget()
 
     @property
     def pad(self) -> int:
@@ -93,6 +101,8 @@ def load_actors(config: PPOConfig, here: World) -> Actors:
         place(model, here, checkpointing=config.gradient_checkpointing)
     if reference is not None:
         place(reference, here)
+    judges = [judge.model for panel in rewards.panels for judge in panel.judges]
+    roles = [model for model in (policy, critic, reference, *judges) if model is not None]
     steps = config.total_steps
     return Actors(
         policy=Trainable("policy", policy, config.optim, steps, here),
@@ -101,6 +111,7 @@ def load_actors(config: PPOConfig, here: World) -> Actors:
         rewards=rewards,
         engine=build_engine(config.engine, lm, template, here, config.compute_dtype),
         template=template,
+        trunks=share_trunks(roles, config.freeze_layers or 0) if here.size == 1 else [],
     )
 
 

@@ -1,0 +1,177 @@
+"""Frozen lowest blocks that several models have in common: held once, computed once per batch."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from ppomax.models.blocks import block_list
+from ppomax.models.heads import ScalarModel, backbone_of, hidden_states
+from ppomax.models.language import LanguageModel
+
+Model = LanguageModel | ScalarModel
+
+PROBE_TOKENS = 64
+"""Of a text that two models must read alike before they share."""
+
+
+class Trunk:
+    """The lowest blocks of one or more models, which remembers what it made of a batch.
+
+    Exact: what is remembered is the blocks' own output for the very same ids, so nothing changes
+    but the time. It holds for blocks that are never trained; `forget` only frees memory.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self._found: dict[object, Any] = {}
+        """The last block's output by batch."""
+        self._batch: object | None = None
+        """The batch that is read now; None: read as if there were no trunk."""
+        for block in blocks:
+            block.forward = self._remembering(block.forward, last=block is blocks[-1])
+
+    @contextmanager
+    def reading(self, input_ids: Int[Tensor, "batch sequence"]) -> Iterator[None]:
+        """Within, a forward of these ids begins above the trunk if they were read before."""
+        device = input_ids.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        self._batch = (tuple(input_ids.shape), input_ids.cpu().numpy().tobytes(), dtype)
+        try:
+            yield
+        finally:
+            self._batch = None
+
+    def forget(self) -> None:
+        """Drop what was remembered."""
+        self._found.clear()
+
+    def __len__(self) -> int:
+        """How many batches are remembered."""
+        return len(self._found)
+
+    def _remembering(self, forward: Callable[..., Any], *, last: bool) -> Callable[..., Any]:
+        @wraps(forward)
+        def run(hidden: Tensor, *args: object, **kwargs: object) -> Any:  # noqa: ANN401 - as the block
+            found = self._found.get(self._batch)
+            if found is not None:
+                if last:
+                    return found
+                return (hidden, *found[1:]) if isinstance(found, tuple) else hidden
+            output = forward(hidden, *args, **kwargs)
+            if last and self._batch is not None:
+                output = _constant(output)
+                self._found[self._batch] = output
+            return output
+
+        return run
+
+
+def _constant(output: Any) -> Any:  # noqa: ANN401 - as the block gives it
+    """Cut from any graph: checkpointing makes the embeddings' output ask for a gradient."""
+    if isinstance(output, tuple):
+        return (output[0].detach(), *output[1:])
+    return output.detach()
+
+
+def share_trunks(models: Sequence[Model], count: int) -> list[Trunk]:
+    """Let models whose lowest blocks agree in every bit have one copy of them, and one reading.
+
+    Those of a reward model, a critic, a reference and a policy agree where all were trained with
+    the same `freeze_layers` from one base. Models of another dtype, or that were not, keep their
+    own; a trained one among those then shares its trunk between scoring and update.
+
+    Args:
+        models: whose lowest blocks and embeddings are frozen, none of them sharded.
+        count: of blocks; with none there is nothing to share.
+    """
+    if not count:
+        return []
+    groups: list[list[Model]] = []
+    for model in models:
+        group = next((group for group in groups if _alike(group[0], model, count)), None)
+        if group is None:
+            groups.append([model])
+        else:
+            _adopt(model, group[0], count)
+            group.append(model)
+    trunks = []
+    for group in groups:
+        if len(group) > 1 or any(parameter.requires_grad for parameter in group[0].parameters()):
+            trunks.append(Trunk(list(_blocks(group[0]))[:count]))
+            for model in group:
+                _backbone(model).trunk = trunks[-1]
+    return trunks
+
+
+def _alike(one: Model, other: Model, count: int) -> bool:
+    """Same weights below, and the same reading of a text: positions, norms, activations."""
+    weights, others = _below(one, count), _below(other, count)
+    if [name for name, _ in weights] != [name for name, _ in others]:
+        return False
+    for (_, a), (_, b) in zip(weights, others, strict=True):
+        if a.dtype != b.dtype or a.device != b.device or not torch.equal(a, b):
+            return False
+    first, second = _probe(one, count), _probe(other, count)
+    return torch.equal(first, second)
+
+
+def _below(model: Model, count: int) -> list[tuple[str, Tensor]]:
+    """Everything that feeds the block above the trunk, by name."""
+    found = [
+        (f"embedding.{index}.{name}", tensor)
+        for index, module in enumerate(_embeddings(model))
+        for name, tensor in module.state_dict().items()
+    ]
+    for index, block in enumerate(list(_blocks(model))[:count]):
+        found += [(f"{index}.{name}", tensor) for name, tensor in block.state_dict().items()]
+    return found
+
+
+@torch.no_grad()
+def _probe(model: Model, count: int) -> Tensor:
+    """What the last block of the trunk says of a fixed text, fp32."""
+    seen: list[Tensor] = []
+
+    def see(_module: nn.Module, _inputs: object, output: Any) -> None:  # noqa: ANN401 - as the block
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    hook = _blocks(model)[count - 1].register_forward_hook(see)
+    vocabulary = min(module.num_embeddings for module in _embeddings(model))
+    positions = getattr(_backbone(model).config, "max_position_embeddings", None) or PROBE_TOKENS
+    length = min(PROBE_TOKENS, positions)
+    device = next(model.parameters()).device
+    try:
+        hidden_states(_backbone(model), torch.arange(length, device=device)[None] % vocabulary)
+    finally:
+        hook.remove()
+    return seen[0].float()
+
+
+def _adopt(model: Model, owner: Model, count: int) -> None:
+    """Put the owner's embeddings and lowest blocks in the place of the model's own."""
+    blocks, kept = _blocks(model), _blocks(owner)
+    for index in range(count):
+        blocks[index] = kept[index]
+    for own, other in zip(_embeddings(model), _embeddings(owner), strict=True):
+        weight = own.weight
+        for module in model.modules():  # a tied output head is the embedding
+            if module._parameters.get("weight") is weight:
+                module.weight = other.weight
+
+
+def _backbone(model: Model) -> Any:  # noqa: ANN401 - transformers' untyped modules
+    return backbone_of(model.lm if isinstance(model, LanguageModel) else model.backbone)
+
+
+def _blocks(model: Model) -> nn.ModuleList:
+    found = block_list(model)
+    assert found is not None, "freeze_layers counts blocks"
+    return found
+
+
+def _embeddings(model: Model) -> list[nn.Embedding]:
+    return [module for module in model.modules() if isinstance(module, nn.Embedding)]

@@ -1,0 +1,200 @@
+"""A trunk changes what is computed again and nothing else."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from ppomax.data.batching import collate
+from ppomax.models.blocks import decoder_blocks, freeze_layers
+from ppomax.models.heads import ScalarModel
+from ppomax.models.language import LanguageModel
+from ppomax.models.lora import LoraSettings, add_lora
+from ppomax.models.tiny import tiny_model
+from ppomax.models.trunk import share_trunks
+
+CPU = torch.device("cpu")
+ROWS = [
+    ([5, 9, 20, 31, 7, 8], [False, False, True, True, False, True]),
+    ([40, 3, 12], [False, True, True]),
+]
+OTHER = [([6, 9, 20], [False, True, True])]
+LAYERS, FROZEN = 4, 3
+
+
+def llama():
+    return tiny_model(vocab_size=64, hidden_size=32, intermediate=48, layers=LAYERS, seed=1)
+
+
+def gpt2():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 16, "n_layer": LAYERS, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+
+
+def roles(build=llama):
+    """Policy, critic and reference from one base, as PPO has them."""
+    base = build()
+    policy = LanguageModel(copy.deepcopy(base))
+    critic = ScalarModel.from_causal_lm(copy.deepcopy(base), 0)
+    reference = LanguageModel(base).requires_grad_(False)
+    for model in (policy, critic):
+        freeze_layers(model, FROZEN)
+    with torch.no_grad():  # what they were trained to apart from the trunk
+        for block in decoder_blocks(critic)[FROZEN:]:
+            for weight in block.parameters():
+                weight.mul_(1.1)
+    return policy, critic, reference
+
+
+def read(model, rows=ROWS):
+    batch = collate(rows, 0, CPU)
+    if isinstance(model, ScalarModel):
+        return model.values(batch.input_ids)[batch.targets]
+    return model(batch).logprobs
+
+
+def gradients(model):
+    read(model).square().sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.fixture
+def passes():
+    """Counts the blocks' own forwards of a model that has yet to get a trunk."""
+
+    def count(model):
+        seen = []
+        for block in decoder_blocks(model)[:FROZEN]:
+            inner = next(m for m in block.modules() if isinstance(m, nn.Module) and m is not block)
+            inner.register_forward_hook(lambda *_: seen.append(1))
+        return seen
+
+    return count
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_scores_and_gradients_are_the_same_to_the_bit(build):
+    plain = [(read(model), gradients(model)) for model in roles(build)[:2]]
+    models = roles(build)
+    trunks = share_trunks(models, FROZEN)
+    assert len(trunks) == 1
+    for _ in range(2):  # computed, then remembered
+        with torch.no_grad():
+            assert torch.equal(read(models[0]), plain[0][0])
+        for model, (values, grads) in zip(models[:2], plain, strict=True):
+            assert torch.equal(read(model), values)
+            again = gradients(model)
+            assert set(again) == set(grads)
+            assert all(torch.equal(again[name], grads[name]) for name in grads)
+    assert torch.equal(read(models[2]), read(roles(build)[2]))
+
+
+def test_a_batch_passes_the_trunk_once_whoever_reads_it(passes):
+    models = roles()
+    seen = passes(models[0])
+    (trunk,) = share_trunks(models, FROZEN)
+    seen.clear()
+    for model in models:
+        read(model)
+    assert (len(seen), len(trunk)) == (FROZEN, 1)
+    read(models[1], OTHER)
+    assert (len(seen), len(trunk)) == (2 * FROZEN, 2)
+    trunk.forget()
+    assert len(trunk) == 0
+    read(models[2])
+    assert len(seen) == 3 * FROZEN
+
+
+def test_bf16_compute_and_fp32_are_remembered_apart():
+    models = roles()
+    plain = read(models[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = read(models[0])
+    assert not torch.equal(plain, rounded)
+    share_trunks(models, FROZEN)
+    assert torch.equal(read(models[0]), plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(read(models[0]), rounded)
+
+
+def test_the_weights_below_are_held_once_and_a_tied_head_stays_tied():
+    policy, critic, reference = roles()
+    before = sum(p.numel() for m in (policy, critic, reference) for p in m.parameters())
+    share_trunks((policy, critic, reference), FROZEN)
+    held = {id(p): p.numel() for m in (policy, critic, reference) for p in m.parameters()}
+    block = sum(p.numel() for p in decoder_blocks(policy)[0].parameters())
+    embedding = policy.lm.get_input_embeddings().weight
+    assert before - sum(held.values()) == 2 * (FROZEN * block + embedding.numel())
+    for model in (policy.lm, reference.lm):
+        assert model.get_output_embeddings().weight is embedding
+        assert model.get_input_embeddings().weight is embedding
+    above = [p for p in policy.parameters() if p.requires_grad]
+    assert above
+    assert not {id(p) for p in above} & {id(p) for p in reference.parameters()}
+
+
+def test_names_of_weights_stay_what_they_were():
+    models = roles()
+    names = [sorted(model.state_dict()) for model in models]
+    share_trunks(models, FROZEN)
+    assert [sorted(model.state_dict()) for model in models] == names
+
+
+def other_weight(model):
+    with torch.no_grad():
+        next(decoder_blocks(model)[FROZEN - 1].parameters()).view(-1)[0] += 1e-6
+
+
+def other_embedding(model):
+    with torch.no_grad():
+        model.backbone.get_input_embeddings().weight[7, 0] += 1e-6
+
+
+def other_dtype(model):
+    model.to(torch.bfloat16)
+
+
+def other_positions(model):
+    model.backbone.rotary_emb.inv_freq.mul_(0.5)
+
+
+@pytest.mark.parametrize("change", [other_weight, other_embedding, other_dtype, other_positions])
+def test_a_model_that_reads_otherwise_keeps_its_own_blocks(change):
+    policy, critic, reference = roles()
+    change(critic)
+    with torch.no_grad():
+        plain = read(critic)
+    trunks = share_trunks((policy, critic, reference), FROZEN)
+    assert len(trunks) == 2  # the critic's own, for its update after its scoring
+    read(policy)
+    with torch.no_grad():
+        assert torch.equal(read(critic), plain)
+    assert decoder_blocks(critic)[0] is not decoder_blocks(policy)[0]
+    assert decoder_blocks(reference)[0] is decoder_blocks(policy)[0]
+
+
+def test_a_frozen_model_alone_has_nothing_to_remember():
+    policy, _, reference = roles()
+    other_weight(reference)
+    assert len(share_trunks((policy, reference), FROZEN)) == 1
+    assert getattr(reference.lm.base_model, "trunk", None) is None
+    assert share_trunks((policy, reference), 0) == []
+
+
+def test_adapters_above_leave_the_trunk_alone():
+    base = llama()
+    policy = LanguageModel(copy.deepcopy(base))
+    add_lora(policy.lm, LoraSettings(rank=2), 0, freeze_layers=FROZEN)
+    critic = ScalarModel.from_causal_lm(base, 0)
+    add_lora(critic, LoraSettings(rank=2), 1, freeze_layers=FROZEN)
+    for model in (policy, critic):
+        freeze_layers(model, FROZEN)
+    plain = [read(model) for model in (policy, critic)]
+    (trunk,) = share_trunks((policy, critic), FROZEN)
+    assert all(map(torch.equal, plain, [read(model) for model in (policy, critic)]))
+    assert len(trunk) == 1

@@ -1,0 +1,72 @@
+"""Frozen blocks computed once for all roles: a run is the same to the bit, and less is computed."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ppomax.models.trunk import Trunk
+from ppomax.train import actors
+from ppomax.train.ppo import train_ppo
+from ppomax.train.reward import train_reward
+
+TIMES = ("time", "throughput/", "memory/")
+
+
+def rows(run):
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.startswith(TIMES)}
+        for line in lines
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"epochs": 2, "minibatch_size": 2, "micro_tokens": 50},
+        {"lora": {"rank": 2}, "gradient_checkpointing": True},
+        {"kl": {"where": "loss", "estimator": "exact", "coef": 0.5, "exact_replies": 2}},
+        {"dtype": "bfloat16", "buffer_iterations": 2},
+    ],
+    ids=str,
+)
+def test_with_and_without_a_shared_trunk_a_run_is_the_same_to_the_bit(
+    change, small, tmp_path, monkeypatch
+):
+    reward = train_reward(small("reward", tmp_path / "reward", {"freeze_layers": 1}))
+    change |= {"optim": {"lr": 1e-2}, "freeze_layers": 1}
+    change |= {"reward": {"model": str(reward / "export")}, "critic": "reward"}
+    held, plain = [], actors.share_trunks
+
+    def share(roles, count):
+        held.append((len(roles), plain(roles, count)))
+        return held[-1][1]
+
+    monkeypatch.setattr(actors, "share_trunks", share)
+    shared = train_ppo(small("ppo", tmp_path / "shared", change))
+    monkeypatch.setattr(actors, "share_trunks", lambda *_: [])
+    apart = train_ppo(small("ppo", tmp_path / "apart", change))
+    assert rows(shared) == rows(apart)
+    files = [load_file(run / "export" / "model.safetensors") for run in (shared, apart)]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    ((count, trunks),) = held
+    assert count == (3 if change.get("lora") else 4)
+    assert len(trunks) == (2 if change.get("dtype") == "bfloat16" else 1)
+    assert all(len(trunk) for trunk in trunks), "nothing was remembered"
+
+
+def test_what_one_iteration_remembers_is_gone_in_the_next(small, tmp_path, monkeypatch):
+    kept = []
+    forget = Trunk.forget
+
+    def spy(trunk):
+        kept.append(len(trunk))
+        forget(trunk)
+
+    monkeypatch.setattr(Trunk, "forget", spy)
+    train_ppo(small("ppo", tmp_path / "run", {"freeze_layers": 1, "iterations": 4}))
+    assert kept[0] == 0
+    assert max(kept) == max(kept[1:3]), "it grows from iteration to iteration"
