@@ -13,6 +13,8 @@ from ppomax.eval import policy
 from ppomax.eval.policy import evaluate_policy
 from ppomax.models.load import load_policy, load_reward_model
 from ppomax.rollout import Rollout
+from ppomax.train.reward import train_reward
+from ppomax.train.sft import train_sft
 
 FIELDS = {
     "kind",
@@ -196,3 +198,31 @@ def test_what_cannot_be_judged_is_one_line(small, tmp_path, small_data):
     assert not (tmp_path / "a" / "done.json").exists()
     with pytest.raises(ConfigError, match="role"):
         small("eval", tmp_path, {"scorers": [{"model": "m", "role": "judge"}]})
+
+
+def test_blocks_in_common_are_computed_once_and_change_no_digit(
+    judged, small, tmp_path, monkeypatch
+):
+    upper = train_reward(small("reward", tmp_path / "reward", {"freeze_layers": 1})) / "export"
+    upper_policy = train_sft(small("sft", tmp_path / "sft", {"freeze_layers": 1})) / "export"
+    held, joined = [], []
+    plain, join = policy.Trunk, policy.Trunk.join
+
+    def trunk(owner, count):
+        held.append(plain(owner, count))
+        return held[-1]
+
+    def spy(self, model):
+        joined.append(join(self, model))
+        return joined[-1]
+
+    changes = {"policy": str(upper_policy), "micro_tokens": 60}
+    scorers = [{"model": str(upper), "name": "own", "role": "proxy"}]
+    monkeypatch.setattr(policy.Trunk, "join", spy)
+    monkeypatch.setattr(policy, "Trunk", trunk)
+    shared = judged(changes | {"scorers": scorers}, "shared")
+    assert [(one.count, len(one) > 1) for one in held] == [(1, True)]
+    assert joined == [True, True, True]  # the policy, the scorer once for each side
+    monkeypatch.setattr(policy, "common_depth", lambda *_: 0)
+    assert judged(changes | {"scorers": scorers}, "apart") == shared
+    assert len(held) == 1

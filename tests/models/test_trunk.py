@@ -8,12 +8,13 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ppomax.data.batching import collate
+from ppomax.models import trunk as trunk_module
 from ppomax.models.blocks import decoder_blocks, freeze_layers
 from ppomax.models.heads import ScalarModel
 from ppomax.models.language import LanguageModel
 from ppomax.models.lora import LoraSettings, add_lora
 from ppomax.models.tiny import tiny_model
-from ppomax.models.trunk import share_trunks
+from ppomax.models.trunk import common_depth, share_trunks
 
 CPU = torch.device("cpu")
 ROWS = [
@@ -151,8 +152,9 @@ def other_weight(model):
 
 
 def other_embedding(model):
+    backbone = model.backbone if isinstance(model, ScalarModel) else model.lm
     with torch.no_grad():
-        model.backbone.get_input_embeddings().weight[7, 0] += 1e-6
+        backbone.get_input_embeddings().weight[7, 0] += 1e-6
 
 
 def other_dtype(model):
@@ -181,9 +183,36 @@ def test_a_model_that_reads_otherwise_keeps_its_own_blocks(change):
 def test_a_frozen_model_alone_has_nothing_to_remember():
     policy, _, reference = roles()
     other_weight(reference)
-    assert len(share_trunks((policy, reference), FROZEN)) == 1
-    assert getattr(reference.lm.base_model, "trunk", None) is None
+    _, own = share_trunks((policy, reference), FROZEN)
+    read(reference)
+    assert len(own) == 0
     assert share_trunks((policy, reference), 0) == []
+
+
+def test_no_more_is_remembered_than_the_bound(monkeypatch):
+    models = roles()
+    monkeypatch.setattr(trunk_module, "REMEMBERED_BYTES", 2 * 6 * 32 * 4)  # the first batch's
+    (trunk,) = share_trunks(models, FROZEN)
+    plain = read(roles()[0], OTHER)
+    read(models[0])
+    for _ in range(2):
+        assert torch.equal(read(models[0], OTHER), plain)
+    assert len(trunk) == 1
+    trunk.forget()
+    read(models[0], OTHER)
+    assert len(trunk) == 1
+
+
+def test_depth_in_common_is_counted_from_below():
+    policy, critic, reference = roles()
+    assert common_depth(policy, reference) == LAYERS
+    assert common_depth(policy, critic) == FROZEN
+    other_weight(critic)
+    assert common_depth(policy, critic) == FROZEN - 1
+    other_positions(critic)
+    assert common_depth(policy, critic) == 0
+    other_embedding(policy)
+    assert common_depth(policy, reference) == 0
 
 
 def test_adapters_above_leave_the_trunk_alone():

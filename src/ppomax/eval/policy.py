@@ -31,6 +31,7 @@ from ppomax.masked import masked_mean
 from ppomax.models.export import tokenizer_hash
 from ppomax.models.language import LanguageModel, place
 from ppomax.models.load import load_policy, load_tokenizer
+from ppomax.models.trunk import Trunk, common_depth
 from ppomax.rollout import Rollout, build_engine
 from ppomax.rollout.engine import merge_rollouts
 from ppomax.train.experience_batch import reply_batch, response_mask, unflatten
@@ -78,9 +79,14 @@ def compare(config: EvalConfig, here: World) -> dict[str, Any]:
     check_tokenizers(config, tokenizer)
     template = ChatTemplate(tokenizer, config.system)
     rows, prompts, repeated = load_eval_prompts(config, template)
-    sft = load_model(config.baseline, config, here)
+    sft, ppo = (load_model(name, config, here) for name in (config.baseline, config.policy))
+    depth = common_depth(sft, ppo) if here.size == 1 else 0
+    trunk = Trunk(sft, depth) if depth else None
+    if trunk is not None:
+        trunk.join(ppo)
+    tell(here, f"{config.baseline} answers {len(rows)} prompts")
     sft_answers = answer(sft, rows, prompts, template, config, here)
-    ppo = load_model(config.policy, config, here)
+    tell(here, f"{config.policy} answers them")
     ppo_answers = answer(ppo, rows, prompts, template, config, here)
     under_sft = logprobs_of(sft, ppo_answers.rollout, template, config, here)
     pair = (ppo_answers.logprobs, under_sft, ppo_answers.mask)
@@ -95,8 +101,11 @@ def compare(config: EvalConfig, here: World) -> dict[str, Any]:
     del sft, ppo
     scorers, scores = [], {}
     for scorer in config.scorers:
-        of_sft = score_replies(scorer, sft_answers, template, config, here)
-        of_ppo = score_replies(scorer, ppo_answers, template, config, here)
+        tell(here, f"{scorer.name} scores both")
+        of_sft, of_ppo = (
+            score_replies(scorer, answers, template, config, here, trunk)
+            for answers in (sft_answers, ppo_answers)
+        )
         scorers.append(compare_scores(scorer, of_sft, of_ppo, sft_answers, ppo_answers))
         scores[scorer.name] = {"sft": of_sft, "ppo": of_ppo}
     first = scores[config.scorers[0].name] if config.scorers else {"sft": [], "ppo": []}
@@ -118,6 +127,12 @@ def compare(config: EvalConfig, here: World) -> dict[str, Any]:
         "repeated_prompts": repeated,
         **(judge_and_ask(config, rows, sft_answers, ppo_answers) if here.is_main else {}),
     }
+
+
+def tell(here: World, line: str) -> None:
+    """Say what is being done; one rank does."""
+    if here.is_main:
+        say(line)
 
 
 def judge_and_ask(
@@ -226,13 +241,25 @@ def logprobs_of(
 
 
 def score_replies(
-    scorer: ScorerConfig, answers: Answers, template: ChatTemplate, config: EvalConfig, here: World
+    scorer: ScorerConfig,
+    answers: Answers,
+    template: ChatTemplate,
+    config: EvalConfig,
+    here: World,
+    trunk: Trunk | None = None,
 ) -> list[float]:
-    """The score of each reply, read at its last token; of an ensemble its members' mean."""
+    """The score of each reply, read at its last token; of an ensemble its members' mean.
+
+    Args:
+        trunk: of the models that answered; a scorer that agrees with it begins above it.
+    """
     rows, pad = answers.rollout.sequences, int(template.tokenizer.pad_token_id)
 
     def member(name: str) -> torch.Tensor:
-        return score_rows(load_scorer(name, config, here), rows, pad, config, here)
+        model = load_scorer(name, config, here)
+        if trunk is not None:
+            trunk.join(model)
+        return score_rows(model, rows, pad, config, here)
 
     return ensemble_scores(scorer.model, member)
 

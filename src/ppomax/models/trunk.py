@@ -17,6 +17,8 @@ Model = LanguageModel | ScalarModel
 
 PROBE_TOKENS = 64
 """Of a text that two models must read alike before they share."""
+REMEMBERED_BYTES = 2**30
+"""The most that a trunk remembers; what is beyond that is computed again."""
 
 
 class Trunk:
@@ -26,13 +28,32 @@ class Trunk:
     but the time. It holds for blocks that are never trained; `forget` only frees memory.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, owner: Model, count: int) -> None:
+        self.owner, self.count = owner, count
         self._found: dict[object, Any] = {}
         """The last block's output by batch."""
+        self._bytes = 0
         self._batch: object | None = None
         """The batch that is read now; None: read as if there were no trunk."""
-        for block in blocks:
-            block.forward = self._remembering(block.forward, last=block is blocks[-1])
+        self._installed = False
+        if any(parameter.requires_grad for parameter in owner.parameters()):
+            self._install(owner)  # it reads a batch for scoring, and again for the update
+
+    def join(self, model: Model) -> bool:
+        """Give a model this trunk, and drop its own copy, if the two agree in every bit."""
+        if not _alike(self.owner, model, self.count):
+            return False
+        blocks, kept = _blocks(model), _blocks(self.owner)
+        for index in range(self.count):
+            blocks[index] = kept[index]
+        for own, other in zip(_embeddings(model), _embeddings(self.owner), strict=True):
+            weight = own.weight
+            for module in model.modules():  # a tied output head is the embedding
+                if module._parameters.get("weight") is weight:
+                    module.weight = other.weight
+        self._install(self.owner)
+        self._install(model)
+        return True
 
     @contextmanager
     def reading(self, input_ids: Int[Tensor, "batch sequence"]) -> Iterator[None]:
@@ -48,10 +69,19 @@ class Trunk:
     def forget(self) -> None:
         """Drop what was remembered."""
         self._found.clear()
+        self._bytes = 0
 
     def __len__(self) -> int:
         """How many batches are remembered."""
         return len(self._found)
+
+    def _install(self, model: Model) -> None:
+        _backbone(model).trunk = self
+        if self._installed:
+            return
+        self._installed = True
+        for index, block in enumerate(list(_blocks(model))[: self.count]):
+            block.forward = self._remembering(block.forward, last=index == self.count - 1)
 
     def _remembering(self, forward: Callable[..., Any], *, last: bool) -> Callable[..., Any]:
         @wraps(forward)
@@ -64,7 +94,9 @@ class Trunk:
             output = forward(hidden, *args, **kwargs)
             if last and self._batch is not None:
                 output = _constant(output)
-                self._found[self._batch] = output
+                self._bytes += hidden.nbytes
+                if self._bytes <= REMEMBERED_BYTES:
+                    self._found[self._batch] = output
             return output
 
         return run
@@ -88,35 +120,36 @@ def share_trunks(models: Sequence[Model], count: int) -> list[Trunk]:
         models: whose lowest blocks and embeddings are frozen, none of them sharded.
         count: of blocks; with none there is nothing to share.
     """
-    if not count:
-        return []
-    groups: list[list[Model]] = []
-    for model in models:
-        group = next((group for group in groups if _alike(group[0], model, count)), None)
-        if group is None:
-            groups.append([model])
-        else:
-            _adopt(model, group[0], count)
-            group.append(model)
-    trunks = []
-    for group in groups:
-        if len(group) > 1 or any(parameter.requires_grad for parameter in group[0].parameters()):
-            trunks.append(Trunk(list(_blocks(group[0]))[:count]))
-            for model in group:
-                _backbone(model).trunk = trunks[-1]
+    trunks: list[Trunk] = []
+    for model in models if count else []:
+        if not any(trunk.join(model) for trunk in trunks):
+            trunks.append(Trunk(model, count))
     return trunks
+
+
+def common_depth(one: Model, other: Model) -> int:
+    """How many of the lowest blocks agree in every bit; 0 if the embeddings do not."""
+    found = 0
+    for blocks in zip(_blocks(one), _blocks(other), strict=False):
+        own, others = (list(block.state_dict().items()) for block in blocks)
+        if not _equal(own, others):
+            break
+        found += 1
+    return found if found and _alike(one, other, found) else 0
 
 
 def _alike(one: Model, other: Model, count: int) -> bool:
     """Same weights below, and the same reading of a text: positions, norms, activations."""
-    weights, others = _below(one, count), _below(other, count)
+    if not _equal(_below(one, count), _below(other, count)):
+        return False
+    return torch.equal(_probe(one, count), _probe(other, count))
+
+
+def _equal(weights: list[tuple[str, Tensor]], others: list[tuple[str, Tensor]]) -> bool:
     if [name for name, _ in weights] != [name for name, _ in others]:
         return False
-    for (_, a), (_, b) in zip(weights, others, strict=True):
-        if a.dtype != b.dtype or a.device != b.device or not torch.equal(a, b):
-            return False
-    first, second = _probe(one, count), _probe(other, count)
-    return torch.equal(first, second)
+    pairs = [(a, b) for (_, a), (_, b) in zip(weights, others, strict=True)]
+    return all(a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in pairs)
 
 
 def _below(model: Model, count: int) -> list[tuple[str, Tensor]]:
@@ -143,24 +176,12 @@ def _probe(model: Model, count: int) -> Tensor:
     vocabulary = min(module.num_embeddings for module in _embeddings(model))
     positions = getattr(_backbone(model).config, "max_position_embeddings", None) or PROBE_TOKENS
     length = min(PROBE_TOKENS, positions)
-    device = next(model.parameters()).device
-    try:
-        hidden_states(_backbone(model), torch.arange(length, device=device)[None] % vocabulary)
+    places = torch.arange(length, device=next(model.parameters()).device)[None]
+    try:  # with positions given no trunk comes between
+        hidden_states(_backbone(model), places % vocabulary, position_ids=places)
     finally:
         hook.remove()
     return seen[0].float()
-
-
-def _adopt(model: Model, owner: Model, count: int) -> None:
-    """Put the owner's embeddings and lowest blocks in the place of the model's own."""
-    blocks, kept = _blocks(model), _blocks(owner)
-    for index in range(count):
-        blocks[index] = kept[index]
-    for own, other in zip(_embeddings(model), _embeddings(owner), strict=True):
-        weight = own.weight
-        for module in model.modules():  # a tied output head is the embedding
-            if module._parameters.get("weight") is weight:
-                module.weight = other.weight
 
 
 def _backbone(model: Model) -> Any:  # noqa: ANN401 - transformers' untyped modules
