@@ -81,6 +81,19 @@ def test_ppo_counts_four_models_or_less(small, tmp_path, monkeypatch):
     assert whole.disk_gb == pytest.approx(4 * 2 * 12 + 4)
 
 
+def test_checkpoints_take_the_room_of_what_is_trained(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "model_size", lambda *_, **__: ONE_B)
+
+    def disk(**change):
+        return planned(small("sft", tmp_path / "x", change), "sft", tmp_path).disk_gb
+
+    two = 3 * 12  # kept ones and the one being written; weights and two moments, GB
+    assert disk() == pytest.approx(two + 4)
+    assert disk(freeze_layers=10) == pytest.approx(two * 0.45 + 4)
+    assert 4 < disk(lora={"rank": 8}) < 5
+    assert disk(lora={"rank": 8}, freeze_layers=10) < disk(lora={"rank": 8})
+
+
 def test_frozen_blocks_in_common_are_counted_once(small, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "model_size", lambda *_, **__: ONE_B)
     own = {"reward": {"model": str(tmp_path / "reward" / "export")}, "freeze_layers": ONE_B.layers}

@@ -224,7 +224,7 @@ def _plan_sft(config: SFTConfig, shape: Size, template: ChatTemplate) -> StagePl
     memory = PROCESS_GB + _training(config, shape)
     best = 8 * shape.parameters / GB if config.early_stop else 0.0  # and the one that replaces it
     result = StagePlan(
-        "sft", memory_gb=memory, disk_gb=_disk(1, config.checkpoint.keep_last, shape) + best
+        "sft", memory_gb=memory, disk_gb=_disk(config, 1, config.checkpoint.keep_last, shape) + best
     )
     result.lines = [
         ("model", f"{config.model}, {shape.parameters / 1e6:.1f} M parameters"),
@@ -248,7 +248,9 @@ def _plan_reward(config: RewardConfig, shape: Size, template: ChatTemplate) -> S
     memory = PROCESS_GB + _training(config, shape)
     best = 8 * shape.parameters / GB if config.early_stop else 0.0
     result = StagePlan(
-        "reward", memory_gb=memory, disk_gb=_disk(1, config.checkpoint.keep_last, shape) + best
+        "reward",
+        memory_gb=memory,
+        disk_gb=_disk(config, 1, config.checkpoint.keep_last, shape) + best,
     )
     result.lines = [
         ("model", f"{config.model}, {shape.parameters / 1e6:.1f} M parameters"),
@@ -298,7 +300,7 @@ def _plan_ppo(config: PPOConfig, shape: Size, ensemble: int) -> StagePlan:
     result = StagePlan(
         "ppo",
         memory_gb=memory,
-        disk_gb=_disk(2 if config.critic else 1, kept, shape),
+        disk_gb=_disk(config, 2 if config.critic else 1, kept, shape),
     )
     result.lines = [
         ("models", f"of {shape.parameters / 1e6:.1f} M parameters, from {config.model}"),
@@ -328,10 +330,9 @@ def _plan_ppo(config: PPOConfig, shape: Size, ensemble: int) -> StagePlan:
 
 def _held_once(config: PPOConfig, shape: Size) -> float:
     """GB that `share_trunks` saves where the roles come from stages of this run."""
-    below = config.freeze_layers or 0
-    if not below:
+    if not config.freeze_layers:
         return 0.0
-    size = shape.embedding + (shape.parameters - shape.embedding) * below / shape.layers
+    size = _frozen(config, shape)
     names = [name for source in config.reward.all_models for name in members(source.model)]
     own = [name for name in names if Path(name).is_relative_to(config.out.parent)]
     critic = config.critic == "policy" or (config.critic == "reward" and names[:1] == own[:1])
@@ -360,9 +361,24 @@ def _reward_models(config: PPOConfig, shape: Size, ensemble: int) -> list[int]:
     return found
 
 
-def _disk(models: int, keep: int, shape: Size) -> float:
-    """Checkpoints hold weights and two moments; the one being written counts too."""
-    return ((keep + 1) * models * 12 + 4) * shape.parameters / GB
+def _disk(
+    config: SFTConfig | RewardConfig | PPOConfig, models: int, keep: int, shape: Size
+) -> float:
+    """GB of checkpoints, the one being written among them, and of the export.
+
+    They hold the trained weights and two moments of each.
+    """
+    trained = shape.parameters - (_frozen(config, shape) if config.freeze_layers else 0)
+    if config.lora:
+        share = (config.freeze_layers or 0) / shape.layers
+        trained = (1 - share) * _adapter_parameters(config.lora, shape)
+    return ((keep + 1) * models * 12 * trained + 4 * shape.parameters) / GB
+
+
+def _frozen(config: SFTConfig | RewardConfig | PPOConfig, shape: Size) -> float:
+    """Parameters of the lowest blocks that are not trained, and of the embedding."""
+    share = (config.freeze_layers or 0) / shape.layers
+    return shape.embedding + (shape.parameters - shape.embedding) * share
 
 
 def advice(stages: list[StagePlan], available_gb: float) -> list[str]:
