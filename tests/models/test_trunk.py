@@ -14,7 +14,7 @@ from ppomax.models.heads import ScalarModel
 from ppomax.models.language import LanguageModel
 from ppomax.models.lora import LoraSettings, add_lora
 from ppomax.models.tiny import tiny_model
-from ppomax.models.trunk import common_depth, share_trunks
+from ppomax.models.trunk import Trunks, common_depth
 
 CPU = torch.device("cpu")
 ROWS = [
@@ -48,6 +48,13 @@ def roles(build=llama):
             for weight in block.parameters():
                 weight.mul_(1.1)
     return policy, critic, reference
+
+
+def share_trunks(models, count):
+    trunks = Trunks(count)
+    for model in models:
+        trunks.add(model)
+    return trunks.each
 
 
 def read(model, rows=ROWS):

@@ -21,6 +21,7 @@ from ppomax.models.export import RewardCard, export_reward
 from ppomax.models.heads import ScalarModel
 from ppomax.models.load import load_policy, load_tokenizer
 from ppomax.models.tiny import tiny_model, tiny_tokenizer
+from ppomax.models.trunk import Trunks
 from ppomax.normalise import RunningMoments
 from ppomax.rollout.engine import Rollout
 from ppomax.train import reward_scores
@@ -110,7 +111,7 @@ def judged(small, replies, template, tmp_path):
         rollout, prompts = replies
         config = small("ppo", tmp_path / "none", {"critic": "policy", **(more or {})})
         config = config.model_copy(update={"reward": parse(RewardSettings, reward)})
-        sources = load_sources(config, template.tokenizer, template, HERE)
+        sources = load_sources(config, template.tokenizer, template, HERE, Trunks(0))
         plan = plan_micro_batches([len(r) for r in rollout.responses], 20)
         return judge(rollout, prompts, plan, sources, template, config, HERE)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ppomax.models.trunk import Trunk
+from ppomax.models.trunk import Trunk, Trunks
 from ppomax.train import actors
 from ppomax.train.ppo import train_ppo
 from ppomax.train.reward import train_reward
@@ -39,20 +39,20 @@ def test_with_and_without_a_shared_trunk_a_run_is_the_same_to_the_bit(
     reward = train_reward(small("reward", tmp_path / "reward", {"freeze_layers": 1}))
     change |= {"optim": {"lr": 1e-2}, "freeze_layers": 1}
     change |= {"reward": {"model": str(reward / "export")}, "critic": "reward"}
-    held, plain = [], actors.share_trunks
+    roles, plain = [], Trunks.add
 
-    def share(roles, count):
-        held.append((len(roles), plain(roles, count)))
-        return held[-1][1]
+    def add(self, model):
+        roles.append(self)
+        plain(self, model)
 
-    monkeypatch.setattr(actors, "share_trunks", share)
+    monkeypatch.setattr(Trunks, "add", add)
     shared = train_ppo(small("ppo", tmp_path / "shared", change))
-    monkeypatch.setattr(actors, "share_trunks", lambda *_: [])
+    trunks, count = roles[0].each, len(roles)
+    monkeypatch.setattr(actors, "Trunks", lambda _: Trunks(0))
     apart = train_ppo(small("ppo", tmp_path / "apart", change))
     assert rows(shared) == rows(apart)
     files = [load_file(run / "export" / "model.safetensors") for run in (shared, apart)]
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
-    ((count, trunks),) = held
     assert count == (3 if change.get("lora") else 4)
     assert len(trunks) == (2 if change.get("dtype") == "bfloat16" else 1)
     assert all(len(trunk) for trunk in trunks), "nothing was remembered"

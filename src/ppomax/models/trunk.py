@@ -1,6 +1,6 @@
 """Frozen lowest blocks that several models have in common: held once, computed once per batch."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -109,22 +109,28 @@ def _constant(output: Any) -> Any:  # noqa: ANN401 - as the block gives it
     return output.detach()
 
 
-def share_trunks(models: Sequence[Model], count: int) -> list[Trunk]:
-    """Let models whose lowest blocks agree in every bit have one copy of them, and one reading.
+class Trunks:
+    """What models that are loaded one after the other have in common below.
 
     Those of a reward model, a critic, a reference and a policy agree where all were trained with
     the same `freeze_layers` from one base. Models of another dtype, or that were not, keep their
     own; a trained one among those then shares its trunk between scoring and update.
-
-    Args:
-        models: whose lowest blocks and embeddings are frozen, none of them sharded.
-        count: of blocks; with none there is nothing to share.
     """
-    trunks: list[Trunk] = []
-    for model in models if count else []:
-        if not any(trunk.join(model) for trunk in trunks):
-            trunks.append(Trunk(model, count))
-    return trunks
+
+    def __init__(self, count: int) -> None:
+        """Args: count: of blocks; with 0 nothing is shared."""
+        self.count = count
+        self.each: list[Trunk] = []
+
+    def add(self, model: Model) -> None:
+        """Let a placed model, frozen below and not sharded, share with those before it."""
+        if self.count and not any(trunk.join(model) for trunk in self.each):
+            self.each.append(Trunk(model, self.count))
+
+    def forget(self) -> None:
+        """Drop what was remembered of batches that do not come again."""
+        for trunk in self.each:
+            trunk.forget()
 
 
 def common_depth(one: Model, other: Model) -> int:

@@ -19,7 +19,7 @@ from ppomax.models.heads import ScalarModel
 from ppomax.models.language import LanguageModel, freeze_embeddings, place
 from ppomax.models.load import load_policy, load_tokenizer, load_value_model
 from ppomax.models.lora import adapters_off, add_lora
-from ppomax.models.trunk import Trunk, share_trunks
+from ppomax.models.trunk import Trunks
 from ppomax.rollout.engine import Engine, build_engine
 from ppomax.train.loop import Trainable, check_positions
 from ppomax.train.ppo_config import PPOConfig
@@ -38,13 +38,8 @@ class Actors:
     rewards: RewardSources
     engine: Engine
     template: ChatTemplate
-    trunks: list[Trunk]
+    trunks: Trunks
     """Frozen lowest blocks that roles have in common."""
-
-    def forget(self) -> None:
-        """Drop what frozen blocks said of batches that do not come again."""
-        for trunk in self.trunks:
-            trunk.forget()
 
     @property
     def pad(self) -> int:
@@ -77,9 +72,12 @@ def load_actors(config: PPOConfig, here: World) -> Actors:
     check_entropy(
         "entropy_threshold", config.loss.entropy_threshold, lm.config.get_text_config().vocab_size
     )
-    reference = None
+    trunks = Trunks(config.freeze_layers or 0 if here.size == 1 else 0)
     if config.lora:
         add_lora(lm, config.lora, config.seed, freeze_layers=config.freeze_layers or 0)
+    policy = LanguageModel(lm)
+    _place_trained(policy, config, here, trunks)
+    reference = None
     if config.kl is not None and (config.reference or not config.lora):
         source = config.reference or config.model
         if config.reference:
@@ -88,21 +86,12 @@ def load_actors(config: PPOConfig, here: World) -> Actors:
             load_policy(source, dtype=config.compute_dtype, trust_remote_code=trust)
         )
         reference.requires_grad_(False)
-    rewards = load_sources(config, tokenizer, template, here)
-    critic = _load_critic(config, tokenizer, base, rewards) if config.critic else None
-    policy = LanguageModel(lm)
-    for model in (policy, critic):
-        if model is None:
-            continue
-        if config.freeze_embeddings:
-            freeze_embeddings(model)
-        if config.freeze_layers:
-            freeze_layers(model, config.freeze_layers)
-        place(model, here, checkpointing=config.gradient_checkpointing)
-    if reference is not None:
         place(reference, here)
-    judges = [judge.model for panel in rewards.panels for judge in panel.judges]
-    roles = [model for model in (policy, critic, reference, *judges) if model is not None]
+        trunks.add(reference)
+    rewards = load_sources(config, tokenizer, template, here, trunks)
+    critic = _load_critic(config, tokenizer, base, rewards) if config.critic else None
+    if critic is not None:
+        _place_trained(critic, config, here, trunks)
     steps = config.total_steps
     return Actors(
         policy=Trainable("policy", policy, config.optim, steps, here),
@@ -111,8 +100,19 @@ def load_actors(config: PPOConfig, here: World) -> Actors:
         rewards=rewards,
         engine=build_engine(config.engine, lm, template, here, config.compute_dtype),
         template=template,
-        trunks=share_trunks(roles, config.freeze_layers or 0) if here.size == 1 else [],
+        trunks=trunks,
     )
+
+
+def _place_trained(
+    model: LanguageModel | ScalarModel, config: PPOConfig, here: World, trunks: Trunks
+) -> None:
+    if config.freeze_embeddings:
+        freeze_embeddings(model)
+    if config.freeze_layers:
+        freeze_layers(model, config.freeze_layers)
+    place(model, here, checkpointing=config.gradient_checkpointing)
+    trunks.add(model)
 
 
 def check_entropy(setting: str, threshold: float | None, vocabulary: int) -> None:

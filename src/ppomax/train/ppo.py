@@ -109,7 +109,7 @@ def begin(ppo: PPOState, stage: str, step: int) -> Iteration:
 def collect(ppo: PPOState, stage: str, step: int) -> tuple[list[Prompt], Experience, Plan]:
     """Sample, score, estimate: one rollout's experience and the plan of its update."""
     prompts = ppo.drawn(ppo.taken)
-    ppo.actors.forget()
+    ppo.actors.trunks.forget()
     with ppo.clock("rollout"):
         rollout = sample(ppo, prompts, stage, step)
     with ppo.clock("score"):

@@ -120,7 +120,7 @@ class PPOState:
         def sized(micro_tokens: int) -> T:
             if micro_tokens != self.config.micro_tokens:
                 self.config = self.config.model_copy(update={"micro_tokens": micro_tokens})
-                self.actors.forget()
+                self.actors.trunks.forget()
             return work()
 
         return fitted(self.run, self.trained(), step, sized)

@@ -80,6 +80,7 @@ def _train(config: RewardConfig, here: World, run: StageRun) -> Path:
         return evaluate(model, data.heldout, pad, config, here, run.watched)
 
     fitted = fit(run, reward, len(data.steps), config, state, train=train, evaluate=judge)
+    run.progress.say("writes the export and its card: scores, accuracy by subset, probe texts")
     export(config, model, template, data, fitted, here, run.path / "export")
     return run.finish()
 

@@ -15,6 +15,7 @@ from ppomax.models.heads import ScalarModel
 from ppomax.models.language import place
 from ppomax.models.load import load_reward_model, load_tokenizer
 from ppomax.models.names import resolve
+from ppomax.models.trunk import Trunks
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.probes import score_dialogues
 from ppomax.train.reward_settings import RewardModelSettings, RewardSettings
@@ -77,7 +78,11 @@ class RewardSources:
 
 
 def load_sources(
-    config: PPOConfig, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, here: World
+    config: PPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    here: World,
+    trunks: Trunks,
 ) -> RewardSources:
     """Load, check and place what `ppo.reward` names.
 
@@ -116,6 +121,7 @@ def load_sources(
                     tokenizer,
                     template,
                     here,
+                    trunks,
                     in_ensemble=len(group) > 1,
                 )
                 for name, setting, source in group
@@ -156,6 +162,7 @@ def _load_judge(
     tokenizer: PreTrainedTokenizerBase,
     template: ChatTemplate,
     here: World,
+    trunks: Trunks,
     *,
     in_ensemble: bool,
 ) -> Judge:
@@ -176,6 +183,7 @@ def _load_judge(
     if card.exists():
         _check_probes(name, setting, model, reading.template if reading else template, config, here)
     place(model, here)
+    trunks.add(model)
     if not in_ensemble:
         return Judge(model, reading)
     if not card.exists():
