@@ -125,7 +125,7 @@ def test_the_order_of_tokens_is_kept_and_inputs_are_left_alone():
     whole = token_logprobs(states, weight, targets, temperature=0.5)
     turned = token_logprobs(states.flip(0), weight, targets.flip(0), temperature=0.5)
     for a, b in zip(whole, turned, strict=True):
-        torch.testing.assert_close(a, b.flip(0), rtol=0, atol=1e-6)
+        torch.testing.assert_close(a, b.flip(0), rtol=0, atol=5e-6)
     for now, before in zip((states, weight, targets), copies, strict=True):
         assert torch.equal(now, before)
 
