@@ -27,7 +27,7 @@ smoke: $(READY) ## the same path with a tiny model, in a minute
 	$(BIN)/ppomax demo --smoke --out $(OUT)
 
 test: $(READY) ## every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 check: lint fast ## what every commit passes
 
@@ -38,7 +38,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 fast: $(READY) ## tests that take seconds
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu'
 
 mutate: $(READY) ## break the mathematics on purpose and see the tests fail
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutate.py

@@ -38,6 +38,12 @@ _hook = install_import_hook(_MATHS, "beartype.beartype")
 PRELOADED = ["ppomax.cli", "ppomax.pipeline", "transformers.models.llama.modeling_llama", "peft"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no process is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real development data, beside the checkout or named by PPOMAX_SHARED_DATA."""

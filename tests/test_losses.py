@@ -481,6 +481,11 @@ def test_returns_that_do_not_vary_explain_nothing():
     assert explained_variance_of(Moments(2, 0.0, 0.5e-16), Moments(2, 0.0, 1.0e-16)) == 0.5
     assert explained_variance_of(Moments(3, 0.0, 1.5e-16), Moments(3, 0.0, 1.9e-16)) == 0
     assert explained_variance_of(Moments(2, 0.0, 0.5), Moments(2, 0.0, 2.0)) == 0.75
+    rounding = tensor([[3.0, 3.0 + 2.4e-7]])  # one fp32 step apart
+    assert explained_variance(values, rounding, tensor([[True, True]])) == 0
+    for mean in (-2.0, 2.0):  # 1e-6 of the mean is where a std begins to count
+        assert explained_variance_of(Moments(2, 0.0, 1.0), Moments(2, mean, 3.9e-12)) == 0
+        assert explained_variance_of(Moments(2, 0.0, 1e-12), Moments(2, mean, 4.1e-12)) > 0.7
 
 
 @examples

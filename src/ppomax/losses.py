@@ -325,8 +325,10 @@ def explained_variance(
 def explained_variance_of(errors: Moments, returns: Moments) -> float:
     """Explained variance from moments of R - V and of R, merged over micro-batches and ranks.
 
-    0.0 where the returns do not vary (fewer than two, or a std below 1e-8).
+    0.0 where the returns do not vary: fewer than two, or a std that is rounding of fp32 (below
+    1e-8, or 1e-6 of their mean).
     """
-    if returns.count < 2 or math.sqrt(returns.m2 / (returns.count - 1)) < MIN_STD:
+    least = max(MIN_STD, 1e-6 * abs(returns.mean))
+    if returns.count < 2 or math.sqrt(returns.m2 / (returns.count - 1)) < least:
         return 0.0
     return 1 - errors.m2 / returns.m2

@@ -31,3 +31,6 @@ def test_freezing_the_embedding_beside_the_layers_above_it_is_refused(tmp_path):
     assert SFTConfig(**shared).freeze_layers == 1
     with pytest.raises(ValueError, match="freeze_embeddings has no effect with freeze_layers 1"):
         SFTConfig(**shared, freeze_embeddings=True)
+    del shared["freeze_layers"]
+    with pytest.raises(ValueError, match="freeze_embeddings has no effect with lora"):
+        SFTConfig(**shared, freeze_embeddings=True, lora={"rank": 2})

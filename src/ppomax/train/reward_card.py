@@ -25,8 +25,8 @@ from ppomax.train.reward_data import RewardConfig, RewardData
 from ppomax.train.scoring import score_pairs
 from ppomax.train.supervised import Fitted
 
-SAMPLE = 128
-"""Training pairs whose scores give the card's mean and std, the latter to about 5% (ours)."""
+SAMPLE = 64
+"""Training pairs whose scores give the card's mean and std, the latter to about 6% (ours)."""
 SUBSETS = ("lang", "kind", "source")
 """Columns by which the card gives accuracy."""
 

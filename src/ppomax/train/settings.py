@@ -90,7 +90,7 @@ class StageSettings(ComputeSettings):
     """Longest sequence in tokens; older turns are dropped until a dialogue fits."""
     freeze_embeddings: bool = False
     """Leave the token embedding (and a tied output head) as it is: in small models a fifth of the
-    weights, and so of gradients and moments. `lora` freezes it anyway."""
+    weights, and so of gradients and moments. `lora` freezes it anyway and refuses this."""
     freeze_layers: int | None = Field(None, ge=1)
     """Lowest blocks that are left as they are, the embedding with them; null trains all. Backward
     ends there: with half of them frozen a step takes 0.6 of the time and half of the
@@ -108,5 +108,10 @@ class StageSettings(ComputeSettings):
             raise ValueError(
                 f"freeze_embeddings has no effect with freeze_layers {self.freeze_layers}, which "
                 "freezes the embedding too; set it to false"
+            )
+        if self.freeze_embeddings and getattr(self, "lora", None) is not None:
+            raise ValueError(
+                "freeze_embeddings has no effect with lora, which trains adapters alone; set it to "
+                "false"
             )
         return self
