@@ -15,6 +15,7 @@ from ppomax.data.sources import SourceConfig, load_preferences
 from ppomax.data.template import ChatTemplate
 from ppomax.errors import DataError, ModelError
 from ppomax.eval.reward import evaluate_reward
+from ppomax.models.export import read_reward_card
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
 from ppomax.report import write_preference_report
 from ppomax.train.pairs import encode_pair
@@ -188,7 +189,10 @@ def test_an_ensemble_is_judged_by_its_mean_and_shows_its_disagreement(
     shutil.copytree(turned, folder / "member-1")
     (folder / "ensemble.json").write_text('{"members": ["member-0", "member-1"]}')
     found = evaluate_reward([str(folder)], [several], language_model=None)
-    assert found["scores"]["chosen"]["max"] == pytest.approx(0, abs=1e-6)
+    card = read_reward_card(Path(small_reward))  # x and -x, each less the mean, in units of the std
+    middle = -card.score_mean / card.score_std
+    assert found["scores"]["chosen"]["max"] == pytest.approx(middle, abs=1e-5)
+    assert found["scores"]["chosen"]["mean"] == pytest.approx(middle, abs=1e-5)
     assert found["ensemble"]["members"] == 2
     assert found["ensemble"]["pairs_in_dispute"] == pytest.approx(1)
     assert sum(found["ensemble"]["accuracies"]) == pytest.approx(1)

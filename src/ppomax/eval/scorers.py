@@ -40,7 +40,7 @@ class Judge:
 
     name: str
     members: list[str]
-    """Folders or ids whose mean score is its score; one but for an ensemble."""
+    """Folders or ids whose mean standardized score is its score; one but for an ensemble."""
     template: ChatTemplate
     card: RewardCard | None
 
@@ -60,7 +60,7 @@ def load_judge(name: str, settings: ComputeSettings) -> Judge:
 
 @dataclass(frozen=True, slots=True)
 class JudgedPairs:
-    """Scores of an evaluation's pairs; of an ensemble the members' mean."""
+    """Scores of an evaluation's pairs; of an ensemble the members' standardized ones' mean."""
 
     chosen: Floats
     rejected: Floats
@@ -74,9 +74,10 @@ def judge_pairs(
     """Scores of both answers of each pair."""
     pad = int(judge.template.tokenizer.pad_token_id)
     found = []
-    for member in judge.members:
+    for member, (mean, std) in zip(judge.members, standards(judge.members), strict=True):
         model = load_scorer(member, settings, here)
-        found.append(torch.stack(score_pairs(model, pairs, pad, settings, here)).double().numpy())
+        raw = torch.stack(score_pairs(model, pairs, pad, settings, here)).double().numpy()
+        found.append((raw - mean) / std)
     scores = np.stack(found)  # members, sides, pairs
     chosen, rejected = scores.mean(0)
     if len(found) == 1:
@@ -112,7 +113,11 @@ def ensemble_scores(name: str, score: Callable[[str], Tensor]) -> list[float]:
     Args:
         score: scores by one member, from its folder or id.
     """
-    names = members(resolve(name))
+    return mean_score(members(resolve(name)), score)
+
+
+def mean_score(names: list[str], score: Callable[[str], Tensor]) -> list[float]:
+    """The mean of standardized scores of an ensemble's members; the scores themselves of one."""
     shares = [
         (score(member).double() - mean) / std / len(names)
         for member, (mean, std) in zip(names, standards(names), strict=True)
@@ -169,9 +174,9 @@ def score_candidates(
     rows = [row for row in ids if row is not None]
     pad = int(template.tokenizer.pad_token_id)
     scores = np.full(len(ids), np.nan)
-    members = [
-        score_rows(load_scorer(member, settings, here), rows, pad, settings, here)
-        for member in judge.members
-    ]
-    scores[fitting] = np.mean([found.cpu().double().numpy() for found in members], axis=0)
+
+    def score(member: str) -> Tensor:
+        return score_rows(load_scorer(member, settings, here), rows, pad, settings, here).cpu()
+
+    scores[fitting] = mean_score(judge.members, score)
     return scores
