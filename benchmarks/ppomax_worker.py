@@ -22,8 +22,10 @@ from common import Caller, peak_memory_gb
 from ppomax.config import parse
 from ppomax.data.template import ChatTemplate
 from ppomax.models.load import load_tokenizer
+from ppomax.models.trunk import Trunks
 from ppomax.planning import plan
 from ppomax.recipe import Recipe
+from ppomax.train import actors
 from ppomax.train.loop import StageRun, opened
 from ppomax.train.ppo import train
 from ppomax.train.ppo_config import PPOConfig
@@ -71,6 +73,7 @@ def settings(given, data, out):
             "max_length": given.prompt + given.new,
             "micro_tokens": given.micro_tokens,
             "gradient_checkpointing": given.checkpointing,
+            "freeze_layers": given.freeze,
             "sampling": {"max_new_tokens": given.new},
             "engine": {"slots": given.slots or given.prompts},
             "reward": {"model": given.reward},
@@ -98,6 +101,8 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--lora", type=int, help="rank of adapters; default none")
+    parser.add_argument("--freeze", type=int, help="lowest blocks not trained; default none")
+    parser.add_argument("--apart", action="store_true", help="frozen blocks are not shared")
     parser.add_argument("--ids", type=Path)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--plan", action="store_true", help="say what `ppomax plan` expects")
@@ -110,6 +115,8 @@ def main():
         self.end_ids = frozenset()
 
     ChatTemplate.__init__ = endless
+    if given.apart:
+        actors.Trunks = lambda _: Trunks(0)
     began = 0.0
 
     def log(run, step, values, *, total):

@@ -210,6 +210,13 @@ def test_no_more_is_remembered_than_the_bound(monkeypatch):
     assert len(trunk) == 1
 
 
+def test_a_model_in_a_trunk_is_not_copied():
+    policy, critic, _ = roles()
+    share_trunks((policy, critic), FROZEN)
+    with pytest.raises(TypeError, match="shares a trunk"):
+        copy.deepcopy(critic)
+
+
 def test_depth_in_common_is_counted_from_below():
     policy, critic, reference = roles()
     assert common_depth(policy, reference) == LAYERS

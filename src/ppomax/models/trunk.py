@@ -71,6 +71,10 @@ class Trunk:
         self._found.clear()
         self._bytes = 0
 
+    def __deepcopy__(self, _memo: object) -> "Trunk":
+        """Refused: a copied model's blocks would still be those of the one it was copied from."""
+        raise TypeError("a model that shares a trunk cannot be copied")
+
     def __len__(self) -> int:
         """How many batches are remembered."""
         return len(self._found)
