@@ -22,8 +22,13 @@ BUSY = [
     "ppo.epochs=2",
     "ppo.critic_optim.schedule=linear",
     "eval.limit=8",
+    "sft.batch_tokens=1024",
+    "reward.batch_tokens=1024",
+    "ppo.rollout_size=8",
+    "ppo.minibatch_size=4",
 ]
-"""The smoke recipe with everything in it that has state: controller, schedules, critic rollouts."""
+"""The smoke recipe, a quarter of its size, with everything in it that has state: controller,
+schedules, critic rollouts."""
 
 UNASKED = ("checkpoint", "damaged_checkpoint")
 """Events that only a disturbed run has: a save where a signal asked for it, damage that was met."""
@@ -125,9 +130,10 @@ def test_34_killed_again_and_again_and_resumed_is_bitwise_undisturbed(
 @pytest.mark.slow
 def test_34_in_bf16_too(launch, tmp_path, undisturbed):
     points = ["in the middle of reward", "in the middle of ppo"]
-    ended = interrupted(launch, tmp_path, points, KILL, "dtype=bfloat16")
+    words = ["dtype=bfloat16", "ppo.iterations=3", "eval=null"]
+    ended = interrupted(launch, tmp_path, points, KILL, *words)
     assert [end.code for end in ended] == [-KILL, -KILL, 0]
-    assert_same_run(tmp_path / "run", undisturbed("dtype=bfloat16"))
+    assert_same_run(tmp_path / "run", undisturbed(*words))
 
 
 @pytest.mark.slow
@@ -243,7 +249,7 @@ def test_34_lora_and_untouched_base_come_back_too(launch, small, tmp_path):
 def test_two_ranks_stop_together_and_go_on_where_they_stood(launch, tmp_path):
     alone = tmp_path / "alone"
     alone.mkdir()
-    words = ["sft.eval_every=1", "sft.checkpoint.every=1"]
+    words = ["sft.eval_every=1", "sft.checkpoint.every=1", "ppo.iterations=3", "eval=null"]
     assert {end.code for end in run(launch, alone, *words, ranks=2)} == {0}
     for number, point in enumerate(("'stage': 'sft', 'step': 2", "'stage': 'ppo', 'step': 2")):
         out = tmp_path / str(number)
