@@ -37,7 +37,7 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-fast: $(READY) ## tests that take seconds
+fast: $(READY) ## tests of less than a second
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu'
 
 mutate: $(READY) ## break the mathematics on purpose and see the tests fail

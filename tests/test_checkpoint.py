@@ -241,6 +241,7 @@ def test_any_flipped_bit_of_any_file_is_noticed(tmp_path, name):
         assert verify(path) is None, place
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_of_the_manifest_gives_nothing(tmp_path):
     path = write(tmp_path, 10)
     good = (path / MANIFEST).read_bytes()
@@ -344,6 +345,7 @@ def crash_everywhere(tmp_path, monkeypatch, error, before, step, check):
     raise AssertionError("the save never ended")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [Killed(), OSError(28, "No space left on device")])
 def test_a_crash_at_any_call_leaves_the_checkpoint_before_or_the_new_one(
     tmp_path, monkeypatch, error
@@ -372,6 +374,7 @@ def test_a_crash_while_the_first_checkpoint_is_written_leaves_none_or_a_whole_on
     crash_everywhere(tmp_path, monkeypatch, error, [], 20, check)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [Killed(), OSError(5, "Input/output error")])
 def test_a_crash_while_a_step_is_written_again_leaves_a_checkpoint_of_that_step(
     tmp_path, monkeypatch, error

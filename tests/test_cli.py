@@ -79,6 +79,7 @@ def ppomax(tiny, tmp_path, monkeypatch, capsys):
 # --- help
 
 
+@pytest.mark.slow
 def test_help_of_every_verb_loads_nothing_heavy_and_exits_0():
     done = subprocess.run(
         [sys.executable, "-c", ALL_HELP], capture_output=True, text=True, check=False, timeout=120
@@ -212,6 +213,7 @@ def finished(smoke_run, tiny):
     return smoke_run.out
 
 
+@pytest.mark.slow
 def test_run_says_what_it_does_and_what_comes_next(ppomax, smoke_run):
     out, err = smoke_run.out, smoke_run.err
     for stage in ("sft", "reward", "ppo", "eval"):
@@ -224,6 +226,7 @@ def test_run_says_what_it_does_and_what_comes_next(ppomax, smoke_run):
     assert err.count("finished before, kept") == 4
 
 
+@pytest.mark.slow
 def test_the_stages_one_by_one_are_the_run(ppomax, finished, smoke):
     for stage in ("sft", "reward", "ppo"):
         assert ppomax(stage, "smoke", "out=run", *smoke)[0] == 0
@@ -233,6 +236,7 @@ def test_the_stages_one_by_one_are_the_run(ppomax, finished, smoke):
     assert not Path("run/eval").exists()
 
 
+@pytest.mark.slow
 def test_plan_shows_the_settings_and_the_cost_and_starts_nothing(ppomax, smoke):
     code, out, _ = ppomax("plan", "smoke", "out=run", *smoke)
     assert code == 0
@@ -243,6 +247,7 @@ def test_plan_shows_the_settings_and_the_cost_and_starts_nothing(ppomax, smoke):
     assert not Path("run").exists()
 
 
+@pytest.mark.slow
 def test_report_writes_one_page(ppomax, finished):
     code, out, _ = ppomax("report", finished, "--out", "page.html")
     assert code == 0

@@ -315,20 +315,24 @@ def close(found, wanted, rtol=1e-4, atol=1e-6):
 # --- collectives
 
 
+@pytest.mark.slow
 def test_ranks_that_left_a_group_meet_again(ranks):
     assert [r["again"] for r in ranks.found] == [[2.0] * 3] * RANKS
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_what_rank_0_does_alone_longer_than_for_a_collective(ranks):
     """Mutant: a barrier in the place of `wait_for_main` ends rank 1 after three seconds."""
     assert all(r["waited"] >= 4 for r in ranks.found)
 
 
+@pytest.mark.slow
 def test_each_rank_knows_who_it_is(ranks):
     assert [r["here"] for r in ranks.found] == [(0, 2, True, "cpu"), (1, 2, False, "cpu")]
     assert [r["share"] for r in ranks.found] == [[10, 12, 14], [11, 13]]
 
 
+@pytest.mark.slow
 def test_sums_are_over_all_ranks_in_float64_and_the_same_on_each(ranks):
     for r in ranks.found:
         assert r["sum"] == {"b": 3.0, "a": 0.2, "tiny": 1.0 + 2.0**-40}
@@ -337,15 +341,18 @@ def test_sums_are_over_all_ranks_in_float64_and_the_same_on_each(ranks):
         assert r["empty"] == {}
 
 
+@pytest.mark.slow
 def test_ranks_agree_when_any_of_them_says_so(ranks):
     assert [r["agree"] for r in ranks.found] == [(True, True, False)] * 2
 
 
+@pytest.mark.slow
 def test_gathered_objects_stand_in_rank_order_on_every_rank(ranks):
     wanted = [{"rank": 0, "text": ""}, {"rank": 1, "text": "é"}]
     assert [r["gather"] for r in ranks.found] == [wanted] * 2
 
 
+@pytest.mark.slow
 def test_tensors_are_summed_and_beside_zeros_keep_their_bits(ranks):
     for r in ranks.found:
         assert r["sum_tensor"].tolist() == [3.0, 30.0]
@@ -353,6 +360,7 @@ def test_tensors_are_summed_and_beside_zeros_keep_their_bits(ranks):
         assert r["sum_long"].tolist() == [2**41 + 1]
 
 
+@pytest.mark.slow
 def test_metrics_are_merged_by_weight_not_by_rank(ranks):
     # (1 + 7) / (1 + 4), not (1 + 7 / 4) / 2
     assert [r["metrics"] for r in ranks.found] == [{"mean": 8 / 5, "max": -5.0}] * 2
@@ -361,6 +369,7 @@ def test_metrics_are_merged_by_weight_not_by_rank(ranks):
 # --- replicated models
 
 
+@pytest.mark.slow
 def test_gradients_of_a_replicated_model_are_summed_even_where_a_rank_has_none(ranks):
     # x is (1, 2) on rank 0 and (2, 4) on rank 1, which alone uses b
     for r in ranks.found:
@@ -376,6 +385,7 @@ def test_gradients_of_a_replicated_model_are_summed_even_where_a_rank_has_none(r
 # --- sharded models against one process
 
 
+@pytest.mark.slow
 @NAMES
 def test_a_placed_model_computes_what_it_computes_alone(ranks, name):
     model = BUILD[name]()
@@ -388,6 +398,7 @@ def test_a_placed_model_computes_what_it_computes_alone(ranks, name):
             torch.testing.assert_close(got, value, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_can_be_off_in_a_placed_model(ranks):
     plain = LanguageModel(small())
     for rank, r in enumerate(ranks.found):
@@ -396,6 +407,7 @@ def test_adapters_can_be_off_in_a_placed_model(ranks):
         torch.testing.assert_close(r["adapters"]["off"], wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @NAMES
 def test_the_ranks_gradients_add_up_to_those_of_one_process(ranks, name):
     wanted, loss = gradients(BUILD[name](), ALONE, ROWS)
@@ -404,6 +416,7 @@ def test_the_ranks_gradients_add_up_to_those_of_one_process(ranks, name):
         close(r[name]["gradients"], wanted)
 
 
+@pytest.mark.slow
 @NAMES
 def test_the_norm_before_the_clip_and_the_clipped_gradients_are_those_of_one_process(ranks, name):
     model = BUILD[name]()
@@ -420,6 +433,7 @@ def test_the_norm_before_the_clip_and_the_clipped_gradients_are_those_of_one_pro
         assert math.sqrt(size) == pytest.approx(0.05, rel=1e-4)
 
 
+@pytest.mark.slow
 @NAMES
 def test_two_steps_lead_where_one_process_gets(ranks, name):
     model = BUILD[name]()
@@ -432,6 +446,7 @@ def test_two_steps_lead_where_one_process_gets(ranks, name):
         close(r[name]["after two"], full_state(model), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @NAMES
 def test_a_sharded_run_goes_on_bitwise_from_its_checkpoint(ranks, name):
     for r in ranks.found:
@@ -440,6 +455,7 @@ def test_a_sharded_run_goes_on_bitwise_from_its_checkpoint(ranks, name):
         assert torch.equal(first, second), "both ranks hold the same whole model"
 
 
+@pytest.mark.slow
 @NAMES
 def test_a_sharded_models_checkpoint_loads_without_shards_and_goes_on(ranks, name):
     found = checkpoint.latest(ranks.folder / name)
@@ -452,6 +468,7 @@ def test_a_sharded_models_checkpoint_loads_without_shards_and_goes_on(ranks, nam
     close(full_state(model), ranks.found[0][name]["after two"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @NAMES
 def test_the_engine_of_a_sharded_model_writes_what_one_process_writes(ranks, name):
     model = BUILD[name]()
@@ -466,6 +483,7 @@ def test_the_engine_of_a_sharded_model_writes_what_one_process_writes(ranks, nam
         assert r[name]["rollout"] == (rollout.responses, rollout.logprobs)
 
 
+@pytest.mark.slow
 @NAMES
 def test_a_whole_tensor_is_copied_into_a_sharded_one_and_a_misfit_is_named(ranks, name):
     for r in ranks.found:
@@ -473,6 +491,7 @@ def test_a_whole_tensor_is_copied_into_a_sharded_one_and_a_misfit_is_named(ranks
         assert "has shape (1,), the model's is" in r[name]["misfit"]
 
 
+@pytest.mark.slow
 def test_a_sharded_critic_has_the_values_and_gradients_of_one_process(ranks):
     model = ScalarModel.from_causal_lm(small(), 0)
     for rank, r in enumerate(ranks.found):

@@ -27,6 +27,7 @@ def load_example(name):
 # --- examples
 
 
+@pytest.mark.slow
 def test_ppo_from_scratch_raises_the_score(capsys):
     example = load_example("ppo_from_scratch")
     small = (
@@ -149,6 +150,7 @@ def is_setting(key):
     return True
 
 
+@pytest.mark.slow
 def test_functions_and_tests_named_in_the_paper_page_exist():
     functions = re.findall(r"`([\w/]+\.py):(\w+)`", PAPER)
     tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAPER)
@@ -191,6 +193,7 @@ def test_every_setting_of_the_method_is_named_in_the_paper_page():
     assert missing == []
 
 
+@pytest.mark.slow
 def test_every_pitfall_has_a_test_of_its_number_and_those_named_exist():
     page = (ROOT / "docs" / "pitfalls.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", page, re.MULTILINE)

@@ -141,6 +141,7 @@ def test_a_run_is_found_by_its_directory_and_by_its_stages(finished):
         assert load_run(finished / stage) == recipe
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumed_does_nothing_again(finished):
     before = {
         path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.parent != finished
@@ -152,6 +153,7 @@ def test_a_finished_run_resumed_does_nothing_again(finished):
     assert [path for path, when in after.items() if before[path] != when] == []
 
 
+@pytest.mark.slow
 def test_one_stage_after_the_other_skips_what_is_done(tiny, tmp_path, smoke):
     recipe = load_recipe("smoke", [f"out={tmp_path / 'run'}", *smoke])
     said = []

@@ -154,6 +154,7 @@ def test_10_the_targets_unit_is_in_its_name_and_the_coefficient_in_the_checkpoin
     assert state["kl"]["coef"] == pytest.approx(expected * (1 + error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["token", "sequence"])
 def test_10_the_coefficient_follows_the_kl_of_its_targets_unit(unit, small, tmp_path):
     key = {"token": "kl/ref_k1", "sequence": "kl/ref_sequence"}[unit]
@@ -453,6 +454,7 @@ def test_13_each_key_changes_the_result(key, small, tmp_path, files, runs):
     assert changed != base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", sorted(NEUTRAL))
 def test_13_keys_said_to_be_neutral_are(key, small, tmp_path, files, runs):
     base = run_with({}, small, tmp_path, files, runs)
@@ -465,6 +467,7 @@ def test_13_keys_said_to_be_neutral_are(key, small, tmp_path, files, runs):
         assert other["policy/first_ratio_error"] == other["kl/first_old_k3"] == 0.0
 
 
+@pytest.mark.slow
 def test_13_what_the_neutral_keys_do_change(small, tmp_path):
     few = {"checkpoint": {"every": 1, "keep_last": 1}, "log": {"samples_every": 2, "samples": 1}}
     run = train_ppo(small("ppo", tmp_path / "few", few | {"iterations": 4, "monitor": None}))
@@ -477,6 +480,7 @@ def test_13_what_the_neutral_keys_do_change(small, tmp_path):
     assert json.loads((run / "env.json").read_text())["threads"] == 1
 
 
+@pytest.mark.slow
 def test_13_slots_kind_and_checkpointing_reach_what_reads_them(small, tmp_path, monkeypatch):
     seen = {}
     plain = ppo_state.load_actors
@@ -592,6 +596,7 @@ def test_13_keys_that_are_refused_say_why(change, text, small, tmp_path, monkeyp
     assert not (tmp_path / "run" / "done.json").exists()
 
 
+@pytest.mark.slow
 def test_13_trust_reaches_every_loader(small, tmp_path, monkeypatch):
     from ppomax.train import actors, reward_sources
 
@@ -613,6 +618,7 @@ def test_13_trust_reaches_every_loader(small, tmp_path, monkeypatch):
     assert not any(trust for _, trust in seen)
 
 
+@pytest.mark.slow
 def test_13_bad_rows_are_counted_against_max_bad_rows(small, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "One?"}\nnot json\n{"prompt": "Two?"}\n{"prompt": ""}\n')
@@ -662,6 +668,7 @@ def test_07_a_cut_reply_goes_on_in_the_critic_whatever_its_batch_mates(
 # --- sampling and scoring
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampling",
     [{"top_p": 0.9}, {"repetition_penalty": 1.1}, {"top_k": 5}, {"min_p": 0.1}, {}],
@@ -676,6 +683,7 @@ def test_14_a_sampler_that_is_not_the_policy_is_said_in_the_log(sampling, small,
     assert ("engine/logprob_gap_max" in rows(run)[0]) == (not sampling)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -699,6 +707,7 @@ def test_15_the_first_ratio_is_one_bitwise(change, small, tmp_path):
         assert row["policy/ratio_max"] > 1.0  # later steps do move
 
 
+@pytest.mark.slow
 def test_15_dropout_in_a_models_config_is_off_everywhere(small, tiny, tmp_path):
     folder = copied(tiny, tmp_path / "model", {"attention_dropout": 0.5})
     plain = rows(train_ppo(small("ppo", tmp_path / "a")))
@@ -731,6 +740,7 @@ def test_16_left_padded_right_padded_and_unpadded_log_probs_agree(tiny):
         assert flat == pytest.approx(trained, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_17_a_step_at_5e_7_changes_every_matrix_in_bf16(small, tiny, tmp_path):
     adam = {"lr": 5e-7, "eps": 1e-12}  # whatever the gradient's size, the step is the rate
     change = {"dtype": "bfloat16", "optim": adam}
@@ -760,6 +770,7 @@ def test_17_the_critic_too(small, small_reward, tmp_path):
         assert value.dim() < 2 or not torch.equal(after[own], value), name
 
 
+@pytest.mark.slow
 def test_18_each_model_is_clipped_alone_and_the_norm_is_that_before(small, tmp_path):
     tight = {"optim": {"lr": 1e-3, "grad_clip": 1e-4}}
     wide = {"optim": {"lr": 1e-3, "grad_clip": None}}
@@ -779,6 +790,7 @@ def test_18_each_model_is_clipped_alone_and_the_norm_is_that_before(small, tmp_p
     assert ratio == pytest.approx(one["policy/grad_norm"] / 1e-4, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ptx", [None, {"data": "TEXT", "tokens": 30}], ids=["plain", "ptx"])
 def test_20_the_steps_taken_are_the_planned_ones(ptx, small, tmp_path, files):
     from ppomax.planning import plan
@@ -844,6 +856,7 @@ def test_23_the_ids_sampled_are_the_ids_trained_on(small, tmp_path, monkeypatch)
     ), "replies this odd do not survive a decode: the test above means something"
 
 
+@pytest.mark.slow
 def test_24_two_seeds_write_other_replies(small, tmp_path):
     replies = []
     for seed in (0, 1):
@@ -855,6 +868,7 @@ def test_24_two_seeds_write_other_replies(small, tmp_path):
     assert len(set(replies[0])) == len(replies[0])
 
 
+@pytest.mark.slow
 def test_25_a_models_generation_config_changes_nothing(small, tiny, tmp_path):
     odd = {"repetition_penalty": 9.0, "max_new_tokens": 2, "max_length": 3, "temperature": 0.01}
     odd |= {"top_k": 1, "do_sample": False, "suppress_tokens": [10, 11]}
@@ -948,6 +962,7 @@ def test_31_a_reward_model_whose_probes_score_otherwise_is_refused(small, small_
 # --- reproducibility, logs
 
 
+@pytest.mark.slow
 def test_32_perplexity_is_the_policys_whatever_the_length_of_replies_and_prompts(
     small, tmp_path, files
 ):
@@ -965,6 +980,7 @@ def test_32_perplexity_is_the_policys_whatever_the_length_of_replies_and_prompts
     assert found == pytest.approx([512] * 3, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "reward", "ppo"])
 def test_33_the_same_seed_twice_gives_the_same_rows(kind, small, tmp_path):
     train = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}[kind]
@@ -998,6 +1014,7 @@ CONDITIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

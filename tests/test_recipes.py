@@ -95,6 +95,7 @@ def test_a_preset_lies_below_what_the_recipe_says():
     assert "preset" not in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_can_be_planned(path, tiny, monkeypatch):
     """Tiny and bundled ones as they are, others with a size and tokenizer put in."""

@@ -65,6 +65,7 @@ def ask(address, question, token=None, **fields):
         return json.load(answer)
 
 
+@pytest.mark.slow
 def test_kill_9_loses_no_vote_and_ctrl_c_ends_well(start, tmp_path):
     file = tmp_path / "votes" / "v.jsonl"
     process, address, said = start()

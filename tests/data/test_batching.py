@@ -165,6 +165,7 @@ def test_rows_are_padded_on_the_right_and_masks_come_from_lengths():
     assert batch.targets.dtype == torch.bool
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.lists(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1), min_size=1))
 def test_collating_keeps_every_id_and_target(rows):

@@ -113,6 +113,7 @@ def test_a_file_whose_labels_are_lengths_is_said_to_be(write):
     assert not any("one-sided" in line for line in render(check_files([write("b.jsonl", rows)])))
 
 
+@pytest.mark.slow
 def test_every_real_file_is_checked_as_what_it_is(shared_data):
     kinds = {"pref": "preference", "sft": "SFT", "prompts": "prompt", "ptx": "text"}
     for folder, kind in kinds.items():

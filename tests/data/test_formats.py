@@ -458,6 +458,7 @@ VALUES = st.recursive(
 COLUMNS = sorted(_CONTENT | {"lang", "safer_response_id"})
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(VALUES | st.dictionaries(st.sampled_from(COLUMNS) | st.text(), VALUES, max_size=8))
 def test_no_json_value_makes_a_parser_raise(raw):
@@ -474,6 +475,7 @@ def test_no_json_value_makes_a_parser_raise(raw):
 CONTENT = st.text(min_size=1).filter(lambda text: text.strip() and text.isprintable())
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(st.lists(CONTENT, min_size=2, max_size=6))
 def test_a_dialogue_reads_the_same_in_every_layout(texts):
@@ -592,6 +594,7 @@ def test_a_path_is_not_taken_for_a_hub_id():
             list(iter_raw(path))
 
 
+@pytest.mark.slow
 def test_a_bomb_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl.gz", b"\n" * (8 * 2**20))
     monkeypatch.setattr(raw_module, "BOMB_BYTES", 2**22)

@@ -346,6 +346,7 @@ def test_overlap_says_which_rows_meet_and_how():
 # --- the development data
 
 
+@pytest.mark.slow
 def test_all_real_preferences_load_with_their_counts_and_split_cleanly(shared_data):
     names = ["hh_helpful", "hh_harmless", "dpo_en", "dpo_zh"]
     sources = [source(shared_data / "pref" / f"{name}.jsonl") for name in names]

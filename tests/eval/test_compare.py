@@ -86,6 +86,7 @@ def test_files_of_replies_are_compared_prompt_by_prompt_each_once(files):
     assert [json.loads(line)["verdict"] for line in lines] == ["tie", "tie", "b", "b", "b", "b"]
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_a_report_that_shows_texts_as_texts(files, capsys):
     command = ["eval", "policy", "sft.jsonl", "ppo.jsonl", "--prompts", "prompts.jsonl"]
     judge = ["--judge", "callable:judge_of_compare:judge"]
@@ -126,6 +127,7 @@ def test_pairs_for_people_go_out_and_their_verdicts_come_back(files):
     assert raters["ann", "callable:judge_of_compare:judge"]["n"] == 2
 
 
+@pytest.mark.slow
 def test_a_model_answers_once_and_a_dry_run_calls_nobody(files, tiny):
     _, said = compared(files, models=["sft.jsonl", tiny], dry_run=True)
     assert said == ["callable:judge_of_compare:judge: at most 12 calls (0 of 12 answered before)"]
@@ -213,6 +215,7 @@ def test_a_small_local_model_is_asked_and_its_nonsense_counted(files, tiny):
     assert (found["tie"]["count"], found["unparsed"], found["readings"]) == (2, 4, 4)
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_judges_verdict_and_the_questions(small, files, tmp_path):
     questions = [
         {"id": str(i), "question": f"Q{i}?", "choices": ["x", "y"], "answer": i % 2}

@@ -149,6 +149,7 @@ def test_every_pair_is_asked_in_both_orders_with_a_bound_on_requests_at_once(ser
     assert server.keys == {f"Bearer {KEY}"}
 
 
+@pytest.mark.slow
 def test_bad_moods_are_survived_and_nothing_is_asked_twice_for_them(server, ask):
     moods = [429, 500, "cut", "drop", "nonsense", 503, "slow", "ok", "ok"]
     server.mood = lambda n: moods[n % len(moods)] if n < 36 else "ok"

@@ -134,6 +134,7 @@ def test_scores_and_perplexity_are_those_of_single_replies(judged, small_reward,
     assert report["policies"]["sft"]["perplexity"] == pytest.approx(math.exp(total / count), 1e-4)
 
 
+@pytest.mark.slow
 def test_micro_batches_and_seeds(judged):
     plain = judged()
     small_batches = judged({"micro_tokens": 30}, "micro")
@@ -200,6 +201,7 @@ def test_what_cannot_be_judged_is_one_line(small, tmp_path, small_data):
         small("eval", tmp_path, {"scorers": [{"model": "m", "role": "judge"}]})
 
 
+@pytest.mark.slow
 def test_blocks_in_common_are_computed_once_and_change_no_digit(
     judged, small, tmp_path, monkeypatch
 ):

@@ -159,6 +159,7 @@ pairs = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(pairs, st.randoms())
 def test_order_of_pairs_changes_no_number(rows, random):
     shuffled = random.sample(rows, len(rows))
@@ -172,6 +173,7 @@ def test_order_of_pairs_changes_no_number(rows, random):
     assert one["calibration"]["ece"] == pytest.approx(other["calibration"]["ece"])
 
 
+@pytest.mark.slow
 @given(pairs)
 def test_any_result_is_plain_json_and_swapping_answers_mirrors_accuracy(rows):
     good, bad, good_lengths, bad_lengths = zip(*rows, strict=True)

@@ -39,6 +39,7 @@ def preferences(seed, n=1500):
     return quality * sign, np.where(swap, second, first), np.where(swap, first, second)
 
 
+@pytest.mark.slow
 def test_after_temperature_a_model_of_the_truth_is_calibrated_within_the_noise():
     inside, before = 0, 0
     for seed in range(20):
@@ -86,6 +87,7 @@ def test_a_model_that_learned_the_truth_is_called_good():
     assert (fed["tone"], fed["warnings"]) == ("unclear", ["12 pairs were trained on"])
 
 
+@pytest.mark.slow
 def test_a_page_of_long_texts_needs_nothing_else_and_keeps_to_its_size(tmp_path):
     gap, good, bad = preferences(1, n=60)
     one = judged(gap, good, bad, text="很长的文字 <b>" * 40_000) | {"model": "one"}

@@ -84,6 +84,7 @@ def test_scores_are_the_models_and_likelihoods_the_base_models(small_reward, sev
     assert found["language_model"] == "tiny"
 
 
+@pytest.mark.slow
 def test_several_models_are_judged_on_the_same_pairs(small_reward, turned, several, tmp_path):
     found = evaluate_reward(
         [small_reward, turned], [several], language_model=None, gold=turned, by=["level"]

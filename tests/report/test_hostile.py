@@ -212,6 +212,7 @@ def test_the_model_card_is_inert():
         assert not re.search(r"(?<!\\)\]\s*\(", body)
 
 
+@pytest.mark.slow
 def test_a_browser_runs_nothing_of_it(page):
     found = (shutil.which(n) for n in ("chromium", "chromium-browser", "google-chrome"))
     browser = next(filter(None, found), None)

@@ -223,6 +223,7 @@ def test_ppo_has_six_panels_each_with_title_and_text_alternative(tmp_path):
         assert "currentColor" in drawing
 
 
+@pytest.mark.slow
 def test_same_run_gives_the_same_bytes(tmp_path):
     run = make_run(tmp_path / "run")
     pages = [write_report([run], tmp_path / name / "x.html") for name in ("a", "b")]
@@ -245,6 +246,7 @@ def test_hostile_text_anywhere_is_only_text(tmp_path):
     json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_hostile_run_names_are_only_text(tmp_path):
     names = ["<script>alert(1)<script>", '" onload="x', "$x_{", "名字 \u202e&amp;"]
     runs = [make_run(tmp_path / name, num=3) for name in names]
@@ -291,6 +293,7 @@ def test_preference_page_shows_figure_2_reliability_tables_and_worst_pairs(tmp_p
     assert out.read_text(encoding="utf-8").count("<svg ") == 3
 
 
+@pytest.mark.slow
 def test_several_runs_share_axes_and_show_what_differs(tmp_path):
     runs = [
         make_run(tmp_path / "strict", kl=0.2, slope=0.01),
@@ -374,6 +377,7 @@ def test_records_with_missing_or_odd_parts_still_give_a_page(tmp_path, broken):
     check_safe(write_preference_report(broken, tmp_path / "pairs.html"))
 
 
+@pytest.mark.slow
 def test_a_page_of_huge_texts_and_long_runs_stays_small(tmp_path):
     run = make_run(tmp_path / "run", num=3, text="\u202e<&" * 3000)
     write_lines(run / "ppo/metrics.jsonl", ppo_rows(5000))
@@ -407,6 +411,7 @@ def test_an_evaluation_record_is_never_overwritten(tmp_path):
     assert (run / "eval/report.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_report_may_be_written_again_into_the_run(tmp_path):
     run = make_run(tmp_path / "run", num=2) / "ppo"
     first = write_report([run], run / "report.html").read_bytes()

@@ -214,6 +214,7 @@ def test_a_rotary_embedding_that_changes_with_the_length_is_followed(kind):
 # --- the two engines and the trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("params", [PARAMS, PAPER], ids=["plain", "paper"])
 def test_both_engines_give_the_same_replies_for_the_same_seeds(name, params):
@@ -241,6 +242,7 @@ def test_the_engines_log_probs_are_the_trainers(kind, name, temperature):
         torch.testing.assert_close(torch.tensor(got), each, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["native", "transformers"])
 @pytest.mark.parametrize("name", ["llama", "llama tied", "qwen2", "qwen3", "mistral"])
 def test_greedy_replies_are_those_of_transformers_own_generate(kind, name):
@@ -289,6 +291,7 @@ def test_bf16_log_probs_stay_close_to_the_trainers_under_autocast(kind):
 # --- seeds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["native", "transformers"])
 def test_two_rollouts_with_different_seeds_differ_and_with_the_same_seeds_do_not(kind):
     engine, prompts = engine_of(make("llama"), kind), prompts_of(8)
@@ -320,6 +323,7 @@ def test_a_longer_limit_only_adds_to_a_reply(kind):
 # --- slots and order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["native", "transformers"])
 @pytest.mark.parametrize("slots", [1, 3, 8, 17])
 @pytest.mark.parametrize("params", [PARAMS, PAPER], ids=["plain", "paper"])
@@ -331,6 +335,7 @@ def test_fewer_slots_than_prompts_give_the_same_replies(kind, slots, params):
     agree(together, refilled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 30, 100])
 def test_prefilling_in_small_parts_gives_the_same_replies(monkeypatch, tokens):
     model, prompts, seeds = make("llama"), prompts_of(20), seeds_of(20)
@@ -339,6 +344,7 @@ def test_prefilling_in_small_parts_gives_the_same_replies(monkeypatch, tokens):
     agree(before, engine_of(model, slots=7).generate(prompts, PARAMS, seeds))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["native", "transformers"])
 def test_a_permutation_of_the_prompts_permutes_the_replies(kind):
     engine, prompts, seeds = engine_of(make("llama"), kind, slots=5), prompts_of(24), seeds_of(24)
@@ -354,6 +360,7 @@ def parts_of(rollout):
     return rollout.prompts, rollout.responses, rollout.logprobs, rollout.finished
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["native", "transformers"])
 def test_a_reply_does_not_depend_on_its_batch_mates(kind):
     engine, prompts, seeds = engine_of(make("llama"), kind), prompts_of(12), seeds_of(12)
@@ -371,6 +378,7 @@ def endless():
     return template
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_in_the_same_slot_and_shape_a_reply_is_bitwise_the_same_beside_any_others(name):
     engine = engine_of(make(name), slots=5, template=endless())
@@ -426,6 +434,7 @@ def margin(model, ids, seed, step):
 # --- shared prompts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [3, 8, 64])
 @pytest.mark.parametrize("params", [PARAMS, PAPER], ids=["plain", "paper"])
 def test_replies_to_one_prompt_are_those_of_prompts_computed_one_by_one(slots, params):
@@ -453,6 +462,7 @@ def test_a_prompt_shared_by_replies_that_start_together_is_computed_once(monkeyp
     assert set(counted[2:]) <= {*range(1, 13)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["native", "transformers"])
 def test_the_prompts_are_given_back_untouched(kind):
     prompts = prompts_of(6)
@@ -470,6 +480,7 @@ def test_no_prompts_give_no_replies(kind):
 # --- ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["native", "transformers"])
 def test_a_reply_that_ends_holds_the_end_once_and_last(kind):
     rollout = engine_of(make("llama"), kind, slots=9).generate(
@@ -482,6 +493,7 @@ def test_a_reply_that_ends_holds_the_end_once_and_last(kind):
     assert all(END not in reply and len(reply) == 40 for reply in cut)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["native", "transformers"])
 def test_an_end_on_the_very_last_token_still_counts_as_finished(kind):
     engine, prompts, seeds = engine_of(make("llama"), kind), prompts_of(40), seeds_of(40)
@@ -500,6 +512,7 @@ def test_one_token_is_a_reply(kind):
     assert [len(reply) for reply in rollout.responses] == [1] * 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["native", "transformers"])
 def test_a_stop_string_ends_a_reply_where_it_is_complete(kind):
     engine, prompts, seeds = engine_of(make("llama"), kind, slots=5), prompts_of(16), seeds_of(16)
@@ -524,6 +537,7 @@ def test_a_stop_string_ends_a_reply_where_it_is_complete(kind):
 # --- positions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["native", "transformers"])
 def test_a_reply_stops_where_the_models_positions_end(kind):
     model = make("llama", max_position_embeddings=32)
@@ -557,6 +571,7 @@ def test_a_prompt_that_leaves_no_position_is_refused_in_one_line(kind):
 # --- weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["native", "transformers"])
 @pytest.mark.parametrize("name", ["llama", "llama tied", "qwen2", "qwen3"])
 def test_sync_takes_over_every_changed_weight(kind, name):
@@ -573,6 +588,7 @@ def test_sync_takes_over_every_changed_weight(kind, name):
     assert found.logprobs == fresh.logprobs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["native", "transformers"])
 def test_each_single_weight_counts(kind):
     model = make("qwen3")
@@ -591,6 +607,7 @@ def test_each_single_weight_counts(kind):
     assert engine.generate(prompts_of(4), PARAMS, seeds_of(4)) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["native", "transformers"])
 @pytest.mark.parametrize("name", ["llama", "llama tied", "qwen3"])
 def test_an_engines_weights_do_not_change_until_it_is_synced(kind, name):
@@ -624,6 +641,7 @@ def test_building_an_engine_leaves_the_global_random_state_alone(kind):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["native", "transformers"])
 @pytest.mark.parametrize("name", ["llama", "qwen2 tied"])
 def test_adapters_are_merged_into_the_engines_weights(kind, name):
@@ -645,6 +663,7 @@ def test_adapters_are_merged_into_the_engines_weights(kind, name):
     agree(adapted, merged)
 
 
+@pytest.mark.slow
 def test_in_bf16_the_native_engine_keeps_a_young_update_that_merging_would_round_away():
     base = make("llama").to(torch.bfloat16)
     model = add_lora(copy.deepcopy(base), LoraSettings(rank=3, alpha=3.0), seed=0)

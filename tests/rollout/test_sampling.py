@@ -123,6 +123,7 @@ def test_draws_follow_the_distribution(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("candidates", [1, 4, 11])
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_draws_follow_the_distribution_where_most_of_it_is_tail(
@@ -141,6 +142,7 @@ def test_draws_follow_the_distribution_where_most_of_it_is_tail(
     )
 
 
+@pytest.mark.slow
 def test_draws_from_a_flat_vocabulary_wider_than_the_candidates_are_exact():
     logits = torch.linspace(-0.5, 0.5, sampling.CANDIDATES * 2 + 88)
     tokens, _ = draws_of(logits, SamplingParams(), count=20_000, batch=5_000)
@@ -186,6 +188,7 @@ def test_a_nucleus_within_the_candidates_is_the_same_for_any_number_of_them(
     assert torch.equal(before[0], after[0])
 
 
+@pytest.mark.slow
 def test_the_default_number_of_candidates_holds_a_wide_nucleus_exactly():
     logits = torch.linspace(0, 2, 600)
     params = SamplingParams(top_p=0.8)
@@ -327,6 +330,7 @@ def test_a_rows_draw_is_the_same_alone_and_in_any_batch_and_order(name):
         assert float(alone.logprobs) == pytest.approx(float(together.logprobs[row]), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_rows_draw_is_the_same_beside_a_wider_nucleus_even_where_tokens_tie():
     logits = torch.zeros(2, 400)
     places = torch.randperm(400, generator=torch.Generator().manual_seed(0))[:40]

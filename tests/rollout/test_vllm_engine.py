@@ -214,6 +214,7 @@ def test_the_real_engine_draws_from_the_policy_and_follows_its_updates():
         assert found == pytest.approx(exact.tolist(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_adapters_in_bfloat16_are_refused_before_anything_is_loaded():
     model = add_lora(small_model(), LoraSettings(rank=2), 0)
     settings = EngineSettings(kind="vllm")

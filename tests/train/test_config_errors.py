@@ -185,6 +185,7 @@ def placed(word, places):
     return word
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WORDS)
 def test_a_wrong_setting_is_one_line_and_exit_code_2(case, ppomax, places):
     words, text = WORDS[case]
@@ -220,6 +221,7 @@ def test_a_stage_the_recipe_lacks_is_named(ppomax):
     assert not Path("run").exists()
 
 
+@pytest.mark.slow
 def test_an_existing_run_is_not_written_over(ppomax):
     Path("run").mkdir()
     Path("run/config.yaml").write_text("mine: 1\n")
@@ -228,6 +230,7 @@ def test_an_existing_run_is_not_written_over(ppomax):
     assert [path.name for path in Path("run").iterdir()] == ["config.yaml"]
 
 
+@pytest.mark.slow
 def test_a_stage_finished_with_other_settings_is_not_passed_off_as_this_one(ppomax):
     words = ["out=run", "sft.max_steps=1", "sft.batch_tokens=200"]
     assert ppomax("sft", SMOKE, *words)[0] == 0
@@ -241,11 +244,13 @@ def test_a_stage_finished_with_other_settings_is_not_passed_off_as_this_one(ppom
     assert Path("run/config.yaml").read_text() == config
 
 
+@pytest.mark.slow
 def test_an_out_that_cannot_be_written_is_one_line(ppomax, tmp_path):
     (tmp_path / "file").write_text("")
     assert_refused(ppomax("run", SMOKE, "out=file/run"), "setting out", out=Path("none"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_no_done_marker(ppomax, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
     result = ppomax("sft", SMOKE, "out=run", "sft.max_steps=1", "sft.batch_tokens=200")
@@ -259,6 +264,7 @@ def test_resuming_what_is_not_there_is_one_line(ppomax):
         assert_refused(ppomax("resume", name), f"{name}: no run here", out=Path(name))
 
 
+@pytest.mark.slow
 def test_a_run_moved_elsewhere_says_from_where_to_resume(ppomax):
     assert ppomax("sft", SMOKE, "out=run", "sft.max_steps=1", "sft.batch_tokens=200")[0] == 0
     Path("run").rename("moved")
@@ -289,6 +295,7 @@ def test_wrong_options_of_generate_are_one_line(words, text, ppomax, small_data)
     assert not Path("out.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "text"),
     [
@@ -327,6 +334,7 @@ def test_a_model_that_cannot_be_fetched_is_one_line(ppomax):
         assert_refused(result, "nobody/no-such-model")
 
 
+@pytest.mark.slow
 def test_the_settings_of_a_run_are_complete(ppomax, tmp_path):
     assert ppomax("sft", SMOKE, "out=run", "sft.max_steps=1", "sft.batch_tokens=200")[0] == 0
     found = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())

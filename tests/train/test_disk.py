@@ -84,6 +84,7 @@ def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path):
         raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 3, 4])
 def test_a_stage_whose_rows_meet_a_full_disk_ends_in_one_line_and_goes_on_afterwards(
     call, small, tmp_path, monkeypatch

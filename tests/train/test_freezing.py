@@ -14,6 +14,7 @@ STAGES = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}
 SAVED = {"sft": ["policy"], "reward": ["reward"], "ppo": ["policy", "critic"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, {"rank": 2}])
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_a_stage_trains_the_blocks_above_alone(stage, lora, small, tmp_path):

@@ -37,6 +37,7 @@ def graphs(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -69,6 +70,7 @@ def test_with_and_without_the_kept_forward_a_run_is_the_same_to_the_bit(
     assert len(graphs) - every == saved
 
 
+@pytest.mark.slow
 def test_a_forward_is_kept_for_its_rows_alone_and_given_once(small, tmp_path):
     seen = []
     config = small("ppo", tmp_path / "run", {"critic_pretraining": {"max_rollouts": 1}})

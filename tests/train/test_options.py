@@ -96,6 +96,7 @@ def stepped(now, experience, minibatch, monkeypatch, first=True):
 # --- KL as a loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["k2", "k3", "exact"])
 @pytest.mark.parametrize("micro_tokens", [1, 10_000])
 def test_the_kl_term_s_gradient_is_autograd_s_on_single_replies(
@@ -140,6 +141,7 @@ def test_the_exact_kl_of_the_first_replies_is_a_metric(small, tmp_path, other):
     assert found == pytest.approx(total / (len(REPLIES[0]) + len(REPLIES[1])), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_reference_that_is_not_the_policy_is_measured_from_the_first_step(small, tmp_path, other):
     own = rows(train_ppo(small("ppo", tmp_path / "a", {})))[0]
     held = rows(train_ppo(small("ppo", tmp_path / "b", {"reference": other})))[0]
@@ -208,6 +210,7 @@ def test_the_entropy_threshold_is_held_against_the_policy_as_it_is(small, tmp_pa
         torch.testing.assert_close(caught[f"lm.{name}"], parameter.grad, rtol=2e-3, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_an_entropy_fraction_is_of_the_first_rollout_and_survives_in_the_checkpoint(
     small, tmp_path
 ):
@@ -259,6 +262,7 @@ def test_reinforce_whitens_the_reward_to_go_over_the_rollout():
     torch.testing.assert_close(found.returns[MASK], to_go)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["reinforce", "rloo", "grpo", "reinforce_baseline"])
 def test_without_a_critic_nothing_of_one_is_loaded_saved_or_logged(estimator, small, tmp_path):
     change = {"advantage": {"estimator": estimator}}
@@ -331,6 +335,7 @@ def test_a_cut_reply_can_be_dropped_from_what_is_learned_but_not_from_what_is_se
     assert (found.advantages[[1, 3]] == 0).all()
 
 
+@pytest.mark.slow
 def test_a_buffer_learns_from_the_latest_rollouts_too(small, tmp_path):
     change = {"iterations": 4, "buffer_iterations": 3, "checkpoint": {"every": 1, "keep_last": 9}}
     config = small("ppo", tmp_path / "run", change)
@@ -367,6 +372,7 @@ def test_a_policy_from_the_base_model_is_held_to_the_sft_model(tiny, tmp_path):
     assert (ppo.model, ppo.reference) == ("tiny", str(tmp_path / "sft" / "export"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "text"),
     [

@@ -144,6 +144,7 @@ def test_an_iteration_is_the_papers_arithmetic(small, small_reward, experiences,
     assert row["engine/logprob_gap_max"] < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -171,6 +172,7 @@ def test_19_micro_batches_from_one_reply_up_to_all_change_nothing(change, small,
             torch.testing.assert_close(value, found[0][1][name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_with_lora_the_reference_is_the_policy_with_its_adapters_off(small, tmp_path, monkeypatch):
     change = {"lora": {"rank": 4, "alpha": 8.0}, "iterations": 3, "optim": {"lr": 1e-2}}
     own = rows(train_ppo(small("ppo", tmp_path / "a", change)))
@@ -189,6 +191,7 @@ def test_with_lora_the_reference_is_the_policy_with_its_adapters_off(small, tmp_
         assert numbers(two) == pytest.approx(numbers(one), rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_an_iteration_with_a_separate_reference_starts_at_kl_zero(small, tmp_path):
     for dtype in ("float32", "bfloat16"):
         row = rows(train_ppo(small("ppo", tmp_path / dtype, {"dtype": dtype})))[0]
@@ -199,6 +202,7 @@ def test_an_iteration_with_a_separate_reference_starts_at_kl_zero(small, tmp_pat
 # --- the critic before PPO
 
 
+@pytest.mark.slow
 def test_the_critic_is_fitted_with_the_policy_frozen_until_it_explains_enough(small, tmp_path):
     change = {"critic_pretraining": {"max_rollouts": 3, "explained_variance": 1.0}}
     change |= {"checkpoint": {"every": 1, "keep_last": 9}, "iterations": 1}
@@ -232,6 +236,7 @@ def test_a_critic_that_explains_enough_at_once_is_ready(small, tmp_path):
     assert [row["stage"] for row in found] == ["critic", "ppo", "ppo"]
 
 
+@pytest.mark.slow
 def test_a_long_pre_training_on_a_short_schedule_never_climbs(small, tmp_path):
     """The critic's schedule is PPO's; its pre-training may be longer than that."""
     change = {"critic_pretraining": {"max_rollouts": 4, "explained_variance": 1.0}}
@@ -286,6 +291,7 @@ def test_every_prompt_comes_once_an_epoch_in_a_new_order(small, tmp_path, tiny):
     assert [p.index for p in again.batch(size - 2, 4)] == across
 
 
+@pytest.mark.slow
 def test_rollouts_take_the_prompts_one_after_the_other(small, tmp_path, experiences):
     change = {"critic_pretraining": {"max_rollouts": 1}, "iterations": 3, "rollout_size": 4}
     config = small("ppo", tmp_path / "run", change)
@@ -447,6 +453,7 @@ EXTREMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXTREMES)
 def test_at_the_extremes_every_number_stays_finite(name, small, tmp_path, monkeypatch):
     (tmp_path / "odd_scores.py").write_text(

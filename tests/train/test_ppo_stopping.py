@@ -124,6 +124,7 @@ RED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [6, 10])
 def test_a_run_stopped_inside_an_update_before_or_after_a_rollback_goes_on_as_if_it_had_not_been(
     number, small, tmp_path, monkeypatch
@@ -150,6 +151,7 @@ def latest(run):
     return checkpoint.latest(run / "checkpoints")
 
 
+@pytest.mark.slow
 def test_an_update_that_target_kl_ended_ends_there_when_resumed(small, tmp_path, monkeypatch):
     """The signal meets the policy's step that is one too many; the critic's beside it follows."""
     change = {"iterations": 1, "epochs": 2, "loss": {"target_kl": 1e-9}, "optim": {"lr": 1e-2}}
@@ -168,6 +170,7 @@ def test_an_update_that_target_kl_ended_ends_there_when_resumed(small, tmp_path,
     assert state == state_b
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_into_the_grace_is_dropped_and_taken_again(
     small, tmp_path, monkeypatch, alone
 ):
@@ -230,6 +233,7 @@ def finite(run):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("place", ["score", "value", "log-prob", "logit", "loss", "gradient"])
 def test_what_is_not_finite_reaches_no_parameter_moment_or_controller(
@@ -295,6 +299,7 @@ def test_a_rollout_of_nothing_but_bad_numbers_stops_the_run_and_is_kept(
     assert len(json.loads((tmp_path / "run" / "bad-batch-ppo-000001.json").read_text())) == 4
 
 
+@pytest.mark.slow
 def test_a_minibatch_that_does_not_fit_into_memory_is_cut_smaller(small, tmp_path, monkeypatch):
     wide = {"micro_tokens": 400, "iterations": 1}
     rows = jsonl(train_ppo(small("ppo", tmp_path / "alone", wide)) / "metrics.jsonl")
@@ -313,6 +318,7 @@ def test_a_minibatch_that_does_not_fit_into_memory_is_cut_smaller(small, tmp_pat
         assert found[0][key] == pytest.approx(rows[0][key], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_plain_text_that_does_not_fit_into_memory_is_cut_smaller_too(small, tmp_path, monkeypatch):
     text = {"data": "bundled:text", "tokens": 60, "length": 20}
     wide = {"micro_tokens": 400, "iterations": 1, "ptx": text}

@@ -76,6 +76,7 @@ def test_a_stage_goes_on_with_other_micro_batches_to_the_same_losses(small, tmp_
     assert "micro_tokens: 30" in (tmp_path / "run" / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_resume_ends_the_stages_that_were_asked_for_and_no_more(tiny, tmp_path):
     out = tmp_path / "run"
     run_recipe(load_recipe("smoke", [f"out={out}", *SMALL]), only="sft", say=lambda _: None)
@@ -90,6 +91,7 @@ def test_resume_ends_the_stages_that_were_asked_for_and_no_more(tiny, tmp_path):
         run_recipe(load_run(out, ["sft.seed=3"]), resume=True, say=said.append)
 
 
+@pytest.mark.slow
 def test_another_recipe_is_not_taken_for_the_run_that_stands_there(tiny, tmp_path):
     out = tmp_path / "run"
     smoke = load_recipe("smoke", [f"out={out}", *SMALL])

@@ -58,6 +58,7 @@ def scores_of(model, pairs):
     return torch.stack(found), total, count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [{}, {"lm_coef": 0.0}, {"margin": 0.5, "label_smoothing": 0.2, "ranking_coef": 3.0}],
@@ -91,6 +92,7 @@ def test_the_first_step_is_equation_2(change, small, tmp_path, template):
         assert "reward/lm_loss" not in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{}, {"lora": {"rank": 2}}], ids=["full", "lora"])
 def test_19_micro_batches_from_one_pair_up_to_all_change_nothing(change, small, tmp_path):
     found = []
@@ -127,6 +129,7 @@ def test_pairs_of_a_ranked_list_share_one_prompts_weight(small, tmp_path, templa
     assert found["reward/accuracy"] == pytest.approx(right)
 
 
+@pytest.mark.slow
 def test_a_pairs_strength_scales_the_margin(small, tmp_path):
     path = tmp_path / "strong.jsonl"
     base = {"prompt": "Q?", "chosen": "Yes.", "rejected": "No."}
@@ -402,6 +405,7 @@ def test_a_score_that_is_no_number_stops_with_its_pair(small, tmp_path, monkeypa
         train_reward(small("reward", tmp_path / "run", change))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{}, {"lora": {"rank": 2}}, {"lm_coef": 0.0}], ids=str)
 def test_a_shared_prompt_gives_the_same_loss_norm_and_weights(change, small, tmp_path):
     found = []
@@ -440,6 +444,7 @@ def test_prompts_are_shared_where_it_pays_and_never_where_the_model_cannot(
         train_reward(small("reward", tmp_path / "run", {"share_prompts": True}))
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_k_runs_exported_together(small, tmp_path):
     change = {"ensemble": 2, "heldout": 0.5, "max_steps": 2, "epochs": 2}
     run = train_reward(small("reward", tmp_path / "run", change))

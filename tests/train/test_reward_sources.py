@@ -553,6 +553,7 @@ def jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_takes_all_sources_at_once_and_says_how_far_they_disagree(
     small, tmp_path, judges, functions, foreign
 ):

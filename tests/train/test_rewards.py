@@ -263,6 +263,7 @@ def called(small, out, name, **changes):
     return small("ppo", out, change | changes)
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_by_it_sync_or_async(module, small, tmp_path):
     name = module(LOGS)
     rows = []

@@ -76,6 +76,7 @@ def test_the_gradient_norm_is_autograds(small, tmp_path, template):
     assert found[0]["sft/grad_norm"] == pytest.approx(float(norm), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{}, {"lora": {"rank": 2}}], ids=["full", "lora"])
 def test_19_micro_batches_from_one_dialogue_up_to_all_change_nothing(change, small, tmp_path):
     found = []
@@ -238,6 +239,7 @@ def test_held_out_perplexity_is_given_by_language(small, tmp_path, template):
     assert set(found) - set(plain) == {"eval/perplexity_en", "eval/perplexity_zh_cn"}
 
 
+@pytest.mark.slow
 def test_the_log_holds_replies_to_held_out_prompts(small, tmp_path, template):
     change = {"log": {"samples": 2}, "heldout": 0.5, "max_steps": 1}
     config = small("sft", tmp_path / "run", change)

@@ -22,6 +22,7 @@ def rows(run):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -58,6 +59,7 @@ def test_with_and_without_a_shared_trunk_a_run_is_the_same_to_the_bit(
     assert all(len(trunk) for trunk in trunks), "nothing was remembered"
 
 
+@pytest.mark.slow
 def test_what_one_iteration_remembers_is_gone_in_the_next(small, tmp_path, monkeypatch):
     kept = []
     forget = Trunk.forget

@@ -110,6 +110,7 @@ def test_a_save_that_would_take_too_long_is_left_and_what_is_done_again_is_said(
     assert saved == [7, "within"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["train_step", "evaluate"])
 def test_a_stage_stopped_inside_a_step_or_evaluation_goes_on_to_the_same_end(
     place, small, tmp_path, monkeypatch

@@ -52,6 +52,7 @@ def losses(monkeypatch):
     return script
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "reward"])
 def test_a_stage_out_of_patience_exports_its_best_and_keeps_its_last(kind, small, tmp_path, losses):
     def run(name, change, script):
@@ -78,6 +79,7 @@ def test_a_stage_out_of_patience_exports_its_best_and_keeps_its_last(kind, small
     assert [path.name for path in (patient / "best").iterdir()] == ["step-000005"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [3, 4, 5])
 def test_a_resumed_stage_stops_and_exports_as_if_never_interrupted(kill, small, tmp_path, losses):
     script = [3.0, 2.0, 2.5, 2.4, 2.3]

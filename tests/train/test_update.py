@@ -153,6 +153,7 @@ def test_the_critics_gradient_is_autograds_on_single_replies(stage, monkeypatch)
     assert "value/clip_fraction" in critic_step(stage(), clip=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -177,6 +178,7 @@ def test_19_any_micro_batches_give_the_same_step(change, stage):
         assert other == pytest.approx(found[0], rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [[[1], [0], [2, 3]], [[1, 0, 2], [3]], [[3, 1, 2, 0]]], ids=str)
 def test_a_reply_set_aside_moves_nothing_and_changes_no_mean(plan, stage):
     """Its score is gone; the step is that of the other replies alone."""
@@ -188,6 +190,7 @@ def test_a_reply_set_aside_moves_nothing_and_changes_no_mean(plan, stage):
     assert critic_step(made) == pytest.approx(critic_step(rest), rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_19_an_entropy_threshold_among_the_parts_means_is_held_against_the_whole(stage):
     entropy, mask = stage()[3].scored.entropy, stage()[3].scored.mask
     parts = sorted(float(entropy[row][mask[row]].mean()) for row in range(4))
@@ -218,6 +221,7 @@ def test_whitening_is_over_the_optimizer_batch_and_leaves_other_rows(stage):
     assert actors.rewards.functions == []
 
 
+@pytest.mark.slow
 def test_the_text_term_is_added_to_the_same_step_with_its_weight(stage, monkeypatch):
     texts = [[7, 8, 9, 10], [20, 21, 22]]
     found = {}

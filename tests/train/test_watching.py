@@ -55,6 +55,7 @@ def second_by_length(prompts, responses, *, ids, metadata):
     return [-float(len(text)) for text in responses]
 
 
+@pytest.mark.slow
 def test_an_alarm_is_an_event_with_its_evidence_and_training_goes_on(small, tmp_path):
     change = {"iterations": 4, "monitor": RED}
     run = train_ppo(small("ppo", tmp_path / "run", change))
@@ -67,6 +68,7 @@ def test_an_alarm_is_an_event_with_its_evidence_and_training_goes_on(small, tmp_
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_stop_ends_there_and_exports_the_last_green_state(small, tmp_path):
     change = {"iterations": 6, "monitor": RED | {"action": "stop"}, "checkpoint": {"every": 1}}
     run = train_ppo(small("ppo", tmp_path / "run", change))
@@ -79,6 +81,7 @@ def test_stop_ends_there_and_exports_the_last_green_state(small, tmp_path):
     assert len(rows(run)) == 2  # the end stays the end
 
 
+@pytest.mark.slow
 def test_a_rollback_restores_raises_the_constraint_and_does_not_repeat_itself(small, tmp_path):
     change = {
         "iterations": 5,
@@ -116,6 +119,7 @@ def test_a_coefficient_of_zero_rises_to_the_least(small, tmp_path):
     assert events(run, "rollback")[0]["to"] == 0  # nothing green later: the beginning
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_a_rollback_goes_on_as_if_it_had_not_been(small, tmp_path, monkeypatch):
     """The state gone back to is from before the SFT model answered the tracked prompts."""
     monkeypatch.setitem(sys.modules, "tests_second", sys.modules[__name__])
@@ -154,6 +158,7 @@ def test_a_run_killed_after_a_rollback_goes_on_as_if_it_had_not_been(small, tmp_
         assert row["heldout/score_w1"] > 0  # against itself it would be 0
 
 
+@pytest.mark.slow
 def test_tracked_prompts_are_answered_first_by_sft_then_every_few_iterations(small, tmp_path):
     change = {
         "iterations": 5,
