@@ -7,6 +7,7 @@ own that a trap kills at a chosen call; see tests/job.py.
 import json
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,21 @@ POINTS = {
     "during evaluation": ["ppomax.eval.policy", "score_replies", "", 1],
     "before the report": ["ppomax.rundir", "write_text", "eval/done.json", 1],
 }
+
+PHASES = {
+    "a step of sft": ["ppomax.train.supervised", "peak_memory_gb", "", 2],
+    "an export": POINTS["between weights and tokenizer of an export"],
+    "the reward stage's start": POINTS["as the reward stage starts"],
+    "a step of reward": ["ppomax.train.reward", "step_losses", "", 3],
+    "a rollout for the critic": ["ppomax.train.ppo", "reply_seeds", "critic", 2],
+    "an update of the critic": ["ppomax.train.ppo", "update_critic", "", 3],
+    "scoring": ["ppomax.train.experience_batch", "reply_batch", "", 3],
+    "an update": ["ppomax.train.update", "clipped_policy_loss", "", 5],
+    "a rollout": ["ppomax.rollout.native", "sample", "", 12],
+    "a checkpoint": ["ppomax.checkpoint", "_sync", "step-", 3],
+    "evaluation": POINTS["during evaluation"],
+}
+"""A call in each phase."""
 
 
 def jsonl(path):
@@ -130,29 +146,31 @@ def test_34_killed_again_and_again_and_resumed_is_bitwise_undisturbed(
 @pytest.mark.slow
 def test_34_in_bf16_too(launch, tmp_path, undisturbed):
     points = ["in the middle of reward", "in the middle of ppo"]
-    words = ["dtype=bfloat16", "ppo.iterations=3", "eval=null"]
+    few = "{path: bundled:preferences, limit: 24}"  # minutes where bf16 products are emulated
+    words = [f"sft.data={few}", f"reward.data={few}", "sft.max_steps=3"]
+    words += ["dtype=bfloat16", "ppo.iterations=3", "eval=null"]
     ended = interrupted(launch, tmp_path, points, KILL, *words)
     assert [end.code for end in ended] == [-KILL, -KILL, 0]
     assert_same_run(tmp_path / "run", undisturbed(*words))
 
 
 @pytest.mark.slow
-def test_a_signal_saves_the_state_and_exits_75(launch, tmp_path, undisturbed):
-    points = [
-        "in the middle of sft",
-        "between weights and tokenizer of an export",
-        "as the reward stage starts",
-        "in the middle of critic pre-training",
-        "in the middle of ppo",
-        "during evaluation",
-    ]
-    ended = interrupted(launch, tmp_path, points, TERM)
-    for point, end in zip(points, ended, strict=False):
-        assert end.code == 75, (point, end.log)
+def test_a_signal_in_any_phase_saves_the_state_and_exits_75_at_once(launch, tmp_path, undisturbed):
+    signals = (TERM, int(signal.SIGINT), int(signal.SIGUSR1))
+    dies = [[*point, signals[i % 3]] for i, point in enumerate(PHASES.values())]
+    for index, (name, die) in enumerate(zip(PHASES, dies, strict=True)):
+        if index:
+            (end,) = launch(argv=["resume", "run"], cwd=str(tmp_path), die=die)
+        else:
+            (end,) = run(launch, tmp_path, die=die)
+        assert end.code == 75, (name, end.log)
         last = end.log.strip().splitlines()[-1]
-        assert last.startswith("ppomax: stopped at a signal"), point
+        assert last.startswith("ppomax: stopped at a signal"), name
         assert "ppomax resume" in last
-    assert ended[-1].code == 0, ended[-1].log
+        (sent,) = [line for line in end.log.splitlines() if line.startswith("signalled")]
+        assert time.time() - float(sent.split()[1]) < 30, name
+    (end,) = launch(argv=["resume", "run"], cwd=str(tmp_path))
+    assert end.code == 0, end.log
     assert_same_run(tmp_path / "run", undisturbed())
 
 
