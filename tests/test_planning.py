@@ -98,9 +98,13 @@ def test_frozen_blocks_in_common_are_counted_once(small, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "model_size", lambda *_, **__: ONE_B)
     own = {"reward": {"model": str(tmp_path / "reward" / "export")}, "freeze_layers": ONE_B.layers}
 
-    def shared(name, **change):
-        plan = planned(small("ppo", tmp_path / name, own | change), "ppo", tmp_path)
-        return dict(plan.lines).get("held once", "").partition(" GB")[0]
+    def shared(name, judge=ONE_B.layers, **change):
+        stages = {
+            "ppo": small("ppo", tmp_path / name, own | change),
+            "reward": small("reward", tmp_path / "reward", {"freeze_layers": judge}),
+        }
+        [found] = plan(Recipe.model_validate({"out": tmp_path, **stages}), "ppo")
+        return dict(found.lines).get("held once", "").partition(" GB")[0]
 
     assert shared("a", freeze_layers=None) == ""
     assert shared("b") == "-12.00"  # four models of 4 GB, one kept
@@ -109,6 +113,8 @@ def test_frozen_blocks_in_common_are_counted_once(small, tmp_path, monkeypatch):
     assert shared("e", dtype="bfloat16", lora={"rank": 8}) == "-4.00"  # the reference is the policy
     assert shared("f", freeze_layers=ONE_B.layers // 2) == "-6.60"  # with the embeddings
     assert shared("g", reward={"model": "tiny"}) == "-4.00"  # another's reward model and its critic
+    for judge in (None, ONE_B.layers - 1):  # trained further down
+        assert shared(f"h{judge}", judge) == "-4.00"
 
 
 def kept_for_backward(model, tokens, compute):

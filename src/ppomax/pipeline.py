@@ -1,5 +1,6 @@
 """A run: the stages of a recipe in order, less those that are finished, and the report."""
 
+import gc
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -75,6 +76,7 @@ def run_recipe(
                 continue
             say(f"{name}: starting")
             _run_stage(config, resume=resume and (config.out / rundir.CONFIG).exists())
+            gc.collect()  # models in a trunk hold on to each other
         report = out / "report.html"
         if here.is_main:
             write_report([out], report)

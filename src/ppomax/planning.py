@@ -20,6 +20,7 @@ from ppomax.models.load import load_tokenizer
 from ppomax.models.logprobs import CHUNK_ELEMENTS
 from ppomax.models.lora import LoraSettings
 from ppomax.models.names import resolve
+from ppomax.models.trunk import REMEMBERED_BYTES
 from ppomax.recipe import Recipe
 from ppomax.train import reward, sft
 from ppomax.train.ppo_config import PPOConfig
@@ -111,8 +112,7 @@ def plan(recipe: Recipe, only: str | None = None) -> list[StagePlan]:
         check_frozen(config.freeze_layers, size.layers)
         tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
         template = ChatTemplate(tokenizer, config.system)
-        ensemble = (recipe.reward.ensemble if recipe.reward else None) or 1
-        stages.append(_plan_stage(config, size, template, ensemble))
+        stages.append(_plan_stage(config, size, template, recipe.reward))
     return stages
 
 
@@ -120,7 +120,7 @@ def _plan_stage(
     config: SFTConfig | RewardConfig | PPOConfig,
     size: Size,
     template: ChatTemplate,
-    ensemble: int,
+    own: RewardConfig | None,
 ) -> StagePlan:
     match config:
         case SFTConfig():
@@ -128,7 +128,7 @@ def _plan_stage(
         case RewardConfig():
             return _plan_reward(config, size, template)
         case PPOConfig():
-            return _plan_ppo(config, size, ensemble)
+            return _plan_ppo(config, size, own)
 
 
 def _first_model(recipe: Recipe, model: str) -> str:
@@ -264,11 +264,12 @@ def _plan_reward(config: RewardConfig, shape: Size, template: ChatTemplate) -> S
     return result
 
 
-def _plan_ppo(config: PPOConfig, shape: Size, ensemble: int) -> StagePlan:
+def _plan_ppo(config: PPOConfig, shape: Size, own: RewardConfig | None) -> StagePlan:
+    """Args: own: the run's own reward stage."""
     rows = len(load_prompts(config.data, max_bad_rows=config.max_bad_rows).rows)
     compute = torch.finfo(config.compute_dtype).bits / 8
     frozen = {"engine": compute * shape.parameters / GB}
-    judges = _reward_models(config, shape, ensemble)
+    judges = _reward_models(config, shape, (own.ensemble if own else None) or 1)
     if judges:
         name = "reward model" if len(judges) == 1 else f"{len(judges)} reward models"
         frozen[name] = compute * sum(judges) / GB
@@ -288,10 +289,12 @@ def _plan_ppo(config: PPOConfig, shape: Size, ensemble: int) -> StagePlan:
         trained=config.lora is None and not below,
         frozen=below,
     )
-    shared = _held_once(config, shape)
+    shared = _held_once(config, shape, own)
     held = policy + critic + sum(frozen.values()) - shared
     if config.critic and not config.lora:
         held -= (policy - 4 * shape.parameters / GB) / 3  # one model's gradients at a time
+    if below:
+        held += min(REMEMBERED_BYTES, 4 * config.replies * length * shape.hidden) / GB
     memory = PROCESS_GB + held + max(cache, activations)  # the cache goes before the update comes
     critic_rollouts = config.critic_pretraining.max_rollouts if config.critic_pretraining else 0
     rollouts = config.iterations + critic_rollouts
@@ -328,16 +331,18 @@ def _plan_ppo(config: PPOConfig, shape: Size, ensemble: int) -> StagePlan:
     return result
 
 
-def _held_once(config: PPOConfig, shape: Size) -> float:
-    """GB that `share_trunks` saves where the roles come from stages of this run."""
+def _held_once(config: PPOConfig, shape: Size, own: RewardConfig | None) -> float:
+    """GB that trunks save; of reward models only those of a stage of this run, frozen alike."""
     if not config.freeze_layers:
         return 0.0
     size = _frozen(config, shape)
     names = [name for source in config.reward.all_models for name in members(source.model)]
-    own = [name for name in names if Path(name).is_relative_to(config.out.parent)]
-    critic = config.critic == "policy" or (config.critic == "reward" and names[:1] == own[:1])
+    alike: list[str] = []
+    if own is not None and (own.freeze_layers or 0) >= config.freeze_layers:
+        alike = [name for name in names if Path(name).is_relative_to(own.out)]
+    critic = config.critic == "policy" or (config.critic == "reward" and names[:1] == alike[:1])
     reference = config.kl is not None and not config.reference and not config.lora
-    masters, others = 1 + critic, reference + len(own)
+    masters, others = 1 + critic, reference + len(alike)
     compute = config.compute_dtype.itemsize
     if config.lora or config.compute_dtype == torch.float32:  # all of one dtype
         return compute * size * (masters + others - 1) / GB

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from ppomax.data.sources import SourceConfig, load_preferences
 from ppomax.data.template import ChatTemplate
 from ppomax.errors import DataError, ModelError
+from ppomax.eval import reward
 from ppomax.eval.reward import evaluate_reward
 from ppomax.models.export import read_reward_card
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
@@ -200,3 +201,28 @@ def test_an_ensemble_is_judged_by_its_mean_and_shows_its_disagreement(
     (folder / "ensemble.json").write_text('{"members": ["member-2"]}')
     with pytest.raises(ModelError, match="member-2"):
         evaluate_reward([str(folder)], [several], language_model=None)
+
+
+def test_candidates_of_an_ensemble_have_the_mean_of_standardized_scores(
+    small_reward, several, tmp_path, monkeypatch
+):
+    folder = tmp_path / "both"
+    shutil.copytree(small_reward, folder)
+    shutil.copytree(small_reward, folder / "one")
+    shutil.copytree(small_reward, folder / "other")
+    card = json.loads((folder / "other" / "reward_card.json").read_text())
+    card |= {"score_mean": card["score_mean"] + 1, "score_std": 3 * card["score_std"]}
+    (folder / "other" / "reward_card.json").write_text(json.dumps(card))
+    (folder / "ensemble.json").write_text('{"members": ["one", "other"]}')
+    seen, plain = {}, reward.score_candidates
+
+    def spy(judge, *args):
+        seen[judge.name] = plain(judge, *args)
+        return seen[judge.name]
+
+    monkeypatch.setattr(reward, "score_candidates", spy)
+    evaluate_reward([str(folder)], [several], language_model=None, gold=small_reward)
+    own = read_reward_card(Path(small_reward))
+    raw = seen[small_reward]
+    shares = (raw - own.score_mean) / own.score_std, (raw - own.score_mean - 1) / own.score_std / 3
+    np.testing.assert_allclose(seen[str(folder)], sum(shares) / 2, atol=1e-5)

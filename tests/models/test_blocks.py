@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from ppomax.data.batching import collate
 from ppomax.errors import ConfigError
@@ -53,6 +53,19 @@ def test_the_blocks_are_the_repeated_layers(wrap):
     model = llama()
     layers = list(model.model.layers)
     assert decoder_blocks(wrap(model)) == layers
+
+
+def test_what_feeds_the_blocks_is_frozen_with_them():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "n_layer": LAYERS, "n_head": 2}
+    model = LanguageModel(BloomForCausalLM(BloomConfig(**sizes)))
+    freeze_layers(model, 2)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any(
+        "word_embeddings" in name or "h.0." in name or "h.1." in name for name in trained
+    )
+    assert any("h.2." in name for name in trained)
+    assert any("ln_f" in name for name in trained)
 
 
 def wrap_scalar(model):

@@ -229,6 +229,38 @@ def test_depth_in_common_is_counted_from_below():
     assert common_depth(policy, reference) == 0
 
 
+def longer_window(model):
+    model.backbone.config.sliding_window = 128
+
+
+def test_configs_that_differ_or_too_few_blocks_keep_a_model_apart():
+    policy, critic, reference = roles()
+    policy.lm.config.sliding_window = reference.lm.config.sliding_window = None
+    longer_window(critic)
+    assert len(share_trunks((policy, critic, reference), FROZEN)) == 2
+    small = [LanguageModel(llama()).requires_grad_(False) for _ in range(2)]
+    assert share_trunks(small, LAYERS + 1) == []
+    for model in small:
+        model.lm.config.num_kv_shared_layers = 2
+    assert share_trunks(small, FROZEN) == []
+    assert common_depth(*small) == 0
+
+
+def test_a_mask_of_its_own_is_read_past_what_is_remembered():
+    policy, critic, _ = roles()
+    batch = collate(ROWS, 0, CPU)
+    places = torch.arange(batch.input_ids.shape[1])[None].expand_as(batch.input_ids)
+    alone = torch.full((1, 1, places.shape[1], places.shape[1]), torch.finfo(torch.float32).min)
+    alone = alone.triu(1) + alone.tril(-1)  # every token sees itself only
+    asked = [{"attention_mask": alone.expand(len(ROWS), -1, -1, -1)}, {"position_ids": places + 5}]
+    plain = [critic(batch.input_ids, **more).values for more in asked]
+    share_trunks((policy, critic), FROZEN)
+    whole = read(critic)
+    for more, expected in zip(asked, plain, strict=True):
+        assert torch.equal(critic(batch.input_ids, **more).values, expected)
+    assert not torch.equal(plain[0][batch.targets], whole)
+
+
 def test_adapters_above_leave_the_trunk_alone():
     base = llama()
     policy = LanguageModel(copy.deepcopy(base))
@@ -237,6 +269,10 @@ def test_adapters_above_leave_the_trunk_alone():
     add_lora(critic, LoraSettings(rank=2), 1, freeze_layers=FROZEN)
     for model in (policy, critic):
         freeze_layers(model, FROZEN)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_B" in name:
+                    weight.normal_(generator=torch.Generator().manual_seed(0))
     plain = [read(model) for model in (policy, critic)]
     (trunk,) = share_trunks((policy, critic), FROZEN)
     assert all(map(torch.equal, plain, [read(model) for model in (policy, critic)]))

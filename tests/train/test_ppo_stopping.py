@@ -19,6 +19,7 @@ from ppomax.train.trainable import Trainable
 
 BUSY = {
     "epochs": 2,
+    "freeze_layers": 1,
     "iterations": 2,
     "critic_pretraining": {"max_rollouts": 2, "explained_variance": 1.0},
     "kl": {"target_per_token": 0.001, "horizon": 20},

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from ppomax.models.trunk import Trunk, Trunks
-from ppomax.train import actors
+from ppomax.train import actors, ppo_state, update
 from ppomax.train.ppo import train_ppo
 from ppomax.train.reward import train_reward
 
@@ -72,3 +72,26 @@ def test_what_one_iteration_remembers_is_gone_in_the_next(small, tmp_path, monke
     train_ppo(small("ppo", tmp_path / "run", {"freeze_layers": 1, "iterations": 4}))
     assert kept[0] == 0
     assert max(kept) == max(kept[1:3]), "it grows from iteration to iteration"
+
+
+def test_memory_that_runs_out_is_not_held_by_what_is_remembered(small, tmp_path, monkeypatch):
+    kept, plain = [], update.clipped_policy_loss
+    state = ppo_state.PPOState.fitted
+
+    def fitted(self, step, work):
+        def watched():
+            kept.append((self.run.micro_tokens, sum(map(len, self.actors.trunks.each))))
+            return work()
+
+        return state(self, step, watched)
+
+    def once(*args, **kwargs):
+        monkeypatch.setattr(update, "clipped_policy_loss", plain)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(ppo_state.PPOState, "fitted", fitted)
+    monkeypatch.setattr(update, "clipped_policy_loss", once)
+    train_ppo(small("ppo", tmp_path / "run", {"freeze_layers": 1, "micro_tokens": 64}))
+    first = next(index for index, (micro, _) in enumerate(kept) if micro == 32)
+    assert kept[first - 1][1] > 0
+    assert kept[first] == (32, 0)

@@ -4,6 +4,7 @@ Scores come from reward models. The one PPO was trained on is the *proxy* and is
 second one that PPO never saw is `held-out`.
 """
 
+import gc
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,8 @@ def compare(config: EvalConfig, here: World) -> dict[str, Any]:
         )
         scorers.append(compare_scores(scorer, of_sft, of_ppo, sft_answers, ppo_answers))
         scores[scorer.name] = {"sft": of_sft, "ppo": of_ppo}
+    del trunk
+    gc.collect()  # models in a trunk hold on to each other
     first = scores[config.scorers[0].name] if config.scorers else {"sft": [], "ppo": []}
     return {
         "kind": "policy",

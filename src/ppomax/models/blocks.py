@@ -1,6 +1,8 @@
 """The repeated layers of a backbone, and which of its parameters are left out of training."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ppomax.errors import ConfigError
 
@@ -57,3 +59,41 @@ def freeze_layers(model: nn.Module, count: int) -> None:
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     for module in (*below, *embeddings):
         module.requires_grad_(requires_grad=False)
+    for parameter in _feeding(model, below[-1]):  # norms and projections of embeddings
+        parameter.requires_grad_(False)
+
+
+class _SeenError(Exception):
+    """Ends a forward where enough was seen of it."""
+
+
+@torch.enable_grad()
+def _feeding(model: nn.Module, block: nn.Module) -> list[nn.Parameter]:
+    """Trained parameters that a block's output depends on."""
+    found: list[Tensor] = []
+
+    def see(_module: nn.Module, _inputs: object, output: object) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)  # type: ignore[arg-type]
+        raise _SeenError
+
+    backbone = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(backbone.parameters()).device)
+    hook = block.register_forward_hook(see)
+    try:
+        backbone(input_ids=ids, use_cache=False)
+    except _SeenError:
+        pass
+    finally:
+        hook.remove()
+    trained = {id(p): p for p in model.parameters() if p.requires_grad}
+    nodes, seen, leaves = [found[0].grad_fn], set(), {}
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if id(leaf) in trained:
+            leaves[id(leaf)] = trained[id(leaf)]
+        nodes += [earlier for earlier, _ in node.next_functions]
+    return list(leaves.values())

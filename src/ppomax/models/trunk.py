@@ -17,6 +17,12 @@ Model = LanguageModel | ScalarModel
 
 PROBE_TOKENS = 64
 """Of a text that two models must read alike before they share."""
+HEADS = {
+    *("architectures", "dtype", "torch_dtype", "_name_or_path", "transformers_version"),
+    *("num_labels", "id2label", "label2id", "problem_type", "use_cache", "tie_word_embeddings"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "output_hidden_states", "return_dict"),
+}
+"""Keys of a config that say nothing of its blocks."""
 REMEMBERED_BYTES = 2**30
 """The most that a trunk remembers; what is beyond that is computed again."""
 
@@ -128,7 +134,9 @@ class Trunks:
 
     def add(self, model: Model) -> None:
         """Let a placed model, frozen below and not sharded, share with those before it."""
-        if self.count and not any(trunk.join(model) for trunk in self.each):
+        if not self.count or not _shareable(model, self.count):
+            return
+        if not any(trunk.join(model) for trunk in self.each):
             self.each.append(Trunk(model, self.count))
 
     def forget(self) -> None:
@@ -139,6 +147,8 @@ class Trunks:
 
 def common_depth(one: Model, other: Model) -> int:
     """How many of the lowest blocks agree in every bit; 0 if the embeddings do not."""
+    if not _shareable(one, 0) or not _shareable(other, 0):
+        return 0
     found = 0
     for blocks in zip(_blocks(one), _blocks(other), strict=False):
         own, others = (list(block.state_dict().items()) for block in blocks)
@@ -150,9 +160,23 @@ def common_depth(one: Model, other: Model) -> int:
 
 def _alike(one: Model, other: Model, count: int) -> bool:
     """Same weights below, and the same reading of a text: positions, norms, activations."""
+    if not _shareable(other, count) or _differ(one, other):
+        return False
     if not _equal(_below(one, count), _below(other, count)):
         return False
     return torch.equal(_probe(one, count), _probe(other, count))
+
+
+def _shareable(model: Model, count: int) -> bool:
+    """It has so many blocks, and none above reads what one below keeps for it."""
+    config = _backbone(model).config
+    return len(_blocks(model)) >= count and not getattr(config, "num_kv_shared_layers", 0)
+
+
+def _differ(one: Model, other: Model) -> bool:
+    """Whether the configs say something else of how a text is read, beyond the probe's length."""
+    a, b = (_backbone(model).config.to_dict() for model in (one, other))
+    return any(a[key] != b[key] for key in set(a) & set(b) - HEADS)
 
 
 def _equal(weights: list[tuple[str, Tensor]], others: list[tuple[str, Tensor]]) -> bool:

@@ -94,9 +94,9 @@ class StageSettings(ComputeSettings):
     freeze_layers: int | None = Field(None, ge=1)
     """Lowest blocks that are left as they are, the embedding with them; null trains all. Backward
     ends there: with half of them frozen a step takes 0.6 of the time and half of the
-    activations (measured, docs/LOG.md). With `lora` only the blocks above get adapters. In PPO one
-    copy and one reading of a batch serve all roles whose lowest blocks agree in every bit, as those
-    of stages with the same `freeze_layers` do. Ours."""
+    activations (measured, docs/LOG.md). With `lora` only the blocks above get adapters. In PPO, in
+    one process, one copy and one reading of a batch serve all roles of one dtype whose lowest
+    blocks agree in every bit, as those of stages with the same `freeze_layers` do. Ours."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
     checkpoint: CheckpointSettings = CheckpointSettings()
