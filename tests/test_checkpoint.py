@@ -230,6 +230,7 @@ def test_a_whole_checkpoint_under_another_number_is_none(tmp_path):
     assert latest(tmp_path) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_any_flipped_bit_of_any_file_is_noticed(tmp_path, name):
     path = write(tmp_path, 10)

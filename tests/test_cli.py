@@ -90,6 +90,7 @@ def test_help_of_every_verb_loads_nothing_heavy_and_exits_0():
     assert float(done.stdout.split("SLOWEST")[1]) < 0.5
 
 
+@pytest.mark.slow
 def test_a_cold_help_takes_no_time():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(

@@ -359,6 +359,7 @@ def test_a_dumped_recipe_parses_to_the_same_settings():
 WORDS = st.text(st.characters(codec="utf-8"), max_size=6)
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(
     st.floats(min_value=1e-300, max_value=1e300),

@@ -464,6 +464,7 @@ def test_the_bandit_s_optimum_is_somewhere_else_than_where_it_starts():
     assert _total_variation(PRIOR) > 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", [_k1_in_reward, _exact_kl_as_loss])
 def test_the_bandit_s_closed_form_optimum_is_reached(gradient):
     assert _total_variation(_ascend(gradient)) < 0.02

@@ -140,6 +140,7 @@ def test_08_without_a_reference_there_is_no_penalty_and_no_kl(small, tmp_path):
         small("ppo", tmp_path, {"kl": None, "loss": {"ratio_to": "reference"}})
 
 
+@pytest.mark.slow
 def test_10_the_targets_unit_is_in_its_name_and_the_coefficient_in_the_checkpoint(small, tmp_path):
     with pytest.raises(ValidationError, match="not both"):
         KLSettings(target_per_token=0.1, target_per_sequence=1.0)
@@ -630,6 +631,7 @@ def test_13_bad_rows_are_counted_against_max_bad_rows(small, tmp_path):
     assert all(row["reason"] and row["defect"] for row in events)
 
 
+@pytest.mark.slow
 def test_07_a_cut_reply_goes_on_in_the_critic_whatever_its_batch_mates(
     small, tmp_path, files, monkeypatch
 ):
@@ -718,6 +720,7 @@ def test_15_dropout_in_a_models_config_is_off_everywhere(small, tiny, tmp_path):
     assert found[0]["policy/loss"] == pytest.approx(plain[0]["policy/loss"], rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_16_left_padded_right_padded_and_unpadded_log_probs_agree(tiny):
     model, template = load_policy(tiny), ChatTemplate(load_tokenizer(tiny))
     here = World(0, 1, CPU)
@@ -760,6 +763,7 @@ def test_17_a_step_at_5e_7_changes_every_matrix_in_bf16(small, tiny, tmp_path):
         assert not torch.equal(reward[name], before[name]), name
 
 
+@pytest.mark.slow
 def test_17_the_critic_too(small, small_reward, tmp_path):
     adam = {"lr": 5e-7, "eps": 1e-12}
     change = {"dtype": "bfloat16", "critic_optim": adam, "iterations": 1, "minibatch_size": 4}
@@ -812,6 +816,7 @@ def test_20_the_steps_taken_are_the_planned_ones(ptx, small, tmp_path, files):
     assert ("ptx/loss" in rows(run)[0]) == (ptx is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "reward"])
 def test_20_supervised_stages_take_the_planned_steps_too(kind, small, tmp_path):
     from ppomax.planning import plan
@@ -908,6 +913,7 @@ def test_29_useless_pairs_are_set_aside_with_their_place(small, tmp_path):
     assert rows(run)[0]["batch/pairs"] == 2
 
 
+@pytest.mark.slow
 def test_30_accuracy_is_over_all_pairs_whatever_the_micro_batches(small, small_data, tmp_path):
     found = {}
     for micro in (1, 90, 10_000):
@@ -1043,6 +1049,7 @@ def test_36_ppo_logs_every_key_of_its_configuration_and_all_are_finite(
         assert all(math.isfinite(value) for key, value in row.items() if key != "stage")
 
 
+@pytest.mark.slow
 def test_36_supervised_stages_log_every_key_and_all_are_finite(small, tmp_path):
     for kind, train in (("sft", train_sft), ("reward", train_reward)):
         for lm in (1.0, 0.0):

@@ -135,6 +135,7 @@ def kept_for_backward(model, tokens, compute):
     return sum(size for place, size in found.items() if place not in weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [{}, {"kv_heads": 1}, {"intermediate": 512}, {"layers": 9}])
 def test_what_layers_keep_for_backward_is_what_autograd_holds(compute, shape):

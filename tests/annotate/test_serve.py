@@ -91,6 +91,7 @@ def test_kill_9_loses_no_vote_and_ctrl_c_ends_well(start, tmp_path):
     assert "option port: has no effect with --export" in said
 
 
+@pytest.mark.slow
 def test_open_to_a_network_the_link_carries_a_token(start):
     _, address, said = start("--host", "0.0.0.0")
     assert "plain HTTP" in said

@@ -118,6 +118,7 @@ def test_token_batches_worked_by_hand():
     assert token_batches([], lengths, 100) == []
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(
     LENGTHS,

@@ -290,6 +290,7 @@ def prompt_row(text, where=""):
 WORDS = st.lists(st.sampled_from(["a", "B", "b", " b", "Ｂ", "c", "天"]), min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(st.lists(WORDS, max_size=20), st.floats(0, 0.9), st.sampled_from(["", "x"]))
 def test_no_prompt_stands_on_both_sides_whatever_its_case_and_spaces(texts, share, salt):

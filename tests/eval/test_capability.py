@@ -37,6 +37,7 @@ def write(path, rows):
     return str(path)
 
 
+@pytest.mark.slow
 def test_choices_are_those_of_plain_transformers(tiny, tmp_path):
     path = write(tmp_path / "q.jsonl", ROWS)
     shots_path = write(tmp_path / "shots.jsonl", [r | {"subject": "food_x"} for r in ROWS[:2]])

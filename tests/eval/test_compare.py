@@ -103,6 +103,7 @@ def test_the_command_line_writes_a_report_that_shows_texts_as_texts(files, capsy
     assert "0 calls (12 of 12 answered before)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pairs_for_people_go_out_and_their_verdicts_come_back(files):
     record, said = compared(files, ["human"])
     assert record["comparisons"] == []
@@ -198,6 +199,7 @@ def test_names_are_the_shortest_that_tell_apart():
         names_of(["a", "a"])
 
 
+@pytest.mark.slow
 def test_a_reward_model_judges_texts_as_the_stage_scores_them(small, small_reward, files, tiny):
     judge = [f"reward:{small_reward}"]
     record, _ = compared(files, judge)

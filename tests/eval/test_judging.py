@@ -92,6 +92,7 @@ def test_the_interval_of_a_random_judge_covers_half():
     assert covered >= 180  # 190 expected; fewer than 180 has a probability below 1%
 
 
+@pytest.mark.slow
 def test_a_judge_of_length_is_flagged_and_at_equal_length_sees_nothing(judged):
     draw = random.Random(0)
     texts = [("x" * draw.randint(50, 200), "y" * draw.randint(80, 260)) for _ in range(200)]

@@ -65,6 +65,7 @@ def other(tiny, tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_a_model_against_itself_is_a_tie_everywhere(judged):
     report = judged()
     assert set(report) == FIELDS
@@ -93,6 +94,7 @@ def test_a_report_says_what_was_compared(judged, small_reward):
     assert len(report["scores"]["sft"]) == 8
 
 
+@pytest.mark.slow
 def test_another_policy_is_measured_against_the_first(judged, other, small_reward):
     report = judged({"policy": other})
     assert report["kl_ref_k3"] > 0
@@ -111,6 +113,7 @@ def test_another_policy_is_measured_against_the_first(judged, other, small_rewar
     assert (swapped["win"], swapped["lose"]) == (scorer["lose"], scorer["win"])
 
 
+@pytest.mark.slow
 def test_scores_and_perplexity_are_those_of_single_replies(judged, small_reward, monkeypatch):
     seen = []
     plain = policy.answer
@@ -176,6 +179,7 @@ def test_several_scorers_and_none(judged, small_reward):
     assert "sft_score" not in report["samples"][0]
 
 
+@pytest.mark.slow
 def test_a_limit_takes_the_first_prompts_and_heldout_those_no_stage_trains_on(judged, small_data):
     from ppomax.data.sources import SourceConfig, load_prompts, split_by_prompt
 

@@ -52,6 +52,7 @@ def test_after_temperature_a_model_of_the_truth_is_calibrated_within_the_noise()
     assert before == 0, "three times too sure is outside it"
 
 
+@pytest.mark.slow
 def test_a_model_that_learned_only_length_is_shown_as_such(tmp_path):
     _, good, bad = preferences(0)
     found = judged(0.05 * (good - bad), good, bad)

@@ -52,6 +52,7 @@ def pairs_of(path):
     return [encode_pair(row, template, 500) for row in rows]
 
 
+@pytest.mark.slow
 def test_scores_are_the_models_and_likelihoods_the_base_models(small_reward, several):
     found = evaluate_reward([small_reward], [several], language_model="tiny", by=["level"])
     pairs = pairs_of(several)

@@ -86,6 +86,7 @@ def test_paired_difference_by_hand():
     assert found.num_pairs == 3
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(finite, finite), min_size=3, max_size=40))
 def test_paired_difference_agrees_with_scipy(pairs):
     a, b = np.array(pairs, dtype=float).T
@@ -157,6 +158,7 @@ def test_win_tie_lose_by_hand():
     assert found.interval() == wilson_interval(2, 4)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(finite, finite), min_size=1), st.floats(0, 5))
 def test_swapping_sides_swaps_wins_and_losses(pairs, tie):
     a, b = np.array(pairs, dtype=float).T

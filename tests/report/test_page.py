@@ -184,6 +184,7 @@ def check_safe(path):
     return page
 
 
+@pytest.mark.slow
 def test_page_shows_verdict_curves_events_samples_metrics_settings_and_environment(tmp_path):
     out = write_report([make_run(tmp_path / "run")], tmp_path / "report.html")
     text = check_safe(out).text
@@ -207,6 +208,7 @@ def test_page_shows_verdict_curves_events_samples_metrics_settings_and_environme
     assert text.index("PPO scores higher") < text.index("KL to the reference over steps")
 
 
+@pytest.mark.slow
 def test_ppo_has_six_panels_each_with_title_and_text_alternative(tmp_path):
     run = make_run(tmp_path / "run")
     source = write_report([run / "ppo"], tmp_path / "a.html").read_text(encoding="utf-8")
@@ -232,6 +234,7 @@ def test_same_run_gives_the_same_bytes(tmp_path):
         assert one == other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_in_an_evaluation_is_only_text(tmp_path, text):
     run = make_run(tmp_path / "run", num=1, text=text) / "eval"
@@ -239,6 +242,7 @@ def test_hostile_text_in_an_evaluation_is_only_text(tmp_path, text):
     assert f"the new answer {visible(text)}" in page.text
 
 
+@pytest.mark.slow
 def test_hostile_text_anywhere_is_only_text(tmp_path):
     run = make_run(tmp_path / "run", num=3, text=ALL_HOSTILE)
     page = check_safe(write_report([run], tmp_path / "report.html"))
@@ -310,6 +314,7 @@ def test_several_runs_share_axes_and_show_what_differs(tmp_path):
     assert "Settings that differ" in text
 
 
+@pytest.mark.slow
 def test_json_beside_the_page_holds_every_number(tmp_path):
     run = make_run(tmp_path / "run")
     out = write_report([run], tmp_path / "report.html")
@@ -327,6 +332,7 @@ def test_json_beside_the_page_holds_every_number(tmp_path):
     assert stages[3]["evaluation"]["scorers"][0]["ci95"] == [0.3, 0.7]
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite_leave_a_gap_and_valid_json(tmp_path):
     run = make_run(tmp_path / "run", num=3)
     rows = ppo_rows(5)
@@ -386,6 +392,7 @@ def test_a_page_of_huge_texts_and_long_runs_stays_small(tmp_path):
     assert "more characters)" in out.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_texts_are_cut_shorter_where_the_page_would_be_too_large(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", num=1, text="<&" * 3000) / "eval"
     whole = write_report([run], tmp_path / "whole.html").stat().st_size
@@ -393,6 +400,7 @@ def test_texts_are_cut_shorter_where_the_page_would_be_too_large(tmp_path, monke
     assert write_report([run], tmp_path / "cut.html").stat().st_size <= whole // 2
 
 
+@pytest.mark.slow
 def test_many_events_are_counted_not_listed(tmp_path):
     run = make_run(tmp_path / "run", num=2)
     events = [{"event": "quarantine", "line": i} for i in range(500)]

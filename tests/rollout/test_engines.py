@@ -262,6 +262,7 @@ def test_greedy_replies_are_those_of_transformers_own_generate(kind, name):
         assert reply == wanted[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["native", "transformers"])
 def test_nothing_is_taken_from_the_models_generation_config(kind):
     model = make("llama")
@@ -274,6 +275,7 @@ def test_nothing_is_taken_from_the_models_generation_config(kind):
     assert after.responses == before.responses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["native", "transformers"])
 def test_bf16_log_probs_stay_close_to_the_trainers_under_autocast(kind):
     model = make("llama")

@@ -215,6 +215,7 @@ def test_a_wrong_recipe_is_one_line_that_names_the_file(verb, case, ppomax, tmp_
     assert "recipe.yaml" in result[2]
 
 
+@pytest.mark.slow
 def test_a_stage_the_recipe_lacks_is_named(ppomax):
     result = ppomax("ppo", SMOKE, "out=run", "ppo=null", "eval=null")
     assert_refused(result, "recipe has no stage ppo; it has sft, reward")

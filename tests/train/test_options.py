@@ -177,6 +177,7 @@ def test_the_penalty_s_gradient_is_autograd_s(small, tmp_path, monkeypatch):
         torch.testing.assert_close(caught[f"lm.{name}"], parameter.grad, rtol=2e-3, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_the_penalty_s_coefficient_follows_its_target_and_is_saved(small, tmp_path):
     change = {"loss": {"policy_clip": None, "penalty_coef": 1.0, "penalty_target": 1e3}}
     run = train_ppo(small("ppo", tmp_path / "run", change))
@@ -185,6 +186,7 @@ def test_the_penalty_s_coefficient_follows_its_target_and_is_saved(small, tmp_pa
     assert state["penalty"] == {"coef": 0.25}
 
 
+@pytest.mark.slow
 def test_an_update_that_target_kl_ends_moves_the_penalty_too(small, tmp_path):
     loss = {"policy_clip": None, "penalty_coef": 1.0, "penalty_target": 1e-9, "target_kl": 1e-12}
     run = train_ppo(small("ppo", tmp_path / "run", {"loss": loss}))

@@ -55,6 +55,7 @@ def experiences(monkeypatch):
 # --- one iteration, worked out again on unpadded replies
 
 
+@pytest.mark.slow
 def test_an_iteration_is_the_papers_arithmetic(small, small_reward, experiences, tmp_path):
     tau, eta, gamma, lam = 0.8, 0.3, 0.9, 0.7
     change = {
@@ -230,6 +231,7 @@ def test_the_critic_is_fitted_with_the_policy_frozen_until_it_explains_enough(sm
     assert [(row["stage"], row["step"], row["reached"]) for row in ready] == [("critic", 3, False)]
 
 
+@pytest.mark.slow
 def test_a_critic_that_explains_enough_at_once_is_ready(small, tmp_path):
     change = {"critic_pretraining": {"max_rollouts": 9, "explained_variance": -1e6}}
     found = rows(train_ppo(small("ppo", tmp_path / "run", change)))
@@ -247,6 +249,7 @@ def test_a_long_pre_training_on_a_short_schedule_never_climbs(small, tmp_path):
     assert found[4]["value/lr"] > 0
 
 
+@pytest.mark.slow
 def test_the_update_ends_when_the_policy_has_moved_far_enough(small, tmp_path):
     change = {"epochs": 3, "optim": {"lr": 1e-2}, "checkpoint": {"every": 1}}
     change |= {"loss": {"target_kl": 1e-7}, "rollout_size": 8}
@@ -301,6 +304,7 @@ def test_rollouts_take_the_prompts_one_after_the_other(small, tmp_path, experien
     assert taken == [prompt.ids for prompt in stream.batch(0, 16)]
 
 
+@pytest.mark.slow
 def test_prompts_that_do_not_fit_are_set_aside_and_none_left_is_an_error(small, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "Short?"}\n' + json.dumps({"prompt": "long " * 200}) + "\n")
@@ -415,6 +419,7 @@ def test_ppo_raises_a_score_from_a_function(seed, small, tmp_path, monkeypatch):
     assert found[-1]["kl/ref_k1"] > 0.1
 
 
+@pytest.mark.slow
 def test_a_critic_from_the_reward_model_starts_in_units_of_normalised_scores(small, small_reward):
     from pathlib import Path
 

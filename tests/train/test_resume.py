@@ -97,7 +97,7 @@ def assert_same_run(one, other, stages=("sft", "reward", "ppo")):
 
 
 def run(launch, out, *words, die=None, ranks=1):
-    busy = [] if words[:3] == tuple(ONLY_SFT) else BUSY
+    busy = ["sft.batch_tokens=1024"] if words[:3] == tuple(ONLY_SFT) else BUSY
     argv = ["run", str(SMOKE), "out=run", *busy, *words]
     return launch(ranks=ranks, argv=argv, cwd=str(out), die=die)
 
@@ -214,7 +214,7 @@ def test_other_settings_cannot_be_resumed(launch, tmp_path):
     recipe = tmp_path / "run" / "config.yaml"
     original = recipe.read_text()
     before = told(tmp_path / "run" / "reward")
-    for old, new in (("batch_tokens: 4096", "batch_tokens: 2048"), ("lr: 0.001", "lr: 0.002")):
+    for old, new in (("batch_tokens: 1024", "batch_tokens: 2048"), ("lr: 0.001", "lr: 0.002")):
         assert old in original
         recipe.write_text(original.replace(old, new))
         ended = launch(argv=["resume", "run"], cwd=str(tmp_path))[0]

@@ -53,6 +53,7 @@ def test_what_changes_the_last_bits_is_named_with_both_values():
     assert differences({}, now) == [], "a checkpoint that does not say leaves nothing to compare"
 
 
+@pytest.mark.slow
 def test_a_stage_goes_on_with_other_micro_batches_to_the_same_losses(small, tmp_path):
     """Same order, losses within rounding; the difference is said; other settings are refused."""
     more = {"max_steps": 4, "epochs": 2, "eval_every": 2, "checkpoint": {"every": 2}}

@@ -246,6 +246,7 @@ def test_the_card_holds_what_ppo_checks(small, small_reward, template):
     assert set(card["accuracy"]) == {"all"}
 
 
+@pytest.mark.slow
 def test_lora_trains_adapters_and_the_head(small, tmp_path):
     change = {"lora": {"rank": 2}, "dtype": "bfloat16", "max_steps": 2, "epochs": 2}
     run = train_reward(small("reward", tmp_path / "run", change))

@@ -184,6 +184,7 @@ def test_an_ensemble_is_what_its_formula_says_of_standardized_members(judged, ju
     close(found.spread, torch.tensor(stds))
 
 
+@pytest.mark.slow
 def test_a_folder_of_members_counts_as_their_mean_unless_told_otherwise(judged, judges, raw):
     both = str(judges / "both")
     pair = standardized(raw)[:2]
@@ -214,6 +215,7 @@ def test_a_member_that_is_not_there_is_named(judges, tmp_path):
         members(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_critic_starts_from_the_first_reward_model_in_its_units(small, judges):
     head = load_file(judges / "rm0" / "model.safetensors")["score.weight"]
     for reward, expected in (

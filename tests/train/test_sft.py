@@ -62,6 +62,7 @@ def test_the_loss_is_transformers_cross_entropy_on_the_assistants_tokens(small, 
     assert found[-1]["eval/loss"] == pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_gradient_norm_is_autograds(small, tmp_path, template):
     config = small("sft", tmp_path / "run", {"max_steps": 1, "micro_tokens": 60})
     found = rows(train_sft(config))
@@ -171,6 +172,7 @@ def test_the_export_is_a_folder_anyone_can_load(small, tmp_path, tiny):
     assert not torch.equal(model(ids).logits, load_policy("tiny")(ids).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_lora_trains_adapters_and_exports_a_plain_model(dtype, small, tmp_path, tiny):
     change = {"lora": {"rank": 4, "alpha": 8.0}, "max_steps": 4, "epochs": 4, "dtype": dtype}
@@ -209,6 +211,7 @@ def test_settings_have_the_papers_defaults():
     assert (config.epochs, config.optim.schedule, config.optim.floor) == (2, "cosine", 0.1)
 
 
+@pytest.mark.slow
 def test_held_out_perplexity_is_given_by_language(small, tmp_path, template):
     path = tmp_path / "rows.jsonl"
     lines = [
@@ -253,6 +256,7 @@ def test_the_log_holds_replies_to_held_out_prompts(small, tmp_path, template):
         assert 0 < said["length"] <= 64
 
 
+@pytest.mark.slow
 def test_the_system_prompt_of_training_is_the_default_when_it_writes(
     small, tmp_path, small_data, monkeypatch
 ):

@@ -201,6 +201,7 @@ def test_memory_that_never_suffices_ends_the_run_with_what_would_do(tmp_path):
 # --- checkpoints of a stage
 
 
+@pytest.mark.slow
 def test_saving_in_a_thread_changes_no_result_and_no_checkpoint(small, tmp_path):
     every = {"every": 1, "keep_last": 9}
     found = []

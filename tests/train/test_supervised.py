@@ -115,6 +115,7 @@ def warned(run):
     return [row["note"] for row in jsonl(run / "events.jsonl") if row["kind"] == "data_warning"]
 
 
+@pytest.mark.slow
 def test_pairs_that_length_alone_explains_are_warned_of(small, tmp_path):
     path = tmp_path / "pairs.jsonl"
 

@@ -110,6 +110,7 @@ def reply_logprobs(model, prompt, reply, temperature):
 TEMPERATURE = {"sampling": {"temperature": 0.7}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entropy", [None, 0.3])
 def test_the_policys_gradient_is_autograds_on_single_replies(entropy, stage, monkeypatch):
     made = stage(TEMPERATURE | {"micro_tokens": 14, "loss": {"entropy_coef": entropy}})
@@ -137,6 +138,7 @@ def test_the_policys_gradient_is_autograds_on_single_replies(entropy, stage, mon
     assert kl == values["kl/old_k3"] == values["policy/first_ratio_error"] == 0.0
 
 
+@pytest.mark.slow
 def test_the_critics_gradient_is_autograds_on_single_replies(stage, monkeypatch):
     made = stage({"micro_tokens": 14})
     caught = caught_gradients(made[0].critic, monkeypatch)

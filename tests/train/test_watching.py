@@ -108,6 +108,7 @@ def test_a_rollback_restores_raises_the_constraint_and_does_not_repeat_itself(sm
     assert same(exported(run), weights(run, 1))
 
 
+@pytest.mark.slow
 def test_a_coefficient_of_zero_rises_to_the_least(small, tmp_path):
     change = {
         "iterations": 2,
@@ -222,6 +223,7 @@ def test_without_a_second_scorer_the_last_green_checkpoint_is_exported():
     assert watch.exported() == 3
 
 
+@pytest.mark.slow
 def test_the_same_policy_ties_with_itself_on_tracked_prompts(small, tmp_path):
     still = {"lr": 1e-30, "grad_clip": 0.5}
     change = {
