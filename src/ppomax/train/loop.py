@@ -338,9 +338,10 @@ class StageRun:
         last = "its beginning" if self.saved_at is None else f"step {self.saved_at}"
         again = step - (self.saved_at or 0)
         return Interrupted(
-            f"stopped at a signal; a save takes about {self.save_seconds:.0f} s, too long for "
-            f"checkpoint.grace_s {self.config.checkpoint.grace_s:g}, so `ppomax resume "
-            f"{self.path}` goes on from {last} and does {again} steps again"
+            f"stopped at a signal; the step in hand took {self.stopper.waited:.0f} s after it and "
+            f"a save takes about {self.save_seconds:.0f} s, more than checkpoint.grace_s "
+            f"{self.config.checkpoint.grace_s:g} together, so `ppomax resume {self.path}` goes on "
+            f"from {last} and does {again} steps again"
         )
 
     def all_saved(self) -> None:
