@@ -1,5 +1,7 @@
 """The repeated layers of a backbone, and which of its parameters are left out of training."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -72,8 +74,8 @@ def _feeding(model: nn.Module, block: nn.Module) -> list[nn.Parameter]:
     """Trained parameters that a block's output depends on."""
     found: list[Tensor] = []
 
-    def see(_module: nn.Module, _inputs: object, output: object) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)  # type: ignore[arg-type]
+    def see(_module: nn.Module, _inputs: object, output: Any) -> None:  # noqa: ANN401 - as the block
+        found.append(output[0] if isinstance(output, tuple) else output)
         raise _SeenError
 
     backbone = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
