@@ -246,6 +246,28 @@ def test_the_card_holds_what_ppo_checks(small, small_reward, template):
     assert set(card["accuracy"]) == {"all"}
 
 
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
+def test_the_card_takes_the_last_evaluations_scores_unless_merging_rounds_them(
+    lora, small, tmp_path, monkeypatch
+):
+    from ppomax.train import reward, reward_card, scoring
+
+    config = small("reward", tmp_path / "run", {"max_steps": 1, "lora": lora})
+    scored = []
+
+    def counted(model, pairs, *rest, **names):
+        scored.append(len(pairs))
+        return scoring.score_pairs(model, pairs, *rest, **names)
+
+    monkeypatch.setattr(reward, "score_pairs", counted)
+    monkeypatch.setattr(reward_card, "score_pairs", counted)
+    run = train_reward(config)
+    card = json.loads((run / "export" / "reward_card.json").read_text())
+    held, trained = card["counts"]["heldout"], card["counts"]["train"]
+    assert scored == [held, trained] + ([held] if lora else [])
+    assert card["accuracy"]["all"] == pytest.approx(rows(run)[-1]["eval/accuracy"])
+
+
 @pytest.mark.slow
 def test_lora_trains_adapters_and_the_head(small, tmp_path):
     change = {"lora": {"rank": 2}, "dtype": "bfloat16", "max_steps": 2, "epochs": 2}
@@ -409,11 +431,15 @@ def test_a_score_that_is_no_number_stops_with_its_pair(small, tmp_path, monkeypa
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [{}, {"lora": {"rank": 2}}, {"lm_coef": 0.0}], ids=str)
 def test_a_shared_prompt_gives_the_same_loss_norm_and_weights(change, small, tmp_path):
-    found = []
+    found, cards = [], []
     for share in (False, True):
         more = {"share_prompts": share, "micro_tokens": 130, "max_steps": 3, "epochs": 3}
         run = train_reward(small("reward", tmp_path / str(share), change | more))
         found.append((rows(run), load_file(run / "export" / "model.safetensors")))
+        cards.append(json.loads((run / "export" / "reward_card.json").read_text()))
+    for key in ("accuracy", "length_correlation"):
+        assert cards[0][key]
+        assert cards[1][key] == pytest.approx(cards[0][key], rel=1e-3)
     for one, two in zip(found[0][0], found[1][0], strict=True):
         numbers = {k: v for k, v in one.items() if k != "stage"}
         assert {k: two[k] for k in numbers} == pytest.approx(numbers, rel=1e-5, abs=1e-7)

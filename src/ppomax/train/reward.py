@@ -23,12 +23,12 @@ from ppomax.models.load import load_reward_model, load_tokenizer
 from ppomax.models.lora import add_lora
 from ppomax.train.ensemble import train_members
 from ppomax.train.loop import StageRun, Trainable, check_positions, opened
-from ppomax.train.micro_batches import Watched, autocast, rank_micro_batches
+from ppomax.train.micro_batches import autocast, rank_micro_batches
 from ppomax.train.pair_forward import PairOutput, forward_pairs, settle_sharing, width
 from ppomax.train.pairs import Pair
 from ppomax.train.reward_card import export
 from ppomax.train.reward_data import RewardConfig, load_data
-from ppomax.train.scoring import score_pairs
+from ppomax.train.scoring import PairScores, score_pairs
 from ppomax.train.supervised import fit
 
 __all__ = ["RewardConfig", "load_data", "train_reward"]
@@ -76,12 +76,21 @@ def _train(config: RewardConfig, here: World, run: StageRun) -> Path:
         sized = config.model_copy(update={"micro_tokens": micro_tokens})
         return train_step(reward, pairs, pad, sized, here, run, step + 1)
 
-    def judge(_step: int) -> dict[str, float]:
-        return evaluate(model, data.heldout, pad, config, here, run.watched)
+    judged: dict[int, PairScores] = {}  # by step, the last alone
+
+    def judge(step: int) -> dict[str, float]:
+        judged.clear()
+        if not data.heldout:
+            return {}
+        judged[step] = score_pairs(
+            model, data.heldout, pad, config, here, run.watched, share_prompts=share
+        )
+        return evaluate(*judged[step])
 
     fitted = fit(run, reward, len(data.steps), config, state, train=train, evaluate=judge)
     run.progress.say("writes the export and its card: scores, accuracy by subset, probe texts")
-    export(config, model, template, data, fitted, here, run.path / "export")
+    scores = judged.get(fitted.exported)
+    export(config, model, template, data, fitted, here, run.path / "export", scores)
     return run.finish()
 
 
@@ -215,17 +224,7 @@ def _plan(pairs: Sequence[Pair], config: RewardConfig, here: World) -> list[list
     return plan_micro_batches(widths, config.micro_tokens, here.size)
 
 
-def evaluate(
-    model: ScalarModel,
-    pairs: list[Pair],
-    pad: int,
-    config: RewardConfig,
-    here: World,
-    watched: Watched = iter,
-) -> dict[str, float]:
-    """Held-out ranking loss and accuracy over all pairs at once; nothing without pairs."""
-    if not pairs:
-        return {}
-    chosen, rejected = score_pairs(model, pairs, pad, config, here, watched)
-    found = pairwise_ranking_loss(chosen, rejected, num_pairs=len(pairs))
+def evaluate(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
+    """Held-out ranking loss and accuracy over all pairs at once."""
+    found = pairwise_ranking_loss(chosen, rejected, num_pairs=len(chosen))
     return {"eval/loss": float(found.loss), "eval/accuracy": float(found.accuracy)}

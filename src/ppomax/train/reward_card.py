@@ -22,7 +22,7 @@ from ppomax.models.names import licence_of
 from ppomax.train.pairs import Pair
 from ppomax.train.probes import probe_messages, score_dialogues
 from ppomax.train.reward_data import RewardConfig, RewardData
-from ppomax.train.scoring import score_pairs
+from ppomax.train.scoring import PairScores, score_pairs
 from ppomax.train.supervised import Fitted
 
 SAMPLE = 64
@@ -39,15 +39,22 @@ def export(
     fitted: Fitted,
     here: World,
     folder: Path,
+    scores: PairScores | None = None,
 ) -> None:
-    """Score what the card needs and write the folder (collective; rank 0 writes)."""
+    """Score what the card needs and write the folder (collective; rank 0 writes).
+
+    Args:
+        scores: of the held-out pairs by these weights, where they are known.
+    """
     tokenizer = template.tokenizer
     pad = int(tokenizer.pad_token_id)
     # adapters are merged into what is written, and the merged weights round differently
     scorer = merged_copy(model).to(config.compute_dtype) if config.lora else model
     trained = torch.cat(score_pairs(scorer, data.train[:SAMPLE], pad, config, here))
     judged = data.heldout
-    scores = score_pairs(scorer, judged, pad, config, here) if judged else None
+    if judged and (scores is None or config.lora):
+        share = bool(config.share_prompts)
+        scores = score_pairs(scorer, judged, pad, config, here, share_prompts=share)
     table = accuracy_table(judged, scores) if scores else {}
     probes = score_dialogues(scorer, list(probe_messages()), template, here, config.compute_dtype)
     state = state_on_main(model, here)  # collective
@@ -113,7 +120,7 @@ def _model_card(
 
 
 def accuracy_table(
-    pairs: list[Pair], scores: tuple[Tensor, Tensor]
+    pairs: list[Pair], scores: PairScores
 ) -> dict[str, tuple[float, int]]:
     """Held-out accuracy and number of pairs: `all`, then `column: value`; a tie counts half."""
     right = ((scores[0] - scores[1]).sign() + 1) / 2
@@ -126,7 +133,7 @@ def accuracy_table(
     return table
 
 
-def length_correlations(pairs: list[Pair], scores: tuple[Tensor, Tensor]) -> dict[str, float]:
+def length_correlations(pairs: list[Pair], scores: PairScores) -> dict[str, float]:
     """Score against length: over all answers, and of differences within a pair.
 
     The second is the partial correlation once it is known which answer is preferred.

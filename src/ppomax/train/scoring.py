@@ -12,8 +12,12 @@ from ppomax.errors import ModelError
 from ppomax.models.heads import ScalarModel
 from ppomax.models.language import LanguageModel
 from ppomax.train.micro_batches import Watched, autocast, table_of
+from ppomax.train.pair_forward import forward_pairs, width
 from ppomax.train.pairs import Pair
 from ppomax.train.settings import ComputeSettings
+
+PairScores = tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]
+"""Of the preferred and of the other answers."""
 
 
 @torch.no_grad()
@@ -51,22 +55,53 @@ def score_pairs(
     config: ComputeSettings,
     here: World,
     watched: Watched = iter,
-) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
+    *,
+    share_prompts: bool = False,
+) -> PairScores:
     """Scores of the preferred and of the other answers, on the CPU.
+
+    Args:
+        share_prompts: read a pair's prompt once; for models that heed a mask
+            (`ppomax.train.pair_forward.settle_sharing`).
 
     Raises:
         ModelError: a score is not finite; the text names the pair.
     """
-    rows = [pair.chosen.ids for pair in pairs] + [pair.rejected.ids for pair in pairs]
-    scores = score_rows(model, rows, pad, config, here, watched=watched).cpu()
-    lost = (~scores.isfinite()).nonzero().flatten().tolist()
+    if share_prompts:
+        scores = _score_shared(model, pairs, pad, config, here, watched).cpu()
+    else:
+        rows = [pair.chosen.ids for pair in pairs] + [pair.rejected.ids for pair in pairs]
+        scores = score_rows(model, rows, pad, config, here, watched=watched).cpu().view(2, -1)
+    lost = (~scores.isfinite()).any(0).nonzero().flatten().tolist()
     if lost:
-        row = pairs[lost[0] % len(pairs)].row
+        row = pairs[lost[0]].row
         raise ModelError(
-            f"reward model: {len(lost)} of {len(scores)} scores are not finite, the first for pair "
-            f"{row.id!r} ({row.where}); try dtype float32 or another checkpoint"
+            f"reward model: scores of {len(lost)} of {len(pairs)} pairs are not finite, the first "
+            f"of pair {row.id!r} ({row.where}); try dtype float32 or another checkpoint"
         )
-    return scores[: len(pairs)], scores[len(pairs) :]
+    return scores[0], scores[1]
+
+
+@torch.no_grad()
+def _score_shared(
+    model: ScalarModel,
+    pairs: Sequence[Pair],
+    pad: int,
+    config: ComputeSettings,
+    here: World,
+    watched: Watched,
+) -> Float[Tensor, "2 pairs"]:
+    """Both answers of each pair behind one copy of its prompt, on every rank."""
+
+    def read(indices: list[int]) -> Tensor:
+        part = [pairs[i] for i in indices]
+        with autocast(here, config.compute_dtype):
+            found = forward_pairs(model, part, pad, here, imitate=False, share_prompts=True)
+        return torch.stack([found.chosen, found.rejected], dim=1).float()
+
+    widths = [width(pair, share_prompts=True) for pair in pairs]
+    plan = plan_micro_batches(widths, config.micro_tokens, here.size)
+    return table_of((len(pairs), 2), plan, read, here, watched=watched).T
 
 
 @torch.no_grad()
