@@ -11,7 +11,7 @@ from ppomax.eval import capability
 from ppomax.eval.capability import CapabilityConfig
 from ppomax.models.names import resolve
 
-EACH = int(os.environ.get("PPOMAX_QUESTIONS_EACH", "10"))
+EACH = int(os.environ.get("PPOMAX_QUESTIONS_EACH", "4"))
 """Of each of two sets; 50 take five minutes on two cores."""
 plain_right = runpy.run_path(str(Path(__file__).with_name("plain_choices.py")))["plain_right"]
 
