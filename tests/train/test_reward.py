@@ -130,6 +130,29 @@ def test_pairs_of_a_ranked_list_share_one_prompts_weight(small, tmp_path, templa
 
 
 @pytest.mark.slow
+def test_the_pairs_of_an_evaluation_come_from_every_source(small, tmp_path, template):
+    paths = []
+    for name in ("one", "two"):
+        path = tmp_path / f"{name}.jsonl"
+        lines = [
+            {"prompt": f"Say {name} {i}.", "chosen": f"{name} {i}", "rejected": "no"}
+            for i in range(40)
+        ]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        paths.append(str(path))
+    change = {"data": paths, "heldout": 0.5}
+    every, some = (
+        load_data(small("reward", tmp_path / "run", change | {"eval_pairs": count}), template)
+        for count in (None, 6)
+    )
+    assert len(some.heldout) == 6
+    assert [pair.row.id for pair in some.train] == [pair.row.id for pair in every.train]
+    told = [pair.row.where.split("/")[-1].split(".")[0] for pair in some.heldout]
+    assert {told.count(name) for name in ("one", "two")} <= {2, 3, 4}
+    places = [[p.row.where for p in every.heldout].index(p.row.where) for p in some.heldout]
+    assert places == [i * len(every.heldout) // 6 for i in range(6)]
+
+
 def test_a_pairs_strength_scales_the_margin(small, tmp_path):
     path = tmp_path / "strong.jsonl"
     base = {"prompt": "Q?", "chosen": "Yes.", "rejected": "No."}

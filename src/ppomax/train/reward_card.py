@@ -119,9 +119,7 @@ def _model_card(
     )
 
 
-def accuracy_table(
-    pairs: list[Pair], scores: PairScores
-) -> dict[str, tuple[float, int]]:
+def accuracy_table(pairs: list[Pair], scores: PairScores) -> dict[str, tuple[float, int]]:
     """Held-out accuracy and number of pairs: `all`, then `column: value`; a tie counts half."""
     right = ((scores[0] - scores[1]).sign() + 1) / 2
     table = {"all": (float(right.mean()), len(pairs))}

@@ -37,7 +37,8 @@ class RewardConfig(SupervisedSettings):
     max_pairs: int = Field(128, ge=1)
     """Most pairs in a step (paper: 128)."""
     eval_pairs: int | None = Field(500, ge=1)
-    """Held-out pairs in each evaluation, the first of them; null takes all."""
+    """Held-out pairs in each evaluation and in the card, spread evenly over all of them, so that
+    every source has its share; null takes all."""
     ensemble: int | None = Field(None, ge=2)
     """Train so many models that differ by their seed, and export them together; null trains one.
     Ours, after Coste et al. 2023 (2310.02743)."""
@@ -71,5 +72,12 @@ def load_data(config: RewardConfig, template: ChatTemplate) -> RewardData:
             "data.strength, or set reward.strength to margin"
         )
     data.notes.extend(filter(None, [length_note(data.train)]))
-    del data.heldout[config.eval_pairs or len(data.heldout) :]
+    data.heldout[:] = _spread(data.heldout, config.eval_pairs)
     return data
+
+
+def _spread(pairs: list[Pair], count: int | None) -> list[Pair]:
+    """So many of them, at equal distances."""
+    if count is None or count >= len(pairs):
+        return pairs
+    return [pairs[i * len(pairs) // count] for i in range(count)]
