@@ -67,7 +67,8 @@ def test_ppo_counts_four_models_or_less(small, tmp_path, monkeypatch):
     whole = planned(small("ppo", tmp_path / "a"), "ppo", tmp_path)
     parts = dict(whole.lines)
     assert parts["policy"] == parts["critic"] == "16.00 GB"
-    assert parts["reference"] == parts["reward model"] == parts["engine"] == "4.00 GB"
+    assert parts["reference"] == parts["reward model"] == "4.00 GB"
+    assert parts["engine"] == "4.00 GB while replies are written"
     upper = planned(small("ppo", tmp_path / "u", {"freeze_layers": ONE_B.layers}), "ppo", tmp_path)
     assert dict(upper.lines)["policy"] == dict(upper.lines)["critic"] == "4.00 GB"  # weights alone
     half = planned(small("ppo", tmp_path / "b", {"dtype": "bfloat16"}), "ppo", tmp_path)
@@ -184,14 +185,24 @@ def test_a_micro_batch_is_no_larger_than_what_there_is(small, tmp_path, monkeypa
     assert plans[0].memory_gb == plans[1].memory_gb  # two replies of at most 70 tokens a step
 
 
-def test_gradients_of_policy_and_critic_are_not_held_at_once(small, tmp_path, monkeypatch):
+def test_what_is_not_held_at_once_is_not_added_up(small, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "model_size", lambda *_, **__: ONE_B)
-    found = planned(small("ppo", tmp_path), "ppo", tmp_path)
-    parts = dict(found.lines)
-    held = 16 + 16 - 4 + 3 * 4
-    assert float(parts["activations"].split()[0]) > float(parts["cache"].split()[0])
+
+    def memory(**change):
+        found = planned(small("ppo", tmp_path / "x", change), "ppo", tmp_path)
+        return found.memory_gb - planning.PROCESS_GB, dict(found.lines)
+
+    held = 16 + 16 - 4 + 2 * 4  # one model's gradients at a time; reference and reward model
     activations = planning._activations(2 * 70, ONE_B, torch.float32, checkpointing=False)
-    assert found.memory_gb == pytest.approx(planning.PROCESS_GB + held + activations)
+    plain, parts = memory()
+    cache = float(parts["cache"].split()[0])
+    assert activations > cache
+    assert plain == pytest.approx(held + activations)  # the engine's copy is where gradients were
+    kept, parts = memory(engine={"kind": "transformers"})
+    assert kept == pytest.approx(held + 4 + activations)
+    assert parts["engine"] == "4.00 GB"
+    upper, _ = memory(freeze_layers=ONE_B.layers, kl=None)  # no gradients to speak of
+    assert upper == pytest.approx(3 * 4 + 4 + cache, abs=0.2)
 
 
 def test_the_best_weights_and_every_member_take_disk(small, tmp_path, monkeypatch):

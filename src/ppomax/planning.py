@@ -268,7 +268,8 @@ def _plan_ppo(config: PPOConfig, shape: Size, own: RewardConfig | None) -> Stage
     """Args: own: the run's own reward stage."""
     rows = len(load_prompts(config.data, max_bad_rows=config.max_bad_rows).rows)
     compute = torch.finfo(config.compute_dtype).bits / 8
-    frozen = {"engine": compute * shape.parameters / GB}
+    engine = compute * shape.parameters / GB
+    frozen: dict[str, float] = {}
     judges = _reward_models(config, shape, (own.ensemble if own else None) or 1)
     if judges:
         name = "reward model" if len(judges) == 1 else f"{len(judges)} reward models"
@@ -291,11 +292,15 @@ def _plan_ppo(config: PPOConfig, shape: Size, own: RewardConfig | None) -> Stage
     )
     shared = _held_once(config, shape, own)
     held = policy + critic + sum(frozen.values()) - shared
+    weights = (compute if config.lora else 4) * shape.parameters / GB
+    gradients = (policy - weights) / (4 if config.lora else 3)
     if config.critic and not config.lora:
-        held -= (policy - 4 * shape.parameters / GB) / 3  # one model's gradients at a time
+        held -= gradients  # one model's at a time
     if below:
         held += min(REMEMBERED_BYTES, 4 * config.replies * length * shape.hidden) / GB
-    memory = PROCESS_GB + held + max(cache, activations)  # the cache goes before the update comes
+    lent = engine if config.engine.kind == "native" else 0.0  # others keep their copy
+    # while replies are written there are copy and cache and no gradients, in the update the reverse
+    memory = PROCESS_GB + held + engine - lent + max(lent + cache - gradients, activations)
     critic_rollouts = config.critic_pretraining.max_rollouts if config.critic_pretraining else 0
     rollouts = config.iterations + critic_rollouts
     replies = rollouts * config.replies
@@ -323,6 +328,7 @@ def _plan_ppo(config: PPOConfig, shape: Size, own: RewardConfig | None) -> Stage
         ("policy", f"{policy:.2f} GB"),
         *([("critic", f"{critic:.2f} GB")] * bool(config.critic)),
         *[(name, f"{value:.2f} GB") for name, value in frozen.items()],
+        ("engine", f"{engine:.2f} GB" + " while replies are written" * bool(lent)),
         *([("held once", f"-{shared:.2f} GB: frozen blocks in common")] * bool(shared)),
         ("cache", f"{cache:.2f} GB ({slots} slots of {length} tokens)"),
         ("activations", f"{activations:.2f} GB (micro_tokens {config.micro_tokens})"),

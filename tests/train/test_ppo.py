@@ -268,6 +268,38 @@ def prompt(index, name="p"):
     return Prompt(index, PromptRow(name, ()), [index])
 
 
+def test_the_engine_holds_weights_while_replies_are_written_and_not_through_the_update(
+    small, tmp_path, monkeypatch
+):
+    from ppomax.rollout.native import NativeEngine
+
+    held, engines, plain = [], [], NativeEngine.generate
+
+    def generate(engine, *given):
+        engines.append(engine)
+        held.append(("write", hasattr(engine, "weights")))
+        return plain(engine, *given)
+
+    def noting(name):
+        inner = getattr(ppo, name)
+
+        def noted(*given, **named):
+            held.append((name, hasattr(engines[-1], "weights")))
+            return inner(*given, **named)
+
+        monkeypatch.setattr(ppo, name, noted)
+
+    monkeypatch.setattr(NativeEngine, "generate", generate)
+    for name in ("score", "update_policy", "update_critic"):
+        noting(name)
+    change = {"dtype": "float32", "iterations": 3, "critic_pretraining": {"max_rollouts": 1}}
+    run = train_ppo(small("ppo", tmp_path / "run", change))
+    assert {name for name, _ in held} == {"write", "score", "update_policy", "update_critic"}
+    assert all(has == (name == "write") for name, has in held)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert max(row["engine/logprob_gap_max"] for row in rows) < 1e-4
+
+
 def test_a_reply_s_seed_is_its_prompts_and_not_its_places():
     prompts = [prompt(i) for i in (4, 1, 9)]
     where = {"seed": 0, "stage": "ppo", "attempt": 0, "iteration": 3}

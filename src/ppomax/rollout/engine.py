@@ -1,5 +1,7 @@
 """What an engine is: prompts in, replies with their log-probs out."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -56,6 +58,9 @@ class Engine(Protocol):
     def sync(self, model: PreTrainedModel) -> None:
         """Take over the model's present weights (collective under sharding)."""
 
+    def release(self) -> None:
+        """Let go of them until the next `sync`, where that leaves memory to others."""
+
     def generate(
         self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
     ) -> Rollout:
@@ -64,6 +69,16 @@ class Engine(Protocol):
         Raises:
             ModelError: a prompt leaves no position for a reply.
         """
+
+
+@contextmanager
+def synced(engine: Engine, model: PreTrainedModel) -> Iterator[Engine]:
+    """The engine with the model's present weights, held no longer than replies are written."""
+    engine.sync(model)
+    try:
+        yield engine
+    finally:
+        engine.release()
 
 
 def build_engine(

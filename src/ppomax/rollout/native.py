@@ -97,10 +97,14 @@ class NativeEngine:
 
     def sync(self, model: PreTrainedModel) -> None:
         """Take a copy of the model's present weights; the copy before is let go first."""
-        vars(self).pop("weights", None)
+        self.release()
         self.weights: Weights = take_weights(
             model, self.heads, self.kv_heads, self.device, self.dtype
         )
+
+    def release(self) -> None:
+        """Let go of the copy."""
+        vars(self).pop("weights", None)
 
     # --- the block ----------------------------------------------------------------------------
 

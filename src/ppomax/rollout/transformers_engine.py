@@ -54,6 +54,9 @@ class TransformersEngine:
         for name, value in effective_state_dict(model, full_state(model)).items():
             own[name].copy_(value)
 
+    def release(self) -> None:
+        """Nothing: the copy is kept."""
+
     @torch.no_grad()
     def generate(
         self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]

@@ -77,6 +77,9 @@ class VllmEngine:
             )
         self.llm.reset_prefix_cache()  # keys and values of the weights before
 
+    def release(self) -> None:
+        """Nothing: vLLM keeps its weights and its cache."""
+
     def generate(
         self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
     ) -> Rollout:

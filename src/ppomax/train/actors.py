@@ -92,13 +92,15 @@ def load_actors(config: PPOConfig, here: World) -> Actors:
     critic = _load_critic(config, tokenizer, base, rewards) if config.critic else None
     if critic is not None:
         _place_trained(critic, config, here, trunks)
+    engine = build_engine(config.engine, lm, template, here, config.compute_dtype)
+    engine.release()  # it takes the weights of the moment whenever it writes
     steps = config.total_steps
     return Actors(
         policy=Trainable("policy", policy, config.optim, steps, here),
         critic=Trainable("critic", critic, config.critic_optim, steps, here) if critic else None,
         reference=reference,
         rewards=rewards,
-        engine=build_engine(config.engine, lm, template, here, config.compute_dtype),
+        engine=engine,
         template=template,
         trunks=trunks,
     )

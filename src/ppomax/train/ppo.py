@@ -9,7 +9,7 @@ from pathlib import Path
 from ppomax.distributed import gather
 from ppomax.errors import TrainingError
 from ppomax.masked import masked_mean
-from ppomax.rollout.engine import Rollout, merge_rollouts
+from ppomax.rollout.engine import Rollout, merge_rollouts, synced
 from ppomax.train.estimates import estimate
 from ppomax.train.experience_batch import Experience, Plan, Scored, exact_kl, plan_updates, score
 from ppomax.train.guard import without_non_finite
@@ -49,7 +49,6 @@ def train(ppo: PPOState) -> None:
         ppo.buffer = [now.experience, *ppo.buffer][: ppo.config.buffer_iterations]
         with ppo.clock("update"):
             update(ppo, now)
-            ppo.actors.engine.sync(ppo.policy.lm)
         values = measure(ppo, now, ppo.config.epochs * len(ppo.buffer), unchanged=now.step == 1)
         ppo.kl.update(_kl_in_unit(values, ppo.config), ppo.config.replies)
         ppo.iteration, ppo.at, ppo.current = now.step, None, None
@@ -148,8 +147,9 @@ def sample(ppo: PPOState, prompts: list[Prompt], stage: str, step: int) -> Rollo
     seeds = reply_seeds(prompts, seed=config.seed, stage=stage, attempt=run.attempt, iteration=step)
     mine = ppo.here.share(list(range(len(prompts))))
     local = None
-    with suppress(StopAsked), run.stopper.at_once():
-        local = ppo.actors.engine.generate(
+    holding = synced(ppo.actors.engine, ppo.policy.lm)
+    with holding as engine, suppress(StopAsked), run.stopper.at_once():
+        local = engine.generate(
             [prompts[i].ids for i in mine], config.sampling, [seeds[i] for i in mine]
         )
     if run.stop_asked():

@@ -204,7 +204,6 @@ class PPOState:
         if self.tracker is not None:
             self.tracker.sft = state["sft"] or self.tracker.sft  # a state from before it was asked
         self.stopped, self.second = state["stopped"], None
-        self.actors.engine.sync(self.policy.lm)
 
     def _tell_notes(self) -> None:
         """What a fresh run says of itself before it begins."""

@@ -20,7 +20,7 @@ from ppomax.models.ensembles import members
 from ppomax.models.heads import ScalarModel
 from ppomax.models.language import LanguageModel
 from ppomax.models.load import load_reward_model
-from ppomax.rollout.engine import Rollout, merge_rollouts
+from ppomax.rollout.engine import Rollout, merge_rollouts, synced
 from ppomax.train.actors import Actors
 from ppomax.train.loop import StageRun
 from ppomax.train.monitor_settings import TrackSettings
@@ -84,11 +84,9 @@ class Tracker:
         """Each rank writes its share; the same seeds every time."""
         config, here = self.config, self.here
         mine = here.share(list(range(len(self.prompts))))
-        local = self.actors.engine.generate(
-            [self.prompts[i].ids for i in mine],
-            config.sampling,
-            [derived_seed(config.seed, "heldout", i) for i in mine],
-        )
+        seeds = [derived_seed(config.seed, "heldout", i) for i in mine]
+        with synced(self.actors.engine, model.lm) as engine:
+            local = engine.generate([self.prompts[i].ids for i in mine], config.sampling, seeds)
         rollout = merge_rollouts(gather(local, here), len(self.prompts))
         texts = [self.actors.template.decode(response) for response in rollout.responses]
         plan = plan_micro_batches(rollout.lengths, config.micro_tokens, here.size)
