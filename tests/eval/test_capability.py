@@ -53,14 +53,14 @@ def test_choices_are_those_of_plain_transformers(tiny, tmp_path):
 
 def test_log_likelihoods_are_those_of_plain_transformers(tiny, monkeypatch, tmp_path):
     seen = []
-    call = capability._Scorer.__call__
+    call = capability.Likelihoods.__call__
 
     def spy(self, contexts, continuations, where):
         sums = call(self, contexts, continuations, where)
         seen.extend(zip(contexts, continuations, sums, strict=True))
         return sums
 
-    monkeypatch.setattr(capability._Scorer, "__call__", spy)
+    monkeypatch.setattr(capability.Likelihoods, "__call__", spy)
     config = CapabilityConfig(data=[write(tmp_path / "q.jsonl", ROWS)])
     evaluate_capability({"tiny": tiny}, config, say=lambda _: None)
     model, tokenizer = plain_model(tiny)

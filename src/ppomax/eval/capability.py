@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
-from transformers import PreTrainedTokenizerBase
 
 from ppomax.config import Settings
-from ppomax.data.batching import collate, derived_seed, plan_micro_batches
+from ppomax.data.batching import derived_seed
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World, world
-from ppomax.errors import ConfigError, DataError
+from ppomax.errors import ConfigError
 from ppomax.eval.generate import compute_dtype
+from ppomax.eval.likelihood import Likelihoods
 from ppomax.eval.questions import (
     Question,
     answer_text,
@@ -31,11 +31,9 @@ from ppomax.eval.questions import (
     shots_for,
 )
 from ppomax.eval.statistics import paired_difference, sign_test_p, wilson_interval
-from ppomax.models.heads import hidden_states, output_weight
 from ppomax.models.language import LanguageModel
 from ppomax.models.load import load_policy, load_tokenizer
 from ppomax.rollout import EngineSettings, SamplingParams, build_engine
-from ppomax.train.micro_batches import autocast
 
 READINGS = ("letter", "text", "text_sum", "match")
 FREE_TOKENS = 32
@@ -123,7 +121,7 @@ def answer_all(
     found: dict[str, list[bool | None]] = {r: [None] * len(questions) for r in READINGS}
     with world() as here:
         model = LanguageModel(lm).to(here.device)
-        score = _Scorer(model, template.tokenizer, micro_tokens, here, compute_dtype(dtype))
+        score = Likelihoods(model, template.tokenizer, micro_tokens, here, compute_dtype(dtype))
         choice = [i for i, question in enumerate(questions) if question.choices]
         for form in ("letter", "text"):
             rows = [(i, c) for i in choice for c in range(len(questions[i].choices))]
@@ -145,86 +143,6 @@ def answer_all(
             wanted = {normalised(answer) for answer in questions[i].texts}
             found["match"][i] = normalised(text) in wanted
     return {reading: values for reading, values in found.items() if set(values) != {None}}
-
-
-class _Scorer:
-    """Log-likelihoods of continuations."""
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        tokenizer: PreTrainedTokenizerBase,
-        micro_tokens: int,
-        here: World,
-        dtype: torch.dtype,
-    ) -> None:
-        self.model, self.tokenizer, self.micro_tokens = model, tokenizer, micro_tokens
-        self.here, self.dtype = here, dtype
-        self.pad = int(tokenizer.pad_token_id)
-        limit = getattr(model.lm.config, "max_position_embeddings", None)
-        self.limit = int(limit) if limit else 1 << 30
-
-    @torch.no_grad()
-    def __call__(
-        self, contexts: Sequence[str], continuations: Sequence[str], where: Sequence[str]
-    ) -> list[float]:
-        """Summed log-prob of each continuation after its context."""
-        rows = []
-        for before, after, place in zip(contexts, continuations, where, strict=True):
-            ids, size = split_ids(self.tokenizer, before, after)
-            if len(ids) > self.limit:
-                raise DataError(
-                    f"{place}: {len(ids)} tokens with its examples, the model has {self.limit} "
-                    "positions; give fewer --shots"
-                )
-            rows.append((ids, [False] * (len(ids) - size) + [True] * size))
-        sums = [0.0] * len(rows)
-        single = [i for i, (_, mask) in enumerate(rows) if sum(mask) == 1]
-        self._next_tokens(rows, single, sums)
-        longer = [i for i, (_, mask) in enumerate(rows) if sum(mask) > 1]
-        for batch_of in plan_micro_batches([len(rows[i][0]) for i in longer], self.micro_tokens):
-            indices = [longer[place] for place in batch_of]
-            batch = collate([rows[i] for i in indices], self.pad, self.here.device)
-            with autocast(self.here, self.dtype):
-                flat = self.model(batch).logprobs
-            sizes = [sum(rows[i][1]) for i in indices]
-            for i, part in zip(indices, torch.split(flat, sizes), strict=True):
-                sums[i] = float(part.double().sum())
-        return sums
-
-    def _next_tokens(
-        self, rows: Sequence[tuple[list[int], list[bool]]], places: Sequence[int], sums: list[float]
-    ) -> None:
-        """Rows that continue by one token: a context is read once for all its continuations."""
-        of: dict[tuple[int, ...], list[int]] = {}
-        for i in places:
-            of.setdefault(tuple(rows[i][0][:-1]), []).append(i)
-        contexts = list(of)
-        weight = output_weight(self.model.lm).to(self.dtype)
-        for indices in plan_micro_batches([len(ids) for ids in contexts], self.micro_tokens):
-            ids = [(list(contexts[i]), [False] * len(contexts[i])) for i in indices]
-            batch = collate(ids, self.pad, self.here.device)
-            with autocast(self.here, self.dtype):
-                hidden = hidden_states(self.model.lm, batch.input_ids)
-            last = hidden[torch.arange(len(indices)), batch.lengths - 1].to(self.dtype)
-            table = (last @ weight.T).float().log_softmax(1)
-            for place, i in enumerate(indices):
-                for row in of[contexts[i]]:
-                    sums[row] = float(table[place, rows[row][0][-1]])
-
-
-def split_ids(tokenizer: PreTrainedTokenizerBase, before: str, after: str) -> tuple[list[int], int]:
-    """Ids of the joined text and how many of them are the continuation's, at least one.
-
-    Tokenised as one text and cut where the context's own ids end, as the harness does; a token
-    that reaches over the border counts to the continuation.
-    """
-    ids = list(tokenizer(before + after, add_special_tokens=True)["input_ids"])
-    start = list(tokenizer(before, add_special_tokens=True)["input_ids"])
-    if tokenizer.eos_token_id is not None and ids[-1:] == [tokenizer.eos_token_id]:
-        ids = ids[:-1]  # some tokenizers close every text
-        start = start[:-1]
-    return ids, max(1, len(ids) - len(start))
 
 
 def _write(

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
+    Cache,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -43,6 +44,7 @@ def hidden_states(
     *,
     position_ids: Int[Tensor, "batch sequence"] | None = None,
     attention_mask: Tensor | None = None,
+    past: Cache | None = None,
 ) -> Float[Tensor, "batch sequence hidden"]:
     """Last hidden states of a causal model, without logits; adapters and wrappers looked through.
 
@@ -50,19 +52,23 @@ def hidden_states(
     Under autocast the embedding is raised to fp32 first, so that the residual stream is fp32
     whether the weights are fp32 masters or frozen bf16, and policy and reference round alike.
     Blocks in a `Trunk` are skipped where it has read the same ids before.
+
+    Args:
+        past: keys and values of what stands before the ids; theirs are added to it.
     """
     backbone = backbone_of(model)
     inputs: dict[str, Tensor] = {"input_ids": input_ids}
     if torch.is_autocast_enabled(input_ids.device.type):
         inputs = {"inputs_embeds": backbone.get_input_embeddings()(input_ids).float()}
     trunk = getattr(backbone, "trunk", None)
-    plain = position_ids is None and attention_mask is None
+    plain = position_ids is None and attention_mask is None and past is None
     with trunk.reading(input_ids) if trunk is not None and plain else nullcontext():
         output = backbone(
             **inputs,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            use_cache=False,
+            past_key_values=past,
+            use_cache=past is not None,
             return_dict=True,
         )
     hidden: Tensor = output.last_hidden_state
