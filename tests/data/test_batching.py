@@ -141,7 +141,7 @@ def test_token_batches_cut_the_order_and_keep_the_bounds(lengths, tokens, least,
         assert most is None or len(batch) <= most
         assert len(batch) >= least or last
         assert total <= tokens or len(batch) <= least or last
-        if not last:  # full: one more would have passed a bound
+        if place < len(batches) - 2:  # full: one more would have passed a bound
             after = lengths[batches[place + 1][0]]
             assert total + after > tokens or len(batch) == most
 
@@ -150,6 +150,45 @@ def test_a_short_rest_joins_the_batch_before_unless_that_would_be_too_many():
     assert token_batches(range(5), [1] * 5, 2, least=2) == [[0, 1], [2, 3, 4]]
     assert token_batches(range(5), [1] * 5, 2, least=2, most=2) == [[0, 1], [2, 3], [4]]
     assert token_batches(range(1), [1], 9, least=4) == [[0]]
+
+
+def test_a_short_rest_that_cannot_join_takes_from_the_batch_before():
+    assert [len(b) for b in token_batches(range(131), [1] * 131, 999, least=4, most=128)] == [
+        127,
+        4,
+    ]
+    assert token_batches(range(6), [1] * 6, 9, least=2, most=5) == [[0, 1, 2, 3], [4, 5]]
+
+
+def test_items_of_one_label_are_in_one_batch_where_the_first_of_them_stands():
+    labels = list("abacbd")
+    found = token_batches([5, 0, 1, 2, 3, 4], [1] * 6, 3, together=labels)
+    assert found == [[5, 0, 2], [1, 4, 3]]
+    assert token_batches(range(6), [1] * 6, 2, most=2, together=list("xaaabb")) == [
+        [0],
+        [1, 2, 3],
+        [4, 5],
+    ]
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 5)), min_size=1, max_size=30),
+    st.integers(1, 40),
+    st.integers(1, 4),
+    st.none() | st.integers(4, 8),
+)
+def test_labels_stay_whole_whatever_the_bounds(items, tokens, least, most):
+    lengths, labels = zip(*items, strict=True)
+    batches = token_batches(
+        range(len(items)), lengths, tokens, least=least, most=most, together=labels
+    )
+    assert sorted(index for batch in batches for index in batch) == list(range(len(items)))
+    assert all(batches)
+    for label in set(labels):
+        assert sum(any(labels[index] == label for index in batch) for batch in batches) == 1
+    for batch in batches:
+        assert most is None or len(batch) <= most or len({labels[index] for index in batch}) == 1
 
 
 # --- collating

@@ -130,6 +130,31 @@ def test_pairs_of_a_ranked_list_share_one_prompts_weight(small, tmp_path, templa
 
 
 @pytest.mark.slow
+def test_a_ranked_list_is_in_one_step_and_counts_once_in_the_imitation_too(
+    small, tmp_path, template
+):
+    path = tmp_path / "ranked.jsonl"
+    answers = ["The best of all.", "Good enough.", "Bad.", "Worst."]
+    lines = [{"prompt": f"Q{i}?", "responses": answers, "ranks": [1, 2, 3, 4]} for i in range(9)]
+    lines += [{"prompt": f"R{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(9)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    change = {"data": str(path), "heldout": 0.0, "batch_tokens": 400, "max_steps": None}
+    config = small("reward", tmp_path / "run", change)
+    data = load_data(config, template)
+    steps = [{data.train[i].row.where for i in step} for step in data.steps]
+    assert len(steps) > 4
+    assert sum(map(len, steps)) == len(lines) == len(set.union(*steps))
+    one = small("reward", tmp_path / "one", change | {"batch_tokens": 99_999, "max_steps": 1})
+    found = rows(train_reward(one))[0]
+    with torch.no_grad():
+        model = load_reward_model("tiny", seed=config.seed)
+        each = [(pair.row.weight, *scores_of(model, [pair])[1:]) for pair in data.train]
+    assert sum(weight for weight, _, _ in each) == pytest.approx(len(lines))
+    total, tokens = (sum(row[0] * float(row[i]) for row in each) for i in (1, 2))
+    assert found["reward/lm_loss"] == pytest.approx(total / tokens, rel=1e-4)
+
+
+@pytest.mark.slow
 def test_the_pairs_of_an_evaluation_come_from_every_source(small, tmp_path, template):
     paths = []
     for name in ("one", "two"):
@@ -488,6 +513,24 @@ def test_prompts_are_shared_where_it_pays_and_never_where_the_model_cannot(
     assert settle_sharing(True, model, short, 3, here)
     assert not settle_sharing(False, model, long, 3, here)
     plain = pair_forward._layout
+
+    def windowed(found, *rest):
+        """As a model with a window, for which a mask that is given is all there is."""
+        positions, mask = plain(found, *rest)
+        wide = max(len(p.chosen.ids) for p in found) > len(long[0].chosen.ids)
+        return positions, None if wide else mask
+
+    monkeypatch.setattr(pair_forward, "_layout", windowed)
+    assert settle_sharing(None, model, long[:1] * 3, 3, here)
+    assert not settle_sharing(None, model, long + pairs("Why is it so? " * 30, "So."), 3, here)
+
+    def refused(*_):
+        raise ValueError("too many values to unpack")
+
+    monkeypatch.setattr(pair_forward, "_layout", refused)
+    assert not settle_sharing(None, model, long, 3, here)
+    with pytest.raises(ConfigError, match=r"does not take the mask .*ValueError: too many values"):
+        settle_sharing(True, model, long, 3, here)
     monkeypatch.setattr(pair_forward, "_layout", lambda *given: (plain(*given)[0], None))
     assert not settle_sharing(None, model, long, 3, here)
     with pytest.raises(ConfigError, match=r"share_prompts: this model scores a pair otherwise"):

@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,31 +56,54 @@ def token_batches(
     *,
     least: int = 1,
     most: int | None = None,
+    together: Sequence[Hashable] | None = None,
 ) -> list[list[int]]:
-    """Consecutive runs of `order` of about `batch_tokens` tokens: the paper's dynamic batch.
+    """Runs of `order` of about `batch_tokens` tokens: the paper's dynamic batch.
 
     Zheng et al. 2023, §4: batches balanced by token count, between `least` and `most` items.
+
+    Args:
+        together: a label of each item; items of one label are in one batch, at the place of the
+            first. More of them than `most` are a batch of their own.
     """
-    batches: list[list[int]] = []
-    current: list[int] = []
-    tokens = 0
+    batches: list[list[list[int]]] = [[]]
+    tokens = items = 0
+    for unit in _units(order, together):
+        more = sum(lengths[index] for index in unit)
+        full = tokens + more > batch_tokens and items >= least
+        if batches[-1] and (full or (most is not None and items + len(unit) > most)):
+            batches.append([])
+            tokens = items = 0
+        batches[-1].append(unit)
+        tokens, items = tokens + more, items + len(unit)
+    _fill_last(batches, least, most)
+    return [[index for unit in batch for index in unit] for batch in batches if batch]
+
+
+def _units(order: Sequence[int], together: Sequence[Hashable] | None) -> list[list[int]]:
+    """What stays in one batch, in order."""
+    if together is None:
+        return [[index] for index in order]
+    units: dict[Hashable, list[int]] = {}
     for index in order:
-        full = tokens + lengths[index] > batch_tokens and len(current) >= least
-        if current and (full or (most is not None and len(current) >= most)):
-            batches.append(current)
-            current, tokens = [], 0
-        current.append(index)
-        tokens += lengths[index]
-    if current:
-        if (
-            batches
-            and len(current) < least
-            and (most is None or len(batches[-1]) + len(current) <= most)
-        ):
-            batches[-1] += current
-        else:
-            batches.append(current)
-    return batches
+        units.setdefault(together[index], []).append(index)
+    return list(units.values())
+
+
+def _fill_last(batches: list[list[list[int]]], least: int, most: int | None) -> None:
+    """A last batch of fewer than `least` items joins the one before, or takes some of its."""
+
+    def size(batch: list[list[int]]) -> int:
+        return sum(map(len, batch))
+
+    if len(batches) < 2 or size(batches[-1]) >= least:
+        return
+    before, last = batches[-2:]
+    if most is None or size(before) + size(last) <= most:
+        batches[-2:] = [before + last]
+        return
+    while size(last) < least <= size(before) - len(before[-1]):
+        last.insert(0, before.pop())
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,16 @@ def settle_sharing(
         return False
     if asked is False:
         return False
-    gap = _sharing_error(model, pairs[0], pad, here)
+    longest = max(pairs, key=lambda p: width(p, share_prompts=False))  # attention has windows
+    try:
+        gap = _sharing_error(model, longest, pad, here)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        if asked is None:
+            return False
+        raise ConfigError(
+            "setting reward.share_prompts: this model does not take the mask that a shared prompt "
+            f"needs ({type(error).__name__}: {str(error).partition(chr(10))[0]}); set it to false"
+        ) from error
     if gap <= SAME_SCORE:
         return True
     if asked is None:

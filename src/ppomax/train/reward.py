@@ -109,7 +109,7 @@ def train_step(
         TrainingError: a score is not finite; the text names the pair.
     """
     num_pairs = sum(pair_weight(pair, config) for pair in pairs) or 1.0
-    num_tokens = sum(pair.chosen.num_targets for pair in pairs)
+    num_tokens = sum(pair.row.weight * pair.chosen.num_targets for pair in pairs)
     imitate = config.lm_coef > 0
     sums = MetricSums()
     lost: list[str] = []
@@ -157,9 +157,13 @@ def step_losses(
     part: Sequence[Pair],
     config: RewardConfig,
     num_pairs: float,
-    num_tokens: int,
+    num_tokens: float,
 ) -> dict[str, Tensor]:
-    """Eq. 2 of a micro-batch and its terms, each the micro-batch's share of the whole step's."""
+    """Eq. 2 of a micro-batch and its terms, each the micro-batch's share of the whole step's.
+
+    A ranked list counts once in both: its pairs, and the tokens of their preferred answers, have
+    weights that sum to one pair's.
+    """
     device = output.chosen.device
     weights = torch.tensor([pair_weight(pair, config) for pair in part], device=device)
     ranking = pairwise_ranking_loss(
@@ -173,7 +177,9 @@ def step_losses(
     found = {"reward/pair_loss": ranking.loss, "reward/accuracy": ranking.accuracy}
     loss = config.ranking_coef * ranking.loss
     if output.logprobs is not None:
-        logprobs = output.logprobs[None]
+        each = torch.tensor([pair.row.weight for pair in part], device=device)
+        sizes = torch.tensor([pair.chosen.num_targets for pair in part], device=device)
+        logprobs = (output.logprobs * each.repeat_interleave(sizes))[None]
         everything = torch.ones_like(logprobs, dtype=torch.bool)
         found["reward/lm_loss"] = lm_loss(logprobs, everything, num_tokens=num_tokens)
         loss = loss + config.lm_coef * found["reward/lm_loss"]

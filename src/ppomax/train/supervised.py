@@ -127,10 +127,13 @@ def build_data(
         raise DataError(f"setting max_length: no {what} fits {config.max_length} tokens")
     _check_share(loaded, bad, config)
     lengths = [tokens(item) for _, item in train]
+    lists = [row.where for row, _ in train]  # the pairs of a ranked list are of one row
     steps: list[list[int]] = []
     for epoch in range(config.epochs):
         order = loaded.order_of([row for row, _ in train], config.seed, epoch)
-        steps += token_batches(order, lengths, config.batch_tokens, least=least, most=most)
+        steps += token_batches(
+            order, lengths, config.batch_tokens, least=least, most=most, together=lists
+        )
     kept = [row for row, _ in heldout]
     if config.early_stop and not kept:
         raise ConfigError(
