@@ -11,7 +11,7 @@ from types import FrameType
 from ppomax import rundir
 from ppomax.config import dump, parse, read_yaml
 from ppomax.distributed import barrier, world
-from ppomax.errors import CheckpointError, ConfigError, Interrupted
+from ppomax.errors import CheckpointError, ConfigError, DataError, Interrupted, ModelError
 from ppomax.eval.policy import evaluate_policy
 from ppomax.eval.policy_config import EvalConfig
 from ppomax.recipe import STAGES, Recipe
@@ -75,7 +75,13 @@ def run_recipe(
                 say(f"{name}: finished before, kept")
                 continue
             say(f"{name}: starting")
-            _run_stage(config, resume=resume and (config.out / rundir.CONFIG).exists())
+            try:
+                _run_stage(config, resume=resume and (config.out / rundir.CONFIG).exists())
+            except (ConfigError, DataError, ModelError):
+                if here.is_main:  # the right settings are to find the place free
+                    rundir.forget(config.out)
+                    rundir.forget(out, ASKED)
+                raise
             gc.collect()  # models in a trunk hold on to each other
         report = out / "report.html"
         if here.is_main:
@@ -122,6 +128,8 @@ def _open(recipe: Recipe, only: str | None, held: ExitStack, *, resume: bool) ->
 def _check_same(recipe: Recipe, only: str | None, *, resume: bool) -> None:
     """The run in the directory is one of this recipe, and was asked for.
 
+    What a stage that was not begun is to do may have changed.
+
     Raises:
         ConfigError: it was not: nobody resumes.
         CheckpointError: it has other settings.
@@ -133,6 +141,8 @@ def _check_same(recipe: Recipe, only: str | None, *, resume: bool) -> None:
             f"`ppomax resume {recipe.out}` or give another out=DIR"
         )
     changed = harmful(changed_keys(parse(Recipe, read_yaml(path)), recipe), prefixes=STAGES)
+    begun = {name for name in STAGES if (recipe.out / name / rundir.CONFIG).exists()}
+    changed = [key for key in changed if key.partition(".")[0] in begun | {"out"}]
     if resume and changed:
         raise CheckpointError(
             f"{path}: differs from the settings to resume with in {', '.join(changed)}; "

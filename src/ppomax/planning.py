@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ppomax.data.sources import load_prompts
+from ppomax import preflight
 from ppomax.data.template import ChatTemplate
 from ppomax.errors import ModelError, PpomaxError
 from ppomax.models.blocks import check_frozen
@@ -24,6 +24,7 @@ from ppomax.models.trunk import REMEMBERED_BYTES
 from ppomax.recipe import Recipe
 from ppomax.train import reward, sft
 from ppomax.train.ppo_config import PPOConfig
+from ppomax.train.prompts import load_stream
 from ppomax.train.reward import RewardConfig
 from ppomax.train.sft import SFTConfig
 
@@ -104,7 +105,10 @@ def plan(recipe: Recipe, only: str | None = None) -> list[StagePlan]:
     stages = []
     for name in [only] if only else recipe.stages():
         config = getattr(recipe, name)
-        if name == "eval" or config is None:
+        if config is None:
+            continue
+        preflight.check(recipe, name)
+        if name == "eval":
             continue
         source = _first_model(recipe, config.model)
         sizes.setdefault(source, model_size(source, trust_remote_code=config.trust_remote_code))
@@ -128,7 +132,7 @@ def _plan_stage(
         case RewardConfig():
             return _plan_reward(config, size, template)
         case PPOConfig():
-            return _plan_ppo(config, size, own)
+            return _plan_ppo(config, size, template, own)
 
 
 def _first_model(recipe: Recipe, model: str) -> str:
@@ -264,9 +268,11 @@ def _plan_reward(config: RewardConfig, shape: Size, template: ChatTemplate) -> S
     return result
 
 
-def _plan_ppo(config: PPOConfig, shape: Size, own: RewardConfig | None) -> StagePlan:
+def _plan_ppo(
+    config: PPOConfig, shape: Size, template: ChatTemplate, own: RewardConfig | None
+) -> StagePlan:
     """Args: own: the run's own reward stage."""
-    rows = len(load_prompts(config.data, max_bad_rows=config.max_bad_rows).rows)
+    rows = len(load_stream(config, template).prompts)
     compute = torch.finfo(config.compute_dtype).bits / 8
     engine = compute * shape.parameters / GB
     frozen: dict[str, float] = {}

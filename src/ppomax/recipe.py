@@ -116,7 +116,10 @@ def _wire(data: dict[str, Any], model: object, present: list[str], source: str) 
     start = {"sft": model}
     sft = str(out / "sft" / "export") if "sft" in present else model
     start |= {"reward": sft, "ppo": sft}
-    if "ppo" in present and data["ppo"].pop("start", "sft") == "base":  # detail 9
+    begins = data["ppo"].pop("start", "sft") if "ppo" in present else "sft"
+    if begins not in ("sft", "base"):
+        raise ConfigError(f"{source}: setting ppo.start: sft or base is wanted, found {begins!r}")
+    if begins == "base":  # detail 9
         start["ppo"] = model
         data["ppo"].setdefault("reference", sft)
     for name in ("sft", "reward", "ppo"):

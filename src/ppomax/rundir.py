@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -102,6 +103,17 @@ def create(path: Path, config: str) -> None:
         write_text(path / CONFIG, config)
     except OSError as error:
         raise ConfigError(f"setting out: cannot write {path} ({error.strerror})") from None
+
+
+def forget(path: Path, *more: str) -> None:
+    """Remove a run directory if nothing was done in it yet.
+
+    Args:
+        more: files beside config, environment, events and lock that say nothing was done.
+    """
+    names = {CONFIG, ENV, EVENTS, LOCK, *more}
+    if path.is_dir() and {found.name for found in path.iterdir()} <= names:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def lock(path: Path) -> IO[str] | None:

@@ -15,7 +15,14 @@ from transformers import PreTrainedModel
 from ppomax import checkpoint, distributed, rundir
 from ppomax.data.formats import BadRow, count_kinds
 from ppomax.distributed import World, agree, all_max, barrier
-from ppomax.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from ppomax.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    ModelError,
+    TrainingError,
+)
 from ppomax.metrics import as_row
 from ppomax.monitors import check_keys
 from ppomax.train.disk import refusals_told
@@ -404,6 +411,10 @@ def opened(name: str, config: StageSettings, *, resume: bool) -> Iterator[StageR
                 yield run
         except StopAsked:
             raise run.interrupt() from None
+        except (ConfigError, DataError, ModelError):
+            if here.is_main:
+                rundir.forget(run.path)  # the right settings are to find the place free
+            raise
         finally:
             run.release()
 

@@ -1,0 +1,74 @@
+"""What later stages of a run name, looked for before the first begins.
+
+A file that is not there should not be found out once hours of training are behind it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ppomax.data.raw import is_hub_id, iter_raw
+from ppomax.data.sources import SourceConfig
+from ppomax.errors import ConfigError, DataError
+from ppomax.eval.policy_config import EvalConfig
+from ppomax.models.load import load_tokenizer
+from ppomax.recipe import Recipe
+from ppomax.train.ppo_config import PPOConfig
+from ppomax.train.rewards import load_callable
+
+
+def check(recipe: Recipe, name: str) -> None:
+    """Look for what a stage names beside its model and its own data.
+
+    Raises:
+        ConfigError, DataError, ModelError: as the stage would once it is reached.
+    """
+    config = getattr(recipe, name)
+    if isinstance(config, PPOConfig):
+        _check_ppo(config)
+    found = _sources(config) if isinstance(config, PPOConfig | EvalConfig) else iter(())
+    for setting, source in found:
+        if not source.path.startswith("bundled:") and not is_hub_id(source.path):
+            _check_file(setting, source.path)
+    for model in _models(config):
+        if not Path(model).is_relative_to(recipe.out) and not is_hub_id(model):
+            load_tokenizer(model, trust_remote_code=config.trust_remote_code)
+
+
+def _check_ppo(config: PPOConfig) -> None:
+    """The functions that give rewards."""
+    for scorer in config.reward.all_callables:
+        load_callable(scorer.callable, "ppo.reward.callable")
+    if config.reward.process:
+        load_callable(config.reward.process, "ppo.reward.process")
+    track = config.monitor.track if config.monitor else None
+    if track is not None and track.callable:
+        load_callable(track.callable, "ppo.monitor.track.callable")
+
+
+def _sources(config: PPOConfig | EvalConfig) -> Iterator[tuple[str, SourceConfig]]:
+    """Setting and source of the data that nobody else reads before training."""
+    if isinstance(config, EvalConfig):
+        yield from (("eval.data", source) for source in config.data)
+        return
+    if config.ptx is not None:
+        yield from (("ppo.ptx.data", source) for source in config.ptx.data)
+    if config.monitor is not None and config.monitor.track is not None:
+        track = config.monitor.track
+        yield from (("ppo.monitor.track.data", source) for source in track.data or [])
+
+
+def _models(config: object) -> Iterator[str]:
+    """Folders and names of further models; what this run makes is not there yet."""
+    if isinstance(config, PPOConfig):
+        yield from filter(None, [config.reference])
+        if config.critic not in (None, "reward", "policy"):
+            yield str(config.critic)
+    if isinstance(config, EvalConfig):
+        yield from (config.baseline, config.policy, *(scorer.model for scorer in config.scorers))
+
+
+def _check_file(setting: str, path: str) -> None:
+    try:
+        next(iter_raw(path))
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"setting {setting}: {error}") from None
