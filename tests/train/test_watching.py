@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 from ppomax.errors import ConfigError
 from ppomax.models.load import load_policy
-from ppomax.train import ppo
+from ppomax.train import ppo, ppo_export
 from ppomax.train.monitor_settings import MonitorSettings
 from ppomax.train.ppo import train_ppo
 from ppomax.train.tracking import against
@@ -118,6 +119,12 @@ def test_a_coefficient_of_zero_rises_to_the_least(small, tmp_path):
     run = train_ppo(small("ppo", tmp_path / "run", change))
     assert [row["kl/coef"] for row in rows(run)] == pytest.approx([0.0, 0.0, 0.05, 0.05])
     assert events(run, "rollback")[0]["to"] == 0  # nothing green later: the beginning
+    (export,) = events(run, "export")
+    assert (export["checkpoint"], export["why"]) == (
+        0,
+        "last green one; it is still the policy PPO began with",
+    )
+    assert same(exported(run), weights(run, 0))
 
 
 @pytest.mark.slow
@@ -194,12 +201,89 @@ def test_prompts_and_a_second_reward_model_of_ones_own(small, small_data, small_
         assert row["seconds"] == pytest.approx(row["scores"], abs=1e-5)
 
 
-def watch_of(**changes):
-    class Config:
-        class sampling:
-            max_new_tokens, is_plain = 64, True
+class Events:
+    """What a watch tells its run."""
 
-    return Watch(Config, MonitorSettings(**changes), run=None)
+    stage = "ppo"
+
+    def __init__(self):
+        self.told = []
+
+    def event(self, kind, **fields):
+        self.told.append({"kind": kind, **fields})
+
+    def record(self, kind, text, **fields):
+        self.event(kind, text=text, **fields)
+
+
+def watch_of(**changes):
+    sampling = SimpleNamespace(max_new_tokens=64, is_plain=True)
+    return Watch(SimpleNamespace(sampling=sampling), MonitorSettings(**changes), Events())
+
+
+WELL = {
+    "policy/perplexity": 5.0,
+    "kl/ref_k3": 0.01,
+    "response/length_mean": 30.0,
+    "response/distinct_2": 0.95,
+}
+COLLAPSED = {
+    "policy/perplexity": 1.5,
+    "kl/ref_k3": 2.0,
+    "response/length_mean": 64.0,
+    "response/distinct_2": 0.3,
+}
+
+
+def test_collapsed_rows_that_the_level_has_not_followed_yet_are_neither_good_nor_evidence():
+    """`patience` rows pass before the level rises: none of them is a place to go back to."""
+    watch = watch_of(action="rollback", keep_green=9)
+    for step in range(1, 16):
+        row = WELL if step <= 12 else COLLAPSED
+        verdict = watch.judge(step, row, [{"step": step, "response": "x"}], unchanged=False)
+        if verdict == "go":
+            watch.checkpointed(step, None)
+    assert (verdict, watch.green[-1]) == ("rollback", 12)
+    (alarm,) = [event for event in watch.run.told if event["kind"] == "alarm_red"]
+    assert [row["step"] for row in alarm["samples_before"]] == [12]
+    assert [row["step"] for row in alarm["samples_now"]] == [15]
+
+
+@pytest.mark.parametrize(
+    ("action", "well", "green", "seconds", "restored", "words"),
+    [
+        ("stop", True, [3], {}, None, None),
+        ("stop", False, [3], {}, 3, "last green one"),
+        ("log", False, [3], {}, None, "checkpoint 3 was the last that was"),
+        ("log", True, [3], {3: 0.1}, 3, "best by the second scorer"),
+        ("stop", False, [2], {}, 2, "last green one; it is still the policy PPO began with"),
+        ("rollback", False, [2], {}, 2, "last green one; it is still the policy PPO began with"),
+        ("log", False, [2], {}, None, "no green checkpoint of a trained policy was kept"),
+        ("stop", False, [], {}, None, "no green checkpoint of a trained policy was kept"),
+    ],
+)
+def test_what_is_exported(action, well, green, seconds, restored, words, monkeypatch):
+    """After 2 critic rollouts and 3 iterations; checkpoints are named by the sum."""
+    watch = watch_of(action=action)
+    watch.well, watch.green, watch.seconds = well, green, seconds
+    put = []
+    policy = SimpleNamespace(restore=put.append)
+    monkeypatch.setattr(ppo_export, "read", lambda state, number: number)
+    ppo_export.take_best(
+        SimpleNamespace(
+            watch=watch,
+            config=SimpleNamespace(monitor=watch.settings),
+            run=watch.run,
+            actors=SimpleNamespace(policy=policy),
+            number=5,
+            iteration=3,
+            critic_rollouts=2,
+        )
+    )
+    assert put == ([] if restored is None else [restored])
+    told = " ".join(f"{event.get('why')} {event.get('note')}" for event in watch.run.told)
+    assert (words or "") in told
+    assert bool(told) == (words is not None)
 
 
 def test_the_newest_green_checkpoints_are_kept_and_the_best_one():
@@ -208,7 +292,7 @@ def test_the_newest_green_checkpoints_are_kept_and_the_best_one():
     kept = [watch.checkpointed(number, second) for number, second in seconds.items()]
     assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5]]
     assert watch.exported() == 2
-    watch.well = False
+    watch.clean = False
     assert watch.checkpointed(6, 5.0) == [2, 4, 5]  # not green: however good, no candidate
     assert watch.exported() == 2
     watch.went_back(4)

@@ -31,22 +31,25 @@ def export(ppo: PPOState) -> None:
 def take_best(ppo: PPOState) -> None:
     """Put the policy that is to be exported in place, where it is not the present one.
 
-    The best by a second scorer among the green checkpoints kept, or the last green one (`action:
-    log` only says so); never by the score that PPO was trained on, which is what an over-optimised
-    policy is best at.
+    The best by a second scorer among the green checkpoints kept; without one the present policy
+    where the level is green, else the last green checkpoint (`action: log` only says so); never by
+    the score that PPO was trained on, which is what an over-optimised policy is best at.
     """
-    watch = ppo.watch
-    number = watch.exported() if watch is not None else None
-    if watch is None or number == ppo.number:
+    watch, monitor = ppo.watch, ppo.config.monitor
+    if watch is None or monitor is None or (watch.well and not watch.seconds):
         return
-    monitor, note = ppo.config.monitor, None
-    if number is None or number <= ppo.critic_rollouts:  # of those the policy is still SFT's
-        note = "no green checkpoint of a trained policy was kept; the last state is exported"
-    elif monitor is not None and monitor.action == "log" and not watch.seconds:
+    number = watch.exported()
+    if number == ppo.number:
+        return
+    untrained = number is not None and number <= ppo.critic_rollouts
+    if number is None or (monitor.action == "log" and not watch.seconds):
         note = f"the run did not end green; checkpoint {number} was the last that was"
-    if note is not None or number is None:
+        if number is None or untrained:
+            note = "no green checkpoint of a trained policy was kept; the last state is exported"
         ppo.run.event("alarm_export", step=ppo.iteration, note=note)
         return
     why = "best by the second scorer" if watch.seconds else "last green one"
+    if untrained:
+        why += "; it is still the policy PPO began with"
     ppo.actors.policy.restore(read(ppo, number))
     ppo.run.event("export", step=ppo.iteration, checkpoint=number, why=why)

@@ -30,7 +30,9 @@ class Watch:
         self.before: list[dict[str, Any]] = []
         """Replies of the last row in which all was well."""
         self.well = True
-        """Whether the last row left the level green."""
+        """Whether the last row left the level green: the present policy may be exported."""
+        self.clean = True
+        """Whether its score was below amber too: its replies and its checkpoint count as good."""
         self.green: list[int] = []
         """Numbers of the green checkpoints that are kept, oldest first."""
         self.seconds: dict[int, float] = {}
@@ -60,9 +62,10 @@ class Watch:
         found = self.detector.update(values)
         self._count(step, found)
         self.well = found.level == "green"
+        self.clean = self.well and found.score < self.settings.amber
         if found.level != found.before:
             self._tell(step, values, found, samples)
-        if self.well:
+        if self.clean:
             self.before = shown(samples)
         if found.level != "red" or self.settings.action == "log":
             return "go"
@@ -74,7 +77,7 @@ class Watch:
         """The run went back to a good state."""
         self.detector.reset()
         self.alarms.reset()
-        self.since, self.well = {}, True
+        self.since, self.well, self.clean = {}, True, True
 
     def checkpointed(self, number: int | None, second: float | None) -> list[int]:
         """Note a checkpoint about to be written, if it is green; numbers of those to keep.
@@ -83,7 +86,7 @@ class Watch:
             number: None for one that a signal asked for, which is none to go back to.
             second: its held-out score by the second scorer, where it has one.
         """
-        if self.well and number is not None:
+        if self.clean and number is not None:
             self.green = [*(n for n in self.green if n < number), number]
             if second is not None:
                 self.seconds[number] = second
@@ -108,6 +111,7 @@ class Watch:
             "since": self.since,
             "before": self.before,
             "well": self.well,
+            "clean": self.clean,
             "green": self.green,
             "seconds": {str(number): value for number, value in self.seconds.items()},
             "rollbacks": self.rollbacks,
@@ -118,7 +122,8 @@ class Watch:
         self.detector.load_state_dict(state["detector"])
         self.alarms.load_state_dict(state["alarms"])
         self.since, self.before = dict(state["since"]), list(state["before"])
-        self.well, self.green = state["well"], list(state["green"])
+        self.well, self.clean = state["well"], state.get("clean", state["well"])
+        self.green = list(state["green"])
         self.seconds = {int(number): value for number, value in state["seconds"].items()}
         self.rollbacks = state["rollbacks"]
 
