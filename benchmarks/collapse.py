@@ -154,16 +154,21 @@ def label(rows):
 
 
 def replay(path):
-    """The detector's score held for `patience` rows, over the rows of a run."""
+    """The detector's score held for `patience` rows, over the rows of a run.
+
+    It learns what the run's own did: the critic's rollouts, then the SFT model's held-out replies.
+    """
     from ppomax.collapse import CollapseDetector, DetectorSettings
 
     settings = DetectorSettings()
     detector = CollapseDetector(settings, max_new_tokens=64)
+    rows, first = lines(path / "metrics.jsonl"), lines(path / "heldout.jsonl")[0]
+    if "baseline" not in first:
+        raise SystemExit(f"{path}: heldout.jsonl does not say what the detector learned; run again")
+    for row in [row for row in rows if row["stage"] == "critic"] + first["baseline"]:
+        detector.learn(row)
     found, recent = [], []
-    for row in lines(path / "metrics.jsonl"):
-        if row["stage"] == "critic":
-            detector.learn(row)
-            continue
+    for row in [row for row in rows if row["stage"] == "ppo"]:
         recent = [*recent, detector.update(row).score][-settings.patience :]
         if len(recent) == settings.patience:
             found.append((row["step"], min(recent)))

@@ -1,13 +1,16 @@
 """The world: its gold score by hand, its annotators, its settings, its label of collapse."""
 
 import importlib.util
+import json
 import random
 import statistics
 from pathlib import Path
 
 import pytest
 
+from ppomax.collapse import DetectorSettings
 from ppomax.config import parse
+from ppomax.train.ppo import train_ppo
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.worlds import World, gold, gold_scores, ppo_settings
 from ppomax.worlds.language import (
@@ -139,3 +142,22 @@ def test_the_chance_that_a_collapse_scores_above_a_healthy_run(bench):
     assert bench.auc(runs) == (1 + 1 + 0 + 0.5) / 4
     assert bench.flagged_at(runs[0], 9) == 1
     assert bench.flagged_at(runs[0], 10) is None
+
+
+@pytest.mark.slow
+def test_the_replay_reddens_where_the_runs_own_detector_did(bench, small, tmp_path):
+    asked = tmp_path / "asked.jsonl"
+    lines = [json.dumps({"prompt": f"What of number {i}?"}) for i in range(40)]
+    asked.write_text("\n".join(lines) + "\n")
+    change = {
+        "iterations": 16,
+        "sampling": {"max_new_tokens": 12},
+        "critic_pretraining": {"max_rollouts": 1},
+        "optim": {"lr": 0.1},
+        "monitor": {"track": {"data": str(asked), "prompts": 40}},
+    }
+    run = train_ppo(small("ppo", tmp_path / "run", change))
+    events = bench.lines(run / "events.jsonl")
+    alarms = [event["step"] for event in events if event["kind"] == "alarm_red"]
+    outcome = bench.Outcome("vanilla", 0, None, bench.replay(run))
+    assert bench.flagged_at(outcome, DetectorSettings().red) == alarms[0]

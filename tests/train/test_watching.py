@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ppomax.data.template import ChatTemplate
 from ppomax.errors import ConfigError
-from ppomax.models.load import load_policy
+from ppomax.models.load import load_policy, load_tokenizer
 from ppomax.train import ppo, ppo_export
 from ppomax.train.monitor_settings import MonitorSettings
 from ppomax.train.ppo import train_ppo
-from ppomax.train.tracking import against
+from ppomax.train.tracking import against, load_tracked
 from ppomax.train.watching import Watch
 
 TIMES = ("time", "throughput/", "memory/")
@@ -189,6 +190,53 @@ def test_tracked_prompts_are_answered_first_by_sft_then_every_few_iterations(sma
     means = {row["step"]: sum(row["seconds"]) / len(pairs) for row in tracked[1:]}
     best = max(means, key=lambda step: (means[step], step))
     assert same(exported(run), weights(run, best))
+
+
+@pytest.mark.slow
+def test_a_run_killed_after_sft_answered_the_tracked_prompts_asks_it_once(
+    small, tmp_path, monkeypatch
+):
+    change = {
+        "iterations": 1,
+        "heldout": 0.6,
+        "critic_pretraining": {"max_rollouts": 1},
+        "monitor": {"track": {"every": 1}},
+    }
+    whole = train_ppo(small("ppo", tmp_path / "whole", change))
+    plain = ppo.begin
+
+    def dies(state, stage, step):
+        if stage == "ppo":
+            raise KeyboardInterrupt
+        return plain(state, stage, step)
+
+    config = small("ppo", tmp_path / "killed", change)
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "begin", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train_ppo(config)
+    assert len(jsonl(config.out / "heldout.jsonl")) == 1
+    killed = train_ppo(config, resume=True)
+    assert jsonl(killed / "heldout.jsonl") == jsonl(whole / "heldout.jsonl")
+    assert rows(killed) == rows(whole)
+    assert [row["kind"] for row in jsonl(killed / "events.jsonl")] == [
+        row["kind"] for row in jsonl(whole / "events.jsonl")
+    ]
+
+
+def test_tracked_prompts_come_from_every_file_alike(tiny, tmp_path):
+    files = []
+    for name in "ab":
+        files.append(tmp_path / f"{name}.jsonl")
+        lines = [json.dumps({"id": f"{name}{i}", "prompt": f"{name} {i}?"}) for i in range(60)]
+        files[-1].write_text("\n".join(lines) + "\n")
+    data = [{"path": str(file)} for file in files]
+    settings = MonitorSettings(track={"prompts": 10, "data": data}).track
+    config = SimpleNamespace(max_bad_rows=0.0, max_prompt=64)
+    actors = SimpleNamespace(template=ChatTemplate(load_tokenizer(tiny)))
+    found = load_tracked(config, settings, actors)
+    assert [prompt.row.id[0] for prompt in found] == ["a"] * 5 + ["b"] * 5
+    assert [prompt.index for prompt in found] == list(range(0, 120, 12))
 
 
 def test_prompts_and_a_second_reward_model_of_ones_own(small, small_data, small_reward, tmp_path):

@@ -58,6 +58,16 @@ def prompt_of(row: PreferenceRow | SFTRow | PromptRow) -> Messages:
     return row.messages[:-1] if isinstance(row, SFTRow) else row.messages
 
 
+Item = TypeVar("Item")
+
+
+def spread(items: Sequence[Item], count: int | None) -> list[Item]:
+    """So many of them, at equal distances; all where `count` is None or more than there are."""
+    if count is None or count >= len(items):
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 Dialogue = TypeVar("Dialogue", PreferenceRow, SFTRow, PromptRow)
 
 

@@ -15,7 +15,7 @@ class TrackSettings(Settings):
     every: int = Field(10, ge=1)
     """Iterations between two rounds; the SFT model answers first, and the last iteration always."""
     prompts: int = Field(64, ge=2)
-    """Most prompts answered (ours)."""
+    """Most prompts answered, spread evenly over all there are (ours)."""
     data: Sources | None = None
     """Prompts; null takes those that `ppo.heldout` keeps out."""
     model: str | None = None

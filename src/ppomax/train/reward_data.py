@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from ppomax.data.sources import load_preferences
+from ppomax.data.splits import spread
 from ppomax.data.template import ChatTemplate
 from ppomax.errors import DataError
 from ppomax.train.optim import OptimSettings
@@ -72,12 +73,5 @@ def load_data(config: RewardConfig, template: ChatTemplate) -> RewardData:
             "data.strength, or set reward.strength to margin"
         )
     data.notes.extend(filter(None, [length_note(data.train)]))
-    data.heldout[:] = _spread(data.heldout, config.eval_pairs)
+    data.heldout[:] = spread(data.heldout, config.eval_pairs)
     return data
-
-
-def _spread(pairs: list[Pair], count: int | None) -> list[Pair]:
-    """So many of them, at equal distances."""
-    if count is None or count >= len(pairs):
-        return pairs
-    return [pairs[i * len(pairs) // count] for i in range(count)]

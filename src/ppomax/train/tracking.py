@@ -14,6 +14,7 @@ import torch
 from ppomax import rundir
 from ppomax.data.batching import derived_seed, plan_micro_batches
 from ppomax.data.sources import load_prompts, split_by_prompt
+from ppomax.data.splits import spread
 from ppomax.distributed import World, gather
 from ppomax.errors import ConfigError
 from ppomax.models.ensembles import members
@@ -120,14 +121,21 @@ class Tracker:
         return values
 
     def write(self, found: Round, run: StageRun, step: int) -> None:
-        """One row of heldout.jsonl: every prompt's scores."""
+        """One row of heldout.jsonl: every prompt's scores; of step 0 also what the detector learns.
+
+        Step 0 comes first: an earlier row is of a process that died before its next checkpoint.
+        """
         if not self.here.is_main:
             return
-        row = {"stage": "ppo", "step": step, "attempt": run.attempt}
+        path = run.path / rundir.HELDOUT
+        row: dict[str, Any] = {"stage": "ppo", "step": step, "attempt": run.attempt}
         row |= {"scores": _ready(found.scores)}
         if found.seconds is not None:
             row["seconds"] = _ready(found.seconds)
-        rundir.append_jsonl(run.path / rundir.HELDOUT, [row])
+        if step == 0:
+            row["baseline"] = found.rows(self.config.replies)
+            rundir.cut_back(path, {})
+        rundir.append_jsonl(path, [row])
 
     def _seconds(self, rollout: Rollout) -> list[float]:
         """What the second scorer says, the same on every rank."""
@@ -167,7 +175,7 @@ def against(seconds: Sequence[float], sft: Sequence[float]) -> dict[str, float]:
 
 
 def load_tracked(config: PPOConfig, settings: TrackSettings, actors: Actors) -> list[Prompt]:
-    """The held-out prompts.
+    """The held-out prompts, spread evenly over all of them, so that every source has its share.
 
     Raises:
         ConfigError: there are none.
@@ -176,11 +184,13 @@ def load_tracked(config: PPOConfig, settings: TrackSettings, actors: Actors) -> 
     rows = load_prompts(sources, max_bad_rows=config.max_bad_rows).rows
     if settings.data is None:
         rows = split_by_prompt(rows, config.heldout).heldout
-    prompts: list[Prompt] = []
-    for index, row in enumerate(rows):
-        fitted = actors.template.fit(row.messages, config.max_prompt)
-        if fitted is not None and len(prompts) < settings.prompts:
-            prompts.append(Prompt(index, row, fitted[1]))
+    fitted = [actors.template.fit(row.messages, config.max_prompt) for row in rows]
+    found = [
+        Prompt(index, row, fits[1])
+        for index, (row, fits) in enumerate(zip(rows, fitted, strict=True))
+        if fits is not None
+    ]
+    prompts = spread(found, settings.prompts)
     if len(prompts) < 2:
         raise ConfigError(
             f"setting ppo.monitor.track: {len(prompts)} held-out prompts found; give track.data or "
