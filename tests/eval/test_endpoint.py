@@ -186,6 +186,21 @@ def test_a_refusal_ends_at_once_and_never_shows_the_key(server, ask, status, tmp
     assert not kept.exists() or KEY not in kept.read_text()
 
 
+def test_white_space_around_the_key_is_none_of_it(server, ask, monkeypatch):
+    monkeypatch.setenv("PPOMAX_JUDGE_KEY", f" {KEY}\r\n")
+    ask(1)
+    assert server.keys == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\r\nX: y", f"{KEY}é", f"{KEY}\x7f"])
+def test_a_key_that_no_header_holds_is_refused_by_its_variable_alone(server, ask, monkeypatch, key):
+    monkeypatch.setenv("PPOMAX_JUDGE_KEY", key)
+    with pytest.raises(ConfigError, match="variable PPOMAX_JUDGE_KEY: only printable") as caught:
+        ask(1)
+    assert KEY not in str(caught.value)
+    assert not server.calls
+
+
 def test_an_endpoint_that_is_down_is_a_clear_error_and_keeps_what_it_gave(server, ask, tmp_path):
     server.mood = lambda n: "ok" if n < 6 else 503
     with pytest.raises(PpomaxError, match=r"after 2 tries, last: HTTP 503.*same command"):

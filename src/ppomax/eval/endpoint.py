@@ -109,8 +109,18 @@ def most_tokens(text: str) -> int:
 
 
 def api_key() -> str | None:
-    """The key, from the environment."""
-    return next((os.environ[name] for name in KEYS if os.environ.get(name)), None)
+    """The key, from the environment; white space around it is none of it.
+
+    Raises:
+        ConfigError: a header cannot hold it.
+    """
+    for name in KEYS:
+        key = os.environ.get(name, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError(f"variable {name}: only printable ASCII can be sent as a key")
+        if key:
+            return key
+    return None
 
 
 async def _ask_all(asks: Iterator[Ask], place: Endpoint, budget: Budget, keep: Keep) -> None:
