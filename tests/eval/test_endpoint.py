@@ -30,6 +30,7 @@ class Server:
     def __init__(self):
         self.mood = lambda _n: "ok"
         self.delay = 0.0
+        self.usage = {"prompt_tokens": 100, "completion_tokens": 10}
         self.calls = Counter()
         self.answered = Counter()
         self.keys = set()
@@ -65,8 +66,7 @@ class Server:
         mark = re.search(r"=== (\w+) ", text).group(1)
         first = text.split(f"=== {mark} reply 1 ===")[1].split(f"=== {mark}")[0]
         verdict = f"Because.\n{mark}: {1 if 'good' in first else 2}"
-        usage = {"prompt_tokens": 100, "completion_tokens": 10}
-        body = {"choices": [{"message": {"content": verdict}}], "usage": usage}
+        body = {"choices": [{"message": {"content": verdict}}], "usage": self.usage}
         data = json.dumps(body).encode()
         status, headers = 200, {}
         if mood == "cut":
@@ -174,7 +174,7 @@ def test_a_silent_answer_is_a_tie_and_not_asked_again(server, ask):
     assert sum(server.calls.values()) == 4
 
 
-@pytest.mark.parametrize("status", [401, 403, 400, 404])
+@pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_ends_at_once_and_never_shows_the_key(server, ask, status, tmp_path):
     server.mood = lambda _n: status
     with pytest.raises(ConfigError) as caught:
@@ -184,6 +184,37 @@ def test_a_refusal_ends_at_once_and_never_shows_the_key(server, ask, status, tmp
     assert sum(server.calls.values()) <= 4
     kept = tmp_path / "answers.jsonl"
     assert not kept.exists() or KEY not in kept.read_text()
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_question_the_endpoint_refuses_is_a_kept_tie(server, ask, status, tmp_path):
+    server.mood = lambda n: status if n in (0, 1, 7) else "ok"
+    verdicts, _ = ask(6, concurrency=1)
+    assert verdicts == ["tie", "b", "b", "tie", "b", "b"]
+    answers = read_answers(tmp_path / "answers.jsonl").known.values()
+    assert [answer.refused for answer in answers].count(True) == 3
+    assert ask(6)[0] == verdicts
+    assert sum(server.calls.values()) == 12
+
+
+def test_refusals_are_counted_for_the_table(server, tmp_path):
+    server.mood = lambda n: 400 if n == 3 else "ok"
+    config = parse(JudgeConfig, {"spec": f"openai:{server.url}#judge"})
+    for _ in range(2):
+        with open_answers(tmp_path / "answers.jsonl") as answers:
+            found = judge_pairs(pairs_of(4), config, load_rubrics(), answers, say=print)
+        assert found.notes == {"refused by the endpoint": 1}
+
+
+@pytest.mark.parametrize("count", [2, 20])
+def test_where_every_question_is_refused_the_request_is_wrong(server, ask, count, tmp_path):
+    server.mood = lambda _n: 400
+    with pytest.raises(ConfigError, match=r"first \d questions were all refused, prompt p0"):
+        ask(count, concurrency=1)
+    assert sum(server.calls.values()) == min(2 * count, 5)
+    assert not read_answers(tmp_path / "answers.jsonl").known
+    server.mood = lambda _n: "ok"
+    assert ask(count)[0] == truth(count)
 
 
 def test_white_space_around_the_key_is_none_of_it(server, ask, monkeypatch):
@@ -210,6 +241,36 @@ def test_an_endpoint_that_is_down_is_a_clear_error_and_keeps_what_it_gave(server
     server.mood = lambda _n: "ok"
     assert ask(10)[0] == truth(10)
     assert set(server.answered.values()) == {1}
+
+
+def test_requests_without_an_answer_count_towards_the_caps(server, ask, tmp_path):
+    server.mood = lambda n: ["nonsense", 503, "ok"][n % 3]
+    with pytest.raises(ConfigError, match="max_calls = 7 is reached"):
+        ask(10, max_calls=7, concurrency=1)
+    assert sum(server.calls.values()) == 7
+    answers = read_answers(tmp_path / "answers.jsonl").known.values()
+    assert [(answer.attempts, answer.lost) for answer in answers] == [(3, 1), (3, 1)]
+    with pytest.raises(ConfigError, match="max_calls = 7 is reached"):
+        ask(10, max_calls=7, concurrency=1)
+    assert sum(server.calls.values()) == 8  # the seventh had no answer and is not remembered
+
+
+@pytest.mark.parametrize("mood", ["nonsense", "drop"])
+def test_an_answer_that_cannot_be_read_costs_what_it_could_have(server, ask, mood):
+    server.mood = lambda n: "ok" if n % 2 else mood
+    prices = {"price_in": 0.0, "price_out": 1000.0, "max_tokens": 1000}  # 1 a request at most
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"max_cost = 3\.015 "):
+            ask(10, max_cost=3.015, concurrency=1, **prices)
+        assert sum(server.calls.values()) == 4  # 1.01 and 1.01: 1 more passes the cap
+
+
+@pytest.mark.parametrize("usage", [{"completion_tokens": None}, {}, None])
+def test_tokens_that_are_not_told_count_as_the_most(server, ask, usage, tmp_path):
+    server.usage = usage
+    ask(1, max_tokens=77)
+    answers = read_answers(tmp_path / "answers.jsonl").known.values()
+    assert {(answer.tokens_out, answer.attempts) for answer in answers} == {(77, 1)}
 
 
 def test_caps_hold_over_runs(server, ask):

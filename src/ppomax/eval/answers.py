@@ -30,6 +30,11 @@ class Answer:
     tokens_in: int = 0
     tokens_out: int = 0
     attempts: int = 1
+    """Requests sent for it."""
+    lost: int = 0
+    """Those of them that may have been charged although no answer came to be read."""
+    refused: bool = False
+    """The endpoint does not take the question; the text is empty."""
 
 
 @dataclass(slots=True)
@@ -52,6 +57,8 @@ class Answers:
             "tokens_out": answer.tokens_out,
             "attempts": answer.attempts,
         }
+        row |= {"lost": answer.lost} if answer.lost else {}
+        row |= {"refused": True} if answer.refused else {}
         now = time.monotonic()
         append_line(self.path, json.dumps(row), sync=now - self.synced >= SYNC_SECONDS)
         if now - self.synced >= SYNC_SECONDS:
@@ -92,8 +99,11 @@ def read_answers(path: Path) -> Answers:
     for row in rundir.read_jsonl(path):
         key, judge, text = row.get("key"), row.get("judge"), row.get("text")
         if isinstance(key, str) and isinstance(judge, str) and isinstance(text, str):
-            numbers = (_count(row, name) for name in ("tokens_in", "tokens_out", "attempts"))
-            answers.known[key], answers.judges[key] = Answer(text, *numbers), judge
+            names = ("tokens_in", "tokens_out", "attempts", "lost")
+            tokens_in, tokens_out, attempts, lost = (_count(row, name) for name in names)
+            refused = row.get("refused") is True
+            answer = Answer(text, tokens_in, tokens_out, attempts, lost, refused)
+            answers.known[key], answers.judges[key] = answer, judge
     return answers
 
 

@@ -58,9 +58,11 @@ class JudgeConfig(Settings):
     """Seconds before the first further try; doubled each time, at most 60, a random half of it off.
     A `Retry-After` of the endpoint is kept to."""
     max_calls: int | None = Field(None, ge=1)
-    """Stop before more requests than this, those of earlier runs on the same answers included."""
+    """Stop before more requests than this, failed ones included, and those of earlier runs on the
+    same answers."""
     max_cost: float | None = Field(None, gt=0)
-    """Stop before this much is spent, likewise; needs the prices."""
+    """Stop before this much is spent, likewise; needs the prices. A request whose answer did not
+    come to be read counts as the dearest it could have been."""
     price_in: float | None = Field(None, ge=0)
     """Price of a million tokens sent, in the unit of `max_cost`."""
     price_out: float | None = Field(None, ge=0)
@@ -139,7 +141,7 @@ class Verdicts:
     raters: dict[str, dict[str, Side]]
     """Verdicts by rater and item, for agreement: the judge itself, or each annotator."""
     notes: dict[str, int]
-    """Counted oddities: pairs without a vote, votes on other pairs."""
+    """Counted oddities: pairs without a vote, votes on other pairs, refused questions."""
 
 
 def judge_pairs(
@@ -159,11 +161,15 @@ def judge_pairs(
     """
     if config.kind == "file":
         return _votes(pairs, Path(config.target))
+    notes: dict[str, int] = {}
     if config.kind == "reward":
         rows = local_judges.by_reward_model(pairs, config.target)
     else:
-        rows = _asked(pairs, config, rubrics, answers, say)
-    return Verdicts(rows, {config.label: verdicts_by_item(rows)}, {})
+        asks = all_asks(pairs, config, rubrics)
+        rows = _asked(pairs, asks, config, answers, say)
+        refused = sum(answers.known[ask.key].refused for ask in asks)
+        notes = {"refused by the endpoint": refused} if refused else {}
+    return Verdicts(rows, {config.label: verdicts_by_item(rows)}, notes)
 
 
 def verdicts_by_item(rows: Sequence[Judged]) -> dict[str, Side]:
@@ -191,12 +197,11 @@ def open_asks(asks: Sequence[Ask], answers: Answers) -> list[Ask]:
 
 def _asked(
     pairs: Sequence[Pair],
+    asks: Sequence[Ask],
     config: JudgeConfig,
-    rubrics: Rubrics,
     answers: Answers,
     say: Callable[[str], None],
 ) -> list[Judged]:
-    asks = all_asks(pairs, config, rubrics)
     wanted = open_asks(asks, answers)
     say(f"{config.label}: {len(wanted)} questions, {len(asks) - len(wanted)} answered before")
     keep = _Keeper(config.label, _identity(config), len(wanted), answers, say)
