@@ -14,6 +14,7 @@ from ppomax.eval.asking import make_ask, read_position, side_of
 from ppomax.eval.judges import JudgeConfig, all_asks, judge_pairs, open_asks, parse_judges
 from ppomax.eval.outcomes import Judged, summary
 from ppomax.eval.pairs import Reply, Verdict, append_verdict, make_pair, swapped_hash
+from ppomax.eval.people import read_votes
 from ppomax.eval.rubrics import language_of, load_rubrics
 from ppomax.eval.winrate import win_rate
 
@@ -296,6 +297,20 @@ def test_votes_of_people_become_verdicts_by_majority(tmp_path):
     assert summary(found.rows)["position"] is None
     with pytest.raises(DataError, match="none of 7 verdicts is on these replies"):
         judge_pairs([pair(9)], config, load_rubrics(), answers, say=quiet)
+
+
+def test_equal_replies_tie_once_on_the_question_of_their_kind(tmp_path):
+    pairs = [pair(0), pair(1, "same", "same"), pair(2, "same", "same", kind="harmful")]
+    file = tmp_path / "votes.jsonl"
+    append_verdict(file, vote(pairs[0], "b", "ann"))
+    append_verdict(file, vote(pairs[0], "b", "ann", question="harmless"))
+    found = read_votes(pairs, file)
+    assert [(r.pair.prompt_id, r.question, r.verdict) for r in found.rows] == [
+        ("p0", "helpful", "b"),
+        ("p0", "harmless", "b"),
+        ("p1", "helpful", "tie"),
+        ("p2", "harmless", "tie"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from ppomax.errors import DataError
 from ppomax.eval.agreement import majority
-from ppomax.eval.outcomes import Judged, Side
+from ppomax.eval.outcomes import Judged, Side, question_of
 from ppomax.eval.pairs import (
     QUESTIONS,
     Pair,
-    Question,
     Verdict,
     read_verdicts,
     swapped_hash,
@@ -32,7 +31,7 @@ class Votes:
 def read_votes(pairs: Sequence[Pair], path: Path) -> Votes:
     """The votes of a file on these pairs.
 
-    Equal replies tie on every question that somebody voted on.
+    Equal replies tie on the questions voted on, without a vote on the one of their kind.
 
     Raises:
         DataError: unreadable, empty, or no vote is on one of the pairs.
@@ -43,11 +42,10 @@ def read_votes(pairs: Sequence[Pair], path: Path) -> Votes:
     by_pair: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
         by_pair.setdefault(verdict.pair, []).append(verdict)
-    asked: list[Question] = [q for q in QUESTIONS if any(v.question == q for v in verdicts)]
     rows, raters = [], dict[str, dict[str, Side]]()
     for pair in pairs:
         votes = verdicts_for(pair, by_pair)
-        for question in asked:
+        for question in QUESTIONS:
             sides: list[Side] = []
             for vote in votes:
                 if vote.question == question and vote.verdict != "skip":
@@ -55,7 +53,8 @@ def read_votes(pairs: Sequence[Pair], path: Path) -> Votes:
                     item = f"{pair.pair} {question}"
                     raters.setdefault(vote.annotator, {})[item] = vote.verdict
             if pair.a.response == pair.b.response:
-                sides = ["tie"]
+                voted_on = {vote.question for vote in votes} or {question_of(pair.kind)}
+                sides = ["tie"] if question in voted_on else []
             if sides:
                 side = majority(sides)
                 rows.append(Judged(pair, question, side, side, ordered=False))
