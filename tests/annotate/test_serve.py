@@ -9,6 +9,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import pytest
 
@@ -142,6 +143,9 @@ def test_the_link_is_the_proxys_where_there_is_one(pairs, tmp_path):
     votes = Votes(pairs, tmp_path / "v.jsonl", quota=1, clock=lambda: 0.0)
     lines = _greeting(votes, tmp_path / "v.jsonl", config, _access(config, 1, "t" * 16))
     assert lines[1] == f"open https://votes.example/#token={'t' * 16}"
+    lines = _greeting(votes, tmp_path / "v.jsonl", config, _access(config, 1, "a b+c&d/é=%#"))
+    fragment = lines[1].partition("#")[2]
+    assert parse_qs(fragment, strict_parsing=True) == {"token": ["a b+c&d/é=%#"]}
 
 
 @pytest.mark.parametrize(

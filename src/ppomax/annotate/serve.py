@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import uvicorn
 from filelock import FileLock, Timeout
@@ -148,7 +148,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _greeting(votes: Votes, out: Path, config: AnnotateConfig, access: Access) -> list[str]:
-    fragment = "" if access.token is None else f"#token={access.token}"
+    fragment = "" if access.token is None else f"#token={quote(access.token, safe='')}"
     host = f"[{config.host}]" if ":" in config.host else config.host
     lines = [
         f"{len(votes.pairs)} pairs, {votes.quota} votes wanted of each; {_people(votes)} in {out}",
