@@ -316,6 +316,21 @@ def test_the_card_takes_the_last_evaluations_scores_unless_merging_rounds_them(
     assert card["accuracy"]["all"] == pytest.approx(rows(run)[-1]["eval/accuracy"])
 
 
+def test_the_cards_mean_and_std_are_of_pairs_from_all_over_the_data(small, tmp_path, monkeypatch):
+    from ppomax.train import reward_card, scoring
+
+    seen = []
+
+    def noted(model, pairs, *rest, **names):
+        seen.append([pair.row.where.rpartition(":")[2] for pair in pairs])
+        return scoring.score_pairs(model, pairs, *rest, **names)
+
+    monkeypatch.setattr(reward_card, "SAMPLE", 2)
+    monkeypatch.setattr(reward_card, "score_pairs", noted)
+    train_reward(small("reward", tmp_path / "run", {"max_steps": 1, "heldout": 0.0}))
+    assert seen == [["1", "5"]]  # of eight
+
+
 @pytest.mark.slow
 def test_lora_trains_adapters_and_the_head(small, tmp_path):
     change = {"lora": {"rank": 2}, "dtype": "bfloat16", "max_steps": 2, "epochs": 2}

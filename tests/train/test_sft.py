@@ -283,3 +283,15 @@ def test_the_system_prompt_of_training_is_the_default_when_it_writes(
             )
             generate.Chat(str(model / "export"), params, seed=0, system=system)
     assert used[::2] == used[1::2] == ["Answer in rhyme.", "No.", None, "No."]
+
+
+def test_values_of_any_script_keep_their_own_perplexity():
+    from ppomax.train.sft import language_of
+    from ppomax.types import SFTRow
+
+    def named(value):
+        row = SFTRow("a", ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}))
+        row.meta["lang"] = value
+        return language_of(row, "lang")
+
+    assert [named(v) for v in ("中文", "日本", "zh-CN", "En")] == ["中文", "日本", "zh_cn", "en"]

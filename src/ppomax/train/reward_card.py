@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ppomax.data.splits import spread
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World, state_on_main
 from ppomax.models.export import (
@@ -26,7 +27,8 @@ from ppomax.train.scoring import PairScores, score_pairs
 from ppomax.train.supervised import Fitted
 
 SAMPLE = 64
-"""Training pairs whose scores give the card's mean and std, the latter to about 6% (ours)."""
+"""Training pairs, from all over the data, whose scores give the card's mean and std, the latter to
+about 6% (ours)."""
 SUBSETS = ("lang", "kind", "source")
 """Columns by which the card gives accuracy."""
 
@@ -50,7 +52,7 @@ def export(
     pad = int(tokenizer.pad_token_id)
     # adapters are merged into what is written, and the merged weights round differently
     scorer = merged_copy(model).to(config.compute_dtype) if config.lora else model
-    trained = torch.cat(score_pairs(scorer, data.train[:SAMPLE], pad, config, here))
+    trained = torch.cat(score_pairs(scorer, spread(data.train, SAMPLE), pad, config, here))
     judged = data.heldout
     if judged and (scores is None or config.lora):
         share = bool(config.share_prompts)

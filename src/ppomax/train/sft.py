@@ -184,7 +184,7 @@ def evaluate(
 def language_of(row: SFTRow, column: str | None) -> str:
     """The row's value in the column, as a metric key writes it; empty where it has none."""
     value = row.meta.get(column) if column else None
-    return "" if value is None else re.sub("[^a-z0-9]", "_", str(value).lower())
+    return "" if value is None else re.sub(r"\W", "_", str(value).lower())
 
 
 def perplexity(loss: float) -> float:
