@@ -25,7 +25,6 @@ from ppomax.train.reward import RewardConfig, train_reward
 from ppomax.train.sft import SFTConfig, train_sft
 from ppomax.train.stopping import handling
 
-ASKED = "asked.json"
 """In a run directory: the stages that were started there, and so are resumed."""
 
 
@@ -163,16 +162,16 @@ def _check_same(recipe: Recipe, only: str | None, *, resume: bool) -> None:
 
 def _ask(out: Path, stages: list[str]) -> None:
     """Note that these stages were started in the run directory."""
-    known = _asked(out, []) if (out / ASKED).exists() else []
+    known = _asked(out, []) if (out / rundir.ASKED).exists() else []
     asked = [name for name in STAGES if name in {*known, *stages}]
     if asked != known:
-        rundir.write_text(out / ASKED, json.dumps({"stages": asked}) + "\n")
+        rundir.write_text(out / rundir.ASKED, json.dumps({"stages": asked}) + "\n")
 
 
 def _asked(out: Path, default: list[str]) -> list[str]:
     """The stages started in a run directory, in order."""
     try:
-        found = json.loads((out / ASKED).read_text(encoding="utf-8"))["stages"]
+        found = json.loads((out / rundir.ASKED).read_text(encoding="utf-8"))["stages"]
         return [name for name in STAGES if name in found]
     except (OSError, ValueError, KeyError, TypeError):
         return default

@@ -18,6 +18,8 @@ from ppomax.errors import CheckpointError, ConfigError
 CONFIG, ENV = "config.yaml", "env.json"
 METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.jsonl"
 HELDOUT = "heldout.jsonl"
+ASKED = "asked.json"
+"""`{"stages": [...]}`: those that were started in a whole run's directory."""
 LOCK = ".lock"
 LOGS = (METRICS, SAMPLES, EVENTS, HELDOUT)
 """Files that grow with the run."""

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from ppomax.errors import ConfigError
-from ppomax.report import read_run, read_runs
-from ppomax.report.tables import differences, elapsed, flatten, metric_rows, timing
+from ppomax.report import figures, read_run, read_runs
+from ppomax.report.read import elapsed
+from ppomax.report.tables import differences, event_rows, flatten, metric_rows, timing
 from ppomax.report.verdict import policy_verdict, preference_verdict, verdict
 
 
@@ -219,6 +220,29 @@ def test_differences_name_settings_that_are_not_the_same_everywhere():
     ]
     assert differences([one, {}])[0] == {"key": "a", "values": ["1", None]}
     assert flatten({"b": {"d": None}}) == {"b.d": "null"}
+
+
+def test_an_event_of_the_critics_rollouts_is_told_and_drawn_as_the_critics(tmp_path, monkeypatch):
+    metrics = [row(s, stage="critic", **{"value/loss": 1.0}) for s in (1, 2, 3)]
+    metrics += [row(s, **{"value/loss": 1.0}) for s in (1, 2, 3)]
+    alarm = {"kind": "alarm", "attempt": 0, "reason": "x"}
+    events = lines({**alarm, "stage": "critic", "step": 2}, {**alarm, "stage": "ppo", "step": 3})
+    run = read_run(stage(tmp_path / "ppo", lines(*metrics), events_jsonl=events))
+    assert [event["stage"] for event in event_rows(run, 100)] == ["critic", "ppo"]
+    drawn = {}
+    monkeypatch.setattr(
+        figures, "curves", lambda name, title, axes, marks: drawn.setdefault(title, marks)
+    )
+    figures.stage_figures("ppo", [("a run", run)])
+    assert drawn == {"Losses": [3.0], "Critic pre-training": [2.0]}
+
+
+def test_elapsed_time_is_of_rows_as_they_were_written_the_critics_first(tmp_path):
+    critic = [row(s, stage="critic") for s in range(1, 11)]
+    ppo = [row(s) | {"time": 10.0 + s} for s in range(1, 21)]
+    run = read_run(stage(tmp_path / "ppo", lines(*critic, *ppo)))
+    assert run.elapsed == 30
+    assert timing(run)["elapsed_s"] == 30
 
 
 def test_elapsed_time_adds_up_over_continued_runs():

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from ppomax.cli import app
 from ppomax.errors import ConfigError
-from ppomax.report.read import read_run
+from ppomax.report.read import read_run, read_runs
 from ppomax.report.watch import BLOCKS, QUIET, sparkline, state, view, watch
 
 
@@ -29,7 +29,9 @@ def run(tmp_path):
     ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     alarm = row(9) | {"kind": "alarm_red", "signals": [{"signal": "response/length_mean"}]}
-    (path / "events.jsonl").write_text(json.dumps(alarm) + "\n")
+    limits = ["KL 2 above max_kl 1", "length 0.9 of the limit"]
+    hard = row(10) | {"kind": "alarm_red", "signals": [], "limits": limits}
+    (path / "events.jsonl").write_text(json.dumps(alarm) + "\n" + json.dumps(hard) + "\n")
     sample = row(10) | {"response": "a\nreply", "score": 1.25}
     (path / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     return path
@@ -61,6 +63,7 @@ def test_the_view_shows_progress_curves_alarms_and_replies(run):
     assert "reward/score_mean" in text
     assert "0.5 → 6" in text
     assert "step 9  alarm_red: response/length_mean" in text
+    assert "step 10  alarm_red: KL 2 above max_kl 1, length 0.9 of the limit" in text
     assert "1.25  a reply" in text
     assert max(len(line) for line in shown(run, 70).splitlines()) <= 70
 
@@ -68,10 +71,45 @@ def test_the_view_shows_progress_curves_alarms_and_replies(run):
 def test_the_state_says_running_quiet_or_finished(run):
     last = max(file.stat().st_mtime for file in run.iterdir())
     runs = [read_run(run)]
-    assert state(runs, last + 1) == "running"
-    assert state(runs, last + QUIET + 60) == "nothing written for 3 min 00 s"
+    assert state(run, runs, last + 1) == "running"
+    assert state(run, runs, last + QUIET + 60) == "nothing written for 3 min 00 s"
     (run / "done.json").write_text("{}\n")
-    assert state(runs, last + 1e6) == "finished"
+    assert state(run, runs, last + 1e6) == "finished"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_run_between_two_stages_is_not_finished(run, asked):
+    whole = run.parent
+    (whole / "config.yaml").write_text("sft: {}\nreward: null\nppo: {}\neval: {}\n")
+    if asked:
+        (whole / "asked.json").write_text('{"stages": ["ppo", "eval"]}\n')
+    (run / "done.json").write_text("{}\n")
+    missing = ["eval"] if asked else ["eval", "sft"]
+    for name in missing:
+        assert state(whole, read_runs(whole), 0.0) != "finished"
+        (whole / name).mkdir()
+        (whole / name / "report.json").write_text('{"kind": "policy"}\n')
+    assert state(whole, read_runs(whole), 0.0) == "finished"
+
+
+def test_a_finished_run_shows_the_curves_of_ppo_and_the_evaluations_verdict_in_a_line(run):
+    whole = run.parent
+    (whole / "sft").mkdir()
+    (whole / "sft" / "metrics.jsonl").write_text(
+        json.dumps({"stage": "sft", "step": 1, "train/loss": 1.0}) + "\n"
+    )
+    (whole / "eval").mkdir()
+    report = {
+        "kind": "policy",
+        "baseline": "sft",
+        "policy": "ppo",
+        "scorers": [{"name": "gold", "role": "held-out", "difference": 1.0, "ci95": [0.5, 1.5]}],
+    }
+    (whole / "eval" / "report.json").write_text(json.dumps(report) + "\n")
+    text = shown(whole)
+    assert "ppo, step 12 of 40" in text
+    assert "0.5 → 6" in text
+    assert "eval: PPO is better than SFT, judged by a held-out scorer" in text.splitlines()
 
 
 def test_a_finished_run_ends_the_live_view_and_a_torn_one_opens(run):

@@ -98,13 +98,13 @@ DISTRIBUTIONS = 4
 def stage_figures(stage: str, runs: Sequence[tuple[str, RunData]]) -> list[Figure]:
     """The curves of one stage, of all runs in the same axes; panels without data are left out."""
     data = [(label, run.series) for label, run in runs]
-    marks = _alarm_steps(runs[0][1]) if len(runs) == 1 else []
     figures = []
     for panel in PANELS.get(stage, ()):
         axes = [(axis.name, _lines(axis, data)) for axis in panel.axes]
         axes = [(name, lines) for name, lines in axes if lines]
         if axes:
             name = f"{stage}-{panel.title}"
+            marks = _alarm_steps(_stage_of(panel, stage), runs[0][1]) if len(runs) == 1 else []
             figures.append(curves(name, panel.title, axes, marks))
     spread = [score_distributions(label if len(runs) > 1 else "", run) for label, run in runs]
     return figures + [figure for figure in spread if figure is not None]
@@ -135,9 +135,16 @@ def _at(steps: Sequence[float], curve: tuple[list[float], list[float]]) -> list[
     return [known.get(step, float("nan")) for step in steps]
 
 
-def _alarm_steps(run: RunData) -> list[float]:
+def _stage_of(panel: Panel, stage: str) -> str:
+    """Whose steps the panel counts; keys name a stage that shares the file."""
+    other, named, _ = panel.axes[0].keys[0].partition(": ")
+    return other if named else stage
+
+
+def _alarm_steps(stage: str, run: RunData) -> list[float]:
     words = ("alarm", "rollback")
-    rows = [row for row in run.events if any(word in event_name(row) for word in words)]
+    own = [row for row in run.events if row.get("stage", run.stage) == stage]
+    rows = [row for row in own if any(word in event_name(row) for word in words)]
     steps = {as_number(row.get("step")) for row in rows}
     return sorted(step for step in steps if step is not None and np.isfinite(step))[:50]
 

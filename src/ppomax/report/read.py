@@ -3,14 +3,14 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ppomax.config import read_yaml
 from ppomax.errors import ConfigError
-from ppomax.rundir import CONFIG, ENV, EVENTS, HELDOUT, METRICS, SAMPLES
+from ppomax.rundir import ASKED, CONFIG, ENV, EVENTS, HELDOUT, METRICS, SAMPLES
 
 STAGES = ("sft", "reward", "ppo", "eval")
 REPORT = "report.json"
@@ -49,6 +49,8 @@ class RunData:
     """The series of rows that rollbacks left behind."""
     heldout: list[Row] = field(default_factory=list)
     """Scores of the tracked prompts, one row per round, without abandoned ones."""
+    elapsed: float | None = None
+    """Seconds it ran."""
 
 
 def read_runs(path: Path) -> list[RunData]:
@@ -86,6 +88,7 @@ def read_run(path: Path) -> RunData:
         report = None
     stage, begins = _stage(path, metrics, report), _begins(metrics)
     left = [row for row in metrics if _is_abandoned(row, begins)]
+    spent = elapsed([as_number(row.get("time")) for row in metrics])  # in the order written
     metrics = _last_attempts(metrics)
     heldout = [row for row in _read_lines(path / HELDOUT, notes) if _is_step(row.get("step"))]
     return RunData(
@@ -105,6 +108,7 @@ def read_run(path: Path) -> RunData:
         notes=tuple(notes),
         abandoned=_series(stage, left),
         heldout=[row for row in heldout if not _is_abandoned(row, begins)],
+        elapsed=spent,
     )
 
 
@@ -116,6 +120,21 @@ def as_number(value: object) -> float | None:
         return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
+
+
+def elapsed(times: Sequence[float | None]) -> float | None:
+    """Seconds a stage ran, from the times of its rows.
+
+    Times are seconds since the start, which begin anew when a run is continued by a new process,
+    or clock times (past 1e9), whose first row's own time is unknown.
+    """
+    known = [time for time in times if time is not None and math.isfinite(time)]
+    if not known:
+        return None
+    if known[0] > 1e9:
+        return max(known) - known[0]
+    before = [0.0, *known[:-1]]
+    return sum(now - then if now >= then else now for then, now in zip(before, known, strict=True))
 
 
 def mapping(value: object) -> Mapping[str, Any]:
@@ -153,6 +172,14 @@ def event_name(row: Row) -> str:
 
 def _holds_run(path: Path) -> bool:
     return any((path / name).is_file() for name in (METRICS, CONFIG, REPORT, EVENTS))
+
+
+def planned(path: Path) -> list[str]:
+    """The stages a whole run is to have: those that were started in it, else its recipe's."""
+    asked = (_read_object(path / ASKED, []) or {}).get("stages")
+    recipe = read_yaml(path / CONFIG) if (path / CONFIG).is_file() else {}
+    wanted = asked if isinstance(asked, list) else [k for k, v in recipe.items() if v is not None]
+    return [name for name in STAGES if name in wanted]
 
 
 def _part(recipe: dict[str, Any], stage: str) -> dict[str, Any]:

@@ -92,26 +92,11 @@ def timing(run: RunData) -> dict[str, float | int | None]:
         "rows": len(run.metrics),
         "last_step": steps[-1] if steps else None,
         "attempts": len({str(row.get("attempt")) for row in run.metrics}),
-        "elapsed_s": elapsed([as_number(row.get("time")) for row in run.metrics]),
+        "elapsed_s": run.elapsed,
         **sums,
         **means,
         **{f"{k}_max": max(v) for k, v in finite.items() if k.startswith("memory/") and v},
     }
-
-
-def elapsed(times: Sequence[float | None]) -> float | None:
-    """Seconds a stage ran, from the times of its rows.
-
-    Times are seconds since the start, which begin anew when a run is continued by a new process,
-    or clock times (past 1e9), whose first row's own time is unknown.
-    """
-    known = [time for time in times if time is not None and math.isfinite(time)]
-    if not known:
-        return None
-    if known[0] > 1e9:
-        return max(known) - known[0]
-    before = [0.0, *known[:-1]]
-    return sum(now - then if now >= then else now for then, now in zip(before, known, strict=True))
 
 
 def event_rows(run: RunData, text_limit: int) -> list[dict[str, Any]]:
@@ -138,7 +123,7 @@ def event_rows(run: RunData, text_limit: int) -> list[dict[str, Any]]:
             text += f" (and {totals[what] - MAX_EVENTS:,} more of these in events.jsonl)"
         rows.append(
             {
-                "stage": run.stage,
+                "stage": clip(str(row.get("stage", run.stage)), 20),
                 "time": row.get("time"),
                 "step": row.get("step"),
                 "what": clip(what, 80),
@@ -192,7 +177,7 @@ def evidence(run: RunData, text_limit: int) -> list[dict[str, Any]]:
     """Alarms with what they rest on: signals, since when, replies from before and from now."""
     return [
         {
-            "stage": run.stage,
+            "stage": clip(str(row.get("stage", run.stage)), 20),
             "step": row.get("step"),
             "attempt": as_number(row.get("attempt")) or 0,
             "level": clip(str(row.get("level", "")), 20),

@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ppomax.report.figures import PANELS
-from ppomax.report.read import RunData, as_number, event_name, is_alarm, read_runs
-from ppomax.report.tables import elapsed
+from ppomax.report.read import RunData, as_number, event_name, is_alarm, planned, read_runs
 from ppomax.report.text import clip, duration, number, visible
+from ppomax.report.verdict import verdict
 from ppomax.rundir import EVENTS, METRICS
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -40,28 +40,40 @@ def watch(path: Path, *, every: float, console: Console, once: bool = False) -> 
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
             live.update(view(path, console.width), refresh=True)
-            if state(read_runs(path)) == "finished":
+            if state(path, read_runs(path)) == "finished":
                 return
             time.sleep(every)
 
 
 def view(path: Path, width: int, now: float | None = None) -> RenderableType:
-    """The run as it stands."""
+    """The run as it stands: the curves of PPO, or else of the newest stage that has some."""
     runs = read_runs(path)
-    run = max(runs, key=written)
-    head = Text(f"{one_line(run.stage)}, {progress(run)}, {state(runs, now)}", style="bold")
-    spent = elapsed([as_number(row.get("time")) for row in run.metrics])
-    head.append(f"  {duration(spent)}" if spent is not None else "", style="dim")
+    run = max(runs, key=lambda run: (bool(run.metrics), run.stage == "ppo", written(run)))
+    standing = state(path, runs, now)
+    head = Text(f"{one_line(run.stage)}, {progress(run)}, {standing}", style="bold")
+    head.append(f"  {duration(run.elapsed)}" if run.elapsed is not None else "", style="dim")
     others = [other.stage for other in runs if other is not run]
     parts: list[RenderableType] = [head, Text(one_line(str(path))[-width:], style="dim")]
     if others:
         parts.append(Text(f"also here: {', '.join(map(one_line, others))}", style="dim"))
+    if any(found.report is not None for found in runs):
+        parts.append(Text(f"eval: {one_line(verdict(runs)['headline'])}"))
     return Group(*parts, panels(run, width), *alarms(run, width), *samples(run, width))
 
 
-def state(runs: Sequence[RunData], now: float | None = None) -> str:
-    """`finished`, `running`, or how long nothing has been written."""
-    if all((run.path / "done.json").exists() or run.report is not None for run in runs):
+def state(path: Path, runs: Sequence[RunData], now: float | None = None) -> str:
+    """`finished`, `running`, or how long nothing has been written.
+
+    Args:
+        runs: what `read_runs` found at the path; a whole run has stages that have yet to begin.
+    """
+    ended = {
+        run.path for run in runs if (run.path / "done.json").exists() or run.report is not None
+    }
+    wanted = {run.path for run in runs}
+    if path not in wanted:
+        wanted |= {path / name for name in planned(path)}
+    if wanted <= ended:
         return "finished"
     since = (time.time() if now is None else now) - max(map(written, runs))
     return "running" if since < QUIET else f"nothing written for {duration(since)}"
@@ -146,7 +158,8 @@ def _told(row: dict[str, Any]) -> str:
     signals = row.get("signals")
     if isinstance(signals, list):
         words = [str(s.get("signal", "")) for s in signals if isinstance(s, dict)]
-        return f"{name}: {', '.join(words) or row.get('limits')}"
+        limits = row.get("limits")
+        return f"{name}: {', '.join(words or map(str, limits if isinstance(limits, list) else []))}"
     reason = next((row[key] for key in ("reason", "note", "alarm") if row.get(key)), "")
     return f"{name}: {reason}" if reason else name
 
