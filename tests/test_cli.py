@@ -1,5 +1,6 @@
 """The command line: help at once, exit codes, every verb once on the tiny model."""
 
+import io
 import json
 import os
 import resource
@@ -288,6 +289,28 @@ def test_chat_answers_until_an_empty_line(ppomax, monkeypatch):
     assert code == 0
     assert len(out.splitlines()) >= 2
     assert all(char.isprintable() or char == "\n" for char in out)
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second in the C locale
+def test_chat_says_in_a_line_that_its_input_is_not_utf_8(errors, ppomax, monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"tea \xff\n"), "utf-8", errors)
+    monkeypatch.setattr("sys.stdin", stdin)
+    code, _, err = ppomax("chat", "tiny", "--max-new-tokens", "3")
+    assert (code, err) == (2, "ppomax: standard input: a line is not UTF-8; give text in UTF-8\n")
+
+
+@pytest.mark.parametrize("kind", ["capability", "reward"])
+def test_evaluations_spell_out_escapes_in_what_the_data_says(kind, ppomax, monkeypatch):
+    from ppomax import evaluations
+    from ppomax.eval import reward
+
+    def said(*args, **kwargs):
+        return ["subject \x1b[2J"]
+
+    monkeypatch.setattr(reward, "evaluate_reward", said)
+    monkeypatch.setattr(evaluations, f"write_{kind}_evaluation", said)
+    code, out, _ = ppomax("eval", kind, "tiny", "--data", "x.jsonl")
+    assert (code, out) == (0, "subject ␛[2J\n")
 
 
 def test_models_pull_names_the_folder(ppomax, tiny):

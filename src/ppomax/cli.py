@@ -19,7 +19,7 @@ from ppomax.cli_options import (
     sampling,
     say,
 )
-from ppomax.errors import ConfigError, PpomaxError
+from ppomax.errors import ConfigError, DataError, PpomaxError
 from ppomax.visible import visible
 
 if TYPE_CHECKING:
@@ -151,12 +151,12 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     from ppomax.recipe import load_recipe
 
     found = load_recipe(recipe, overrides or [])
-    typer.echo(dump(found))
+    typer.echo(visible(dump(found)))
     stages = planning.plan(found)
     for stage in stages:
-        typer.echo(stage.text())
+        typer.echo(visible(stage.text()))
     for line in planning.advice(stages, planning.available_memory_gb()):
-        typer.echo(line)
+        typer.echo(visible(line))
 
 
 @app.command()
@@ -232,8 +232,11 @@ def chat(
     while True:
         try:
             text = input("you> " if sys.stdin.isatty() else "").strip()
+            text.encode()  # in the C locale a byte that is not UTF-8 becomes a lone surrogate
         except EOFError:
             return
+        except UnicodeError:
+            raise DataError("standard input: a line is not UTF-8; give text in UTF-8") from None
         if not text:
             return
         typer.echo(partner.reply(text))
@@ -268,7 +271,7 @@ def annotate(
         if settings:
             raise ConfigError(f"option {next(iter(settings))}: has no effect with --export")
         for line in export_preferences(pairs, out, export):
-            typer.echo(line)
+            typer.echo(visible(line))
         return
     try:
         from ppomax.annotate.serve import AnnotateConfig, serve

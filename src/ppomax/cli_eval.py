@@ -63,7 +63,7 @@ def eval_reward(
         candidates=candidates or (),
     )
     for line in write_reward_evaluation(found, out or Path()):
-        typer.echo(line)
+        typer.echo(visible(line))
 
 
 @eval_app.command("policy")
@@ -168,4 +168,4 @@ def eval_capability(
     settings = {"data": data or [], "fewshot": fewshot or [], "shots": shots, "limit": limit}
     tasks = lm_eval.split(",") if lm_eval else []
     for line in write_capability_evaluation(models, settings, tasks, out, dtype=dtype, say=say):
-        typer.echo(line)
+        typer.echo(visible(line))
