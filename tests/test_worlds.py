@@ -10,9 +10,18 @@ import pytest
 
 from ppomax.collapse import DetectorSettings
 from ppomax.config import parse
+from ppomax.errors import ConfigError
 from ppomax.train.ppo import train_ppo
 from ppomax.train.ppo_config import PPOConfig
-from ppomax.worlds import World, gold, gold_scores, ppo_settings
+from ppomax.worlds import (
+    World,
+    WorldSettings,
+    build,
+    build_world,
+    gold,
+    gold_scores,
+    ppo_settings,
+)
 from ppomax.worlds.language import (
     ASKING,
     FACTS,
@@ -142,6 +151,23 @@ def test_the_chance_that_a_collapse_scores_above_a_healthy_run(bench):
     assert bench.auc(runs) == (1 + 1 + 0 + 0.5) / 4
     assert bench.flagged_at(runs[0], 9) == 1
     assert bench.flagged_at(runs[0], 10) is None
+
+
+def test_a_folder_with_a_world_of_other_settings_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "train_sft", lambda config, resume: config)
+    monkeypatch.setattr(build, "train_reward", lambda config, resume: config)
+    monkeypatch.setattr(build, "_comparisons", lambda place, settings: [])
+    monkeypatch.setattr(
+        build, "_write_data", lambda place, settings: place.data("heldout").write_text("")
+    )
+    folder = tmp_path / "world"
+    place = build_world(folder, WorldSettings(seed=3))
+    assert build_world(folder, WorldSettings(seed=3)) == place
+    with pytest.raises(ConfigError, match=r"seed 3, not 0; noise 0\.5, not 9\.0"):
+        build_world(folder, WorldSettings(noise=9.0))
+    (folder / "world.json").unlink()
+    with pytest.raises(ConfigError, match="seed unknown, not 3"):
+        build_world(folder, WorldSettings(seed=3))
 
 
 @pytest.mark.slow

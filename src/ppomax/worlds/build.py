@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from ppomax import rundir
 from ppomax.config import Settings, merge, parse, read_yaml
 from ppomax.data.batching import derived_seed
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import world as process_world
+from ppomax.errors import ConfigError
 from ppomax.models.load import load_policy, load_tokenizer
 from ppomax.models.tiny import tiny_model, tiny_tokenizer
 from ppomax.rollout.engine import EngineSettings, build_engine
@@ -78,10 +80,11 @@ def build_world(folder: Path, settings: WorldSettings | None = None) -> World:
     """Make the world, or take up the making of one where it stood.
 
     Raises:
-        ConfigError: the folder holds stages of other settings.
+        ConfigError: the folder holds a world of other settings.
     """
     settings = settings or WorldSettings()
     place = World(folder)
+    _claim(place, settings)
     if not place.data("heldout").exists():
         _write_data(place, settings)
     if not (place.policy.parent / "done.json").exists():
@@ -120,6 +123,26 @@ def ppo_settings(place: World, preset: str, changes: Mapping[str, Any]) -> dict[
     return merge(merge(read_yaml(Path(str(presets / f"{preset}.yaml"))), own), dict(changes))
 
 
+def _claim(place: World, settings: WorldSettings) -> None:
+    """Note the settings in the folder, or see that they are those it was begun with."""
+    file, wanted = place.folder / "world.json", settings.model_dump()
+    if not (file.exists() or place.data("heldout").exists()):
+        place.folder.mkdir(parents=True, exist_ok=True)
+        rundir.write_text(file, json.dumps(wanted) + "\n")
+        return
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    other = [
+        f"{name} {known.get(name, 'unknown')}, not {value}"
+        for name, value in wanted.items()
+        if known.get(name) != value
+    ]
+    if other:
+        raise ConfigError(
+            f"{place.folder}: holds a world of other settings ({'; '.join(other)}); give another "
+            "folder"
+        )
+
+
 def _write_data(place: World, settings: WorldSettings) -> None:
     """Prompts, demonstrations and text, then the model and the tokenizer made of them."""
     draw = random.Random(derived_seed(settings.seed, "world"))
@@ -128,7 +151,6 @@ def _write_data(place: World, settings: WorldSettings) -> None:
     heldout, train = every[:HELD_OUT], every[HELD_OUT:]
     rows = [draw.choice(train) for _ in range(settings.demonstrations)]
     dialogues = [{"prompt": row["prompt"], "completion": demonstration(row, draw)} for row in rows]
-    place.folder.mkdir(parents=True, exist_ok=True)
     texts = [f"{row['prompt']} {row['completion']}" for row in dialogues]
     tokenizer = tiny_tokenizer([*texts, "user assistant\n"] * 2, vocab_size=512)
     model = tiny_model(
@@ -160,7 +182,7 @@ def _write_data(place: World, settings: WorldSettings) -> None:
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rundir.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _sft(place: World, settings: WorldSettings) -> dict[str, Any]:
