@@ -46,7 +46,7 @@ DECLARED: tuple[Metric, ...] = (
     Metric(
         "reward/score_skew",
         "1",
-        "Skewness of raw scores",
+        "Skewness of raw scores (g1: the population's moments)",
         "a long tail growing: pattern collapse (Fig. 13)",
     ),
     *(
@@ -63,7 +63,7 @@ DECLARED: tuple[Metric, ...] = (
     Metric(
         "reward/score_kurtosis",
         "1",
-        "Excess kurtosis of raw scores",
+        "Excess kurtosis of raw scores (g2: the population's moments)",
         "rising: a long tail, or two kinds of replies",
     ),
     Metric(

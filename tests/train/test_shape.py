@@ -9,12 +9,14 @@ import scipy.stats
 import torch
 
 from ppomax.eval.statistics import clustered_standard_error
+from ppomax.train.observe import score_metrics
 from ppomax.train.shape import (
     FIT,
     ScoreShape,
     clustered_error,
     correlation,
     excess_kurtosis,
+    skewness,
     top_opening_share,
     wasserstein_1,
 )
@@ -35,6 +37,14 @@ def test_kurtosis_is_scipys():
     x = numbers(0, 50)
     assert excess_kurtosis(x) == pytest.approx(scipy.stats.kurtosis(x.numpy()))
     assert excess_kurtosis(torch.ones(5, dtype=torch.float64)) == 0.0
+
+
+def test_skewness_is_scipys_by_the_same_moments_as_kurtosis():
+    x = numbers(0, 8)
+    expected = scipy.stats.skew(x.numpy())
+    assert skewness(x) == pytest.approx(expected)
+    assert score_metrics(x)["reward/score_skew"] == pytest.approx(expected)
+    assert skewness(torch.ones(5, dtype=torch.float64)) == 0.0
 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (7, 7), (5, 12), (40, 3)])

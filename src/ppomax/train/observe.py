@@ -17,6 +17,7 @@ from ppomax.train.experience_batch import Experience, Scored
 from ppomax.train.memory import peak_memory_gb
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.prompts import Prompt
+from ppomax.train.shape import skewness
 
 
 def observe(experience: Experience, config: PPOConfig) -> dict[str, float]:
@@ -73,10 +74,9 @@ def reference_metrics(scored: Scored) -> dict[str, float]:
 
 
 def score_metrics(scores: Tensor) -> dict[str, float]:
-    """Mean, spread, quantiles and skewness of the raw scores."""
+    """Mean, unbiased std, quantiles and skewness (population moments) of the raw scores."""
     x = scores.double()
     std = float(x.std()) if len(x) > 1 else 0.0
-    skew = float(((x - x.mean()) / std).pow(3).mean()) if std > 1e-12 else 0.0
     quantiles = torch.quantile(
         x, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=x.dtype, device=x.device)
     )
@@ -84,7 +84,7 @@ def score_metrics(scores: Tensor) -> dict[str, float]:
     return {
         "reward/score_mean": float(x.mean()),
         "reward/score_std": std,
-        "reward/score_skew": skew,
+        "reward/score_skew": skewness(x),
         **{f"reward/score_{name}": float(q) for name, q in zip(names, quantiles, strict=True)},
     }
 

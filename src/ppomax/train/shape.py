@@ -83,8 +83,15 @@ class ScoreShape:
         return result
 
 
+def skewness(values: Tensor) -> float:
+    """Third standardized moment, by the population's variance (g1); 0 where nothing varies."""
+    centred = values - values.mean()
+    variance = float(centred.square().mean())
+    return float(centred.pow(3).mean()) / variance**1.5 if variance > 1e-24 else 0.0
+
+
 def excess_kurtosis(values: Tensor) -> float:
-    """Fourth standardized moment less 3; 0 where nothing varies."""
+    """Fourth standardized moment less 3, likewise (g2); 0 where nothing varies."""
     centred = values - values.mean()
     variance = float(centred.square().mean())
     return float(centred.pow(4).mean()) / variance**2 - 3 if variance > 1e-24 else 0.0
