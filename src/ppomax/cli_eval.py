@@ -20,7 +20,10 @@ def eval_reward(
     data: Annotated[list[str], typer.Option(help="Preference file; may be given several times.")],
     out: Annotated[Path | None, typer.Option(help="Folder; default the current one.")] = None,
     dtype: str = "float32",
-    max_length: int = 1024,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Longest dialogue; default 1024, or the models' positions if fewer."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="First so many pairs.", min=1)] = None,
     heldout: Annotated[
         float | None, typer.Option(help="Only the pairs that training holds out with this share.")

@@ -10,12 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ppomax.data.sources import SourceConfig, load_preferences
 from ppomax.data.template import ChatTemplate
-from ppomax.errors import DataError, ModelError
-from ppomax.eval import reward
+from ppomax.distributed import world
+from ppomax.errors import ConfigError, DataError, ModelError
+from ppomax.eval import local_judges, reward
+from ppomax.eval.best_of_n import Candidates
+from ppomax.eval.pairs import Reply, make_pair
 from ppomax.eval.reward import evaluate_reward
+from ppomax.eval.scorers import JudgingSettings, load_judge, log_likelihoods, score_candidates
 from ppomax.models.export import read_reward_card
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
 from ppomax.report import write_preference_report
@@ -31,6 +36,27 @@ def turned(small_reward, tmp_path):
     tensors["score.weight"] = -tensors["score.weight"]
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     return str(other)
+
+
+@pytest.fixture
+def foreign(small_reward, tmp_path):
+    """A reward model of another trainer: no card, and a template that writes on after the end."""
+    folder = tmp_path / "foreign"
+    shutil.copytree(small_reward, folder)
+    (folder / "reward_card.json").unlink()
+    return folder
+
+
+def plain_score(folder, prompt, answer):
+    """As the documentation of published reward models has it: template, classifier, logits."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    dialogue = [*prompt, {"role": "assistant", "content": answer}]
+    text = tokenizer.apply_chat_template(dialogue, tokenize=False)
+    assert not text.endswith(ChatTemplate(tokenizer).end_text)
+    batch = tokenizer([text], add_special_tokens=False, return_tensors="pt")
+    with torch.no_grad():
+        return model(batch["input_ids"]).logits.item()
 
 
 @pytest.fixture
@@ -227,3 +253,57 @@ def test_candidates_of_an_ensemble_have_the_mean_of_standardized_scores(
     raw = seen[small_reward]
     shares = (raw - own.score_mean) / own.score_std, (raw - own.score_mean - 1) / own.score_std / 3
     np.testing.assert_allclose(seen[str(folder)], sum(shares) / 2, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_model_of_another_trainer_scores_as_plain_transformers_does(foreign, several):
+    found = evaluate_reward([str(foreign)], [several], language_model=None, gold=str(foreign))
+    for row in found["worst"]:
+        for side in ("chosen", "rejected"):
+            plain = plain_score(foreign, row["prompt"], row[side])
+            assert row[f"{side}_score"] == pytest.approx(plain, abs=1e-5)
+    prompt, texts = ({"role": "user", "content": "What of 1?"},), ("No.", "A short one.")
+    pair = make_pair("p", prompt, *(Reply(text, text) for text in texts))
+    scores = local_judges._member_scores([(pair, text) for text in texts], str(foreign))
+    plain = [plain_score(foreign, prompt, text) for text in texts]
+    np.testing.assert_allclose(scores, plain, atol=1e-5)
+    replies = Candidates([prompt, prompt], list(texts))
+    settings = JudgingSettings()
+    with world() as here:
+        ours = score_candidates(load_judge(str(foreign), settings), replies, settings, here)
+    np.testing.assert_allclose(ours, plain, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_model_of_another_trainer_without_a_template_is_refused(foreign, several):
+    (foreign / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match="ships no chat template"):
+        evaluate_reward([str(foreign)], [several], language_model=None)
+    with pytest.raises(ConfigError, match=r"judge reward:.*ships no chat template"):
+        local_judges.by_reward_model([], str(foreign))
+
+
+@pytest.mark.slow
+def test_a_text_longer_than_a_models_positions_is_never_scored(small_reward, several, tmp_path):
+    folder = tmp_path / "short"
+    shutil.copytree(small_reward, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 300}))
+    with pytest.raises(ConfigError, match=r"max_length: 301 is more than the 300 pos.*short"):
+        evaluate_reward([small_reward, str(folder)], [several], max_length=301)
+    with pytest.raises(ConfigError, match=r"max_length: 301 is more than the 300 pos.*short"):
+        evaluate_reward([small_reward], [several], gold=str(folder), max_length=301)
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
+    with pytest.raises(DataError, match="fits 16 tokens"):
+        evaluate_reward([small_reward, str(folder)], [several], language_model=None)
+
+
+@pytest.mark.slow
+def test_texts_longer_than_a_language_models_positions_are_no_baseline(tiny, several, tmp_path):
+    lm = load_policy("tiny")
+    lm.config.max_position_embeddings = 8
+    lm.save_pretrained(tmp_path / "lm")
+    load_tokenizer("tiny").save_pretrained(tmp_path / "lm")
+    rows = load_preferences([SourceConfig(path=several)]).rows
+    with world() as here, pytest.raises(DataError, match=r"a text has \d+ tokens, the model 8 pos"):
+        log_likelihoods(str(tmp_path / "lm"), rows, JudgingSettings(), here)

@@ -22,6 +22,7 @@ from ppomax.models.export import REWARD_CARD_FILE, read_reward_card
 from ppomax.models.load import load_policy, load_tokenizer
 from ppomax.models.names import resolve
 from ppomax.rollout import EngineSettings, SamplingParams, build_engine
+from ppomax.train.reading import load_reading
 from ppomax.train.rewards import load_callable
 from ppomax.train.scoring import score_rows
 from ppomax.train.settings import ComputeSettings
@@ -56,20 +57,20 @@ def _member_scores(texts: Sequence[tuple[Pair, str]], name: str) -> Tensor:
     """Of dialogues in one reward model's own ids; by this rank alone, while the others wait."""
     card = Path(resolve(name)) / REWARD_CARD_FILE
     system = read_reward_card(card.parent).system if card.is_file() else None
-    template = ChatTemplate(load_tokenizer(name), system)
-    ids = [template.prompt(pair.messages) + template.answer(text) for pair, text in texts]
+    reading = load_reading(name, system, f"judge reward:{name}")
+    ids = [reading.ids(pair.messages, text) for pair, text in texts]
     settings = ComputeSettings()
     with world() as here:
         alone = World(0, 1, here.device)
         model = load_scorer(name, settings, alone)
-        limit = getattr(model.config, "max_position_embeddings", None)
         longest = max(map(len, ids), default=0)
-        if limit is not None and longest > limit:
+        if reading.positions is not None and longest > reading.positions:
             raise ModelError(
-                f"judge reward:{name}: a dialogue has {longest} tokens, the model {limit} "
-                "positions; leave its prompt out, or name another judge"
+                f"judge reward:{name}: a dialogue has {longest} tokens, the model "
+                f"{reading.positions} positions; leave its prompt out, or name another judge"
             )
-        scores = score_rows(model, ids, int(template.tokenizer.pad_token_id), settings, alone)
+        pad = int(reading.template.tokenizer.pad_token_id)
+        scores = score_rows(model, ids, pad, settings, alone)
     if not torch.isfinite(scores).all():
         raise ModelError(f"judge reward:{name}: a score is not finite; name another judge")
     return scores

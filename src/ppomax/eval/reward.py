@@ -30,6 +30,7 @@ from ppomax.eval.scorers import (
     load_judge,
     log_likelihoods,
     score_candidates,
+    within_positions,
 )
 from ppomax.eval.statistics import Floats
 from ppomax.train.pairs import Pair
@@ -44,7 +45,7 @@ def evaluate_reward(
     files: list[str],
     *,
     dtype: str = "float32",
-    max_length: int = 1024,
+    max_length: int | None = None,
     limit: int | None = None,
     heldout: float | None = None,
     by: Sequence[str] = (),
@@ -57,6 +58,7 @@ def evaluate_reward(
     """Every number of `ppomax eval reward`, JSON-ready.
 
     Args:
+        max_length: longest dialogue in tokens; default 1024, or the models' positions if fewer.
         models: reward models; each reads a dialogue with its own tokenizer, template and system
             prompt.
         heldout: take only the pairs that training holds out with this share.
@@ -78,27 +80,31 @@ def evaluate_reward(
         JudgingSettings,
         {
             "dtype": dtype,
-            "max_length": max_length,
             "device": device,
             "trust_remote_code": trust_remote_code,
-        },
+        }
+        | ({} if max_length is None else {"max_length": max_length}),
         "options",
     )
     columns = tuple(dict.fromkeys((*SUBSET_COLUMNS, *by)))
     with world(device) as here:
         judges = [load_judge(name, settings) for name in models]
+        golden = None if gold is None else load_judge(gold, settings)
+        settings = within_positions(
+            settings, [*judges, *([golden] if golden else [])], given=max_length is not None
+        )
         loaded = load_preferences([SourceConfig(path=path) for path in files], max_bad_rows=1.0)
         rows = loaded.rows if heldout is None else split_by_prompt(loaded.rows, heldout).heldout
         rows = rows[:limit]
-        encoded = encode_for_all(rows, judges, max_length)
+        encoded = encode_for_all(rows, judges, settings.max_length)
         if not encoded:
             raise DataError(
-                f"setting max_length: no pair of {', '.join(files)} fits {max_length} tokens; "
-                "raise it"
+                f"setting max_length: no pair of {', '.join(files)} fits {settings.max_length} "
+                "tokens; raise it"
             )
         kept = [pairs[0].row for pairs in encoded]
         likelihoods = _likelihoods(language_model, judges[0], kept, settings, here)
-        curves = _curves(judges, gold, candidates, kept, settings, here)
+        curves = _curves(judges, golden, candidates, kept, settings, here)
         judged = [
             judge_pairs(judge, [pairs[place] for pairs in encoded], settings, here)
             for place, judge in enumerate(judges)
@@ -181,7 +187,7 @@ def _likelihoods(
 
 def _curves(
     judges: list[Judge],
-    gold: str | None,
+    gold: Judge | None,
     files: Sequence[str],
     rows: list[PreferenceRow],
     settings: JudgingSettings,
@@ -191,11 +197,11 @@ def _curves(
     if gold is None:
         return {}
     found = load_candidates(files, rows)
-    truth = score_candidates(load_judge(gold, settings), found, settings, here)
+    truth = score_candidates(gold, found, settings, here)
     return {
         place: {
             "best_of_n": {
-                "judge": gold,
+                "judge": gold.name,
                 **best_of_n_curve(found, score_candidates(judge, found, settings, here), truth),
             }
         }

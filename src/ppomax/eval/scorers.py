@@ -1,6 +1,6 @@
 """Reward models and language models as judges of texts: one is loaded at a time, for all rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World
-from ppomax.errors import DataError
+from ppomax.errors import ConfigError, DataError
 from ppomax.eval.best_of_n import Candidates
 from ppomax.eval.statistics import Floats
 from ppomax.models.ensembles import members, standards
@@ -22,6 +22,7 @@ from ppomax.models.language import LanguageModel
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
 from ppomax.models.names import resolve
 from ppomax.train.pairs import Pair, encode_pair
+from ppomax.train.reading import Reading, load_reading
 from ppomax.train.scoring import score_pairs, score_rows, summed_logprobs
 from ppomax.train.settings import ComputeSettings
 from ppomax.types import PreferenceRow
@@ -31,7 +32,8 @@ class JudgingSettings(ComputeSettings):
     """How reward models read and score."""
 
     max_length: int = Field(1024, ge=8)
-    """Longest dialogue in tokens; older turns are dropped until one fits."""
+    """Longest dialogue in tokens; older turns are dropped until one fits. Unless said, no more than
+    the positions of the models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,21 +43,52 @@ class Judge:
     name: str
     members: list[str]
     """Folders or ids whose mean standardized score is its score; one but for an ensemble."""
-    template: ChatTemplate
+    reading: Reading
     card: RewardCard | None
+
+    @property
+    def pad(self) -> int:
+        """The id that ends no text."""
+        return int(self.reading.template.tokenizer.pad_token_id)
 
 
 def load_judge(name: str, settings: ComputeSettings) -> Judge:
-    """A reward model's template and card; its weights are loaded when it scores.
+    """A reward model's reading and card; its weights are loaded when it scores.
 
     Raises:
         ModelError: no such model, or a damaged list of members.
+        ConfigError: a model of another trainer without a chat template.
     """
     place = Path(resolve(name))
     found = members(str(place)) if place.is_dir() else [name]
     card = read_reward_card(place) if (place / REWARD_CARD_FILE).is_file() else None
-    tokenizer = load_tokenizer(name, trust_remote_code=settings.trust_remote_code)
-    return Judge(name, found, ChatTemplate(tokenizer, card.system if card else None), card)
+    system, trust = card.system if card else None, settings.trust_remote_code
+    reading = load_reading(name, system, "reward model", trust_remote_code=trust)
+    return Judge(name, found, reading, card)
+
+
+def within_positions(
+    settings: JudgingSettings, judges: Sequence[Judge], *, given: bool
+) -> JudgingSettings:
+    """The settings with a `max_length` that every model has positions for.
+
+    Args:
+        given: `max_length` is the user's and not to be changed.
+
+    Raises:
+        ConfigError: it is, and a model has fewer positions.
+    """
+    for judge in judges:
+        positions = judge.reading.positions
+        if positions is None or positions >= settings.max_length:
+            continue
+        if given:
+            raise ConfigError(
+                f"setting max_length: {settings.max_length} is more than the {positions} positions "
+                f"of {judge.name}"
+            )
+        settings = settings.model_copy(update={"max_length": positions})
+    return settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +105,10 @@ def judge_pairs(
     judge: Judge, pairs: list[Pair], settings: ComputeSettings, here: World
 ) -> JudgedPairs:
     """Scores of both answers of each pair."""
-    pad = int(judge.template.tokenizer.pad_token_id)
     found = []
     for member, (mean, std) in zip(judge.members, standards(judge.members), strict=True):
         model = load_scorer(member, settings, here)
-        raw = torch.stack(score_pairs(model, pairs, pad, settings, here)).double().numpy()
+        raw = torch.stack(score_pairs(model, pairs, judge.pad, settings, here)).double().numpy()
         found.append((raw - mean) / std)
     scores = np.stack(found)  # members, sides, pairs
     chosen, rejected = scores.mean(0)
@@ -131,8 +163,9 @@ def encode_for_all(
     """Of each row that fits every model, its pair in each model's ids."""
     found = []
     for row in rows:
-        pairs = [encode_pair(row, judge.template, max_length) for judge in judges]
-        kept = [pair for pair in pairs if pair is not None]
+        answers = (row.chosen, row.rejected)
+        sides = [judge.reading.encode(row.prompt, answers, max_length) for judge in judges]
+        kept = [Pair(row, *both) for both in sides if both is not None]
         if len(kept) == len(judges):
             found.append(kept)
     return found
@@ -144,17 +177,21 @@ def log_likelihoods(
     """Log-prob of the preferred and of the other answer under a language model, end included.
 
     Raises:
-        DataError: a row does not fit `max_length` in its tokens.
+        DataError: a row does not fit `max_length`, or the model's positions, in its tokens.
         ModelError: it cannot be loaded as a language model.
     """
     trust = settings.trust_remote_code
     template = ChatTemplate(load_tokenizer(name, trust_remote_code=trust))
-    model = LanguageModel(load_policy(name, dtype=settings.compute_dtype, trust_remote_code=trust))
-    model.to(here.device)
-    pairs = [pair for (pair,) in encode_for_all(rows, [Judge(name, [], template, None)], 2**31)]
-    if max(max(len(p.chosen.ids), len(p.rejected.ids)) for p in pairs) > 2 * settings.max_length:
-        raise DataError(f"{name}: its tokenizer makes the texts twice as long; take another")
+    lm = load_policy(name, dtype=settings.compute_dtype, trust_remote_code=trust)
+    model = LanguageModel(lm).to(here.device)
+    pairs = [pair for row in rows if (pair := encode_pair(row, template, 2**31)) is not None]
     sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    longest = max(len(side.ids) for side in sides)
+    if longest > 2 * settings.max_length:
+        raise DataError(f"{name}: its tokenizer makes the texts twice as long; take another")
+    positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise DataError(f"{name}: a text has {longest} tokens, the model {positions} positions")
     pad = int(template.tokenizer.pad_token_id)
     texts = [(side.ids, side.mask) for side in sides]
     found = summed_logprobs(model, texts, pad, settings, here).cpu().numpy()
@@ -165,18 +202,18 @@ def score_candidates(
     judge: Judge, found: Candidates, settings: JudgingSettings, here: World
 ) -> Floats:
     """One score per reply, flat; nan where a reply does not fit."""
-    template, ids = judge.template, []
+    ids = []
     for prompt, reply in zip(found.prompts, found.replies, strict=True):
-        answer = template.answer(reply)
-        fitted = template.fit(prompt, settings.max_length - len(answer))
-        ids.append(None if fitted is None else fitted[1] + answer)
+        sides = judge.reading.encode(prompt, [reply], settings.max_length)
+        ids.append(None if sides is None else sides[0].ids)
     fitting = [i for i, row in enumerate(ids) if row is not None]
     rows = [row for row in ids if row is not None]
-    pad = int(template.tokenizer.pad_token_id)
     scores = np.full(len(ids), np.nan)
 
     def score(member: str) -> Tensor:
-        return score_rows(load_scorer(member, settings, here), rows, pad, settings, here).cpu()
+        return score_rows(
+            load_scorer(member, settings, here), rows, judge.pad, settings, here
+        ).cpu()
 
     scores[fitting] = mean_score(judge.members, score)
     return scores

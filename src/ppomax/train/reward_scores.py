@@ -23,12 +23,12 @@ from ppomax.experience import (
 from ppomax.rollout.engine import Rollout
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.prompts import Prompt
+from ppomax.train.reading import Reading
 from ppomax.train.reward_settings import RewardSettings
-from ppomax.train.reward_sources import Judge, Reading, RewardSources
+from ppomax.train.reward_sources import Judge, RewardSources
 from ppomax.train.rewards import Scorer, call, call_steps
 from ppomax.train.scoring import score_rows
 from ppomax.train.steps import last_tokens, split_steps
-from ppomax.types import Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +134,7 @@ def _own_rows(
     for prompt, response in zip(prompts, rollout.responses, strict=True):
         fitted = template.fit(prompt.row.messages, config.max_prompt)
         assert fitted is not None  # or it would not be among the prompts
-        answer = Message(role="assistant", content=template.decode(response))
-        rows.append(reading.ids((*fitted[0], answer)))
+        rows.append(reading.ids(fitted[0], template.decode(response)))
     return rows
 
 

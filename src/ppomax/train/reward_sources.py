@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ppomax.data.template import FALLBACK_TEMPLATE, ChatTemplate
+from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World
 from ppomax.errors import ConfigError
 from ppomax.models.ensembles import members
@@ -14,36 +14,13 @@ from ppomax.models.export import REWARD_CARD_FILE, read_reward_card, tokenizer_h
 from ppomax.models.heads import ScalarModel
 from ppomax.models.language import place
 from ppomax.models.load import load_reward_model, load_tokenizer
-from ppomax.models.names import resolve
 from ppomax.models.trunk import Trunks
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.probes import score_dialogues
+from ppomax.train.reading import Reading, load_reading
 from ppomax.train.reward_settings import RewardModelSettings, RewardSettings
 from ppomax.train.rewards import Scorer, load_callable
-from ppomax.types import Message, Messages
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """How a reward model with a tokenizer of its own reads a dialogue."""
-
-    template: ChatTemplate
-    own_form: bool
-    """A model of ppomax: the dialogue ends with the end-of-turn token, where the score is read.
-    Else it goes on as the template writes it."""
-    pad: int | None
-    """Its sequence classification reads the last id that is not this."""
-    positions: int | None
-    """The most tokens it reads; replies that need more are set aside."""
-
-    def ids(self, dialogue: Messages) -> list[int]:
-        """Token ids of a dialogue, up to the one at which the score is read."""
-        if self.own_form:
-            return self.template.encode(dialogue).ids
-        ids = self.template.whole(dialogue)
-        while len(ids) > 1 and ids[-1] == self.pad:
-            ids = ids[:-1]
-        return ids
+from ppomax.types import Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +152,7 @@ def _load_judge(
     card = Path(name).expanduser() / REWARD_CARD_FILE
     reading = None
     if source.retokenize:
-        reading = _own_reading(name, setting, model, config, tokenizer)
+        reading = _own_reading(name, setting, config, tokenizer)
     else:
         check_tokenizer(setting, name, config, tokenizer, retokenize=True)
     model.requires_grad_(False)
@@ -196,30 +173,18 @@ def _load_judge(
 
 
 def _own_reading(
-    name: str,
-    setting: str,
-    model: ScalarModel,
-    config: PPOConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    name: str, setting: str, config: PPOConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Reading:
     """How a model with `retokenize` is given text."""
-    trust = config.trust_remote_code
-    own = load_tokenizer(name, trust_remote_code=trust)
-    own_form = (Path(name).expanduser() / REWARD_CARD_FILE).exists()
-    if own_form and tokenizer_hash(own) == tokenizer_hash(tokenizer):
+    reading = load_reading(
+        name, config.system, f"setting {setting}", trust_remote_code=config.trust_remote_code
+    )
+    if reading.own_form and tokenizer_hash(reading.template.tokenizer) == tokenizer_hash(tokenizer):
         raise ConfigError(
             f"setting {setting}: retokenize has no use: {name} has the tokenizer and chat template "
             f"of {config.model}; leave it out"
         )
-    if not own_form and str(own.chat_template).endswith(FALLBACK_TEMPLATE):
-        raise ConfigError(
-            f"setting {setting}: {name} ships no chat template to write replies in; put its "
-            "chat_template.jinja into the folder"
-        )
-    # what its own classification takes for padding; loading gave the model an id that ends no text
-    found = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust).get_text_config()
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return Reading(ChatTemplate(own, config.system), own_form, found.pad_token_id, positions)
+    return reading
 
 
 def check_tokenizer(
