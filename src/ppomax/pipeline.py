@@ -79,7 +79,7 @@ def run_recipe(
             except (ConfigError, DataError, ModelError):
                 if here.is_main:  # the right settings are to find the place free
                     rundir.forget(config.out)
-                    rundir.forget(out, ASKED)
+                    rundir.forget(out, rundir.ASKED)
                 raise
             gc.collect()  # models in a trunk hold on to each other
         report = out / "report.html"
