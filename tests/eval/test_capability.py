@@ -139,6 +139,12 @@ def test_a_row_that_is_no_question_is_named(tmp_path, row, message):
         load_questions(path, "q")
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders():
+    assert capability.file_names(["a/x.test.jsonl", "a/y.jsonl"]) == ["x", "y"]
+    paths = ["d/mmlu/test.jsonl", "d/cmmlu/test.jsonl", "test.jsonl", "d/dev.jsonl"]
+    assert capability.file_names(paths) == ["mmlu-test", "cmmlu-test", "test", "dev"]
+
+
 def test_shots_and_examples_go_together(tmp_path):
     path = write(tmp_path / "q.jsonl", ROWS)
     with pytest.raises(ConfigError, match="go together"):

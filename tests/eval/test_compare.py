@@ -7,8 +7,8 @@ import pytest
 from ppomax.cli import app
 from ppomax.config import parse
 from ppomax.errors import ConfigError, DataError
-from ppomax.eval.compare import compare_policies
-from ppomax.eval.judges import JudgeConfig
+from ppomax.eval.compare import compare_policies, raters_of
+from ppomax.eval.judges import JudgeConfig, Verdicts
 from ppomax.eval.pairs import read_pairs
 from ppomax.eval.policy import evaluate_policy
 from ppomax.eval.policy_config import EvalConfig
@@ -101,6 +101,21 @@ def test_the_command_line_writes_a_report_that_shows_texts_as_texts(files, capsy
     assert json.loads((files / "out" / "report.json").read_text())["kind"] == "policy"
     app([*command, *judge, "--out", "out", "--dry-run"], standalone_mode=False)
     assert "0 calls (12 of 12 answered before)" in capsys.readouterr().err
+
+
+def test_candidates_of_equal_replies_are_counted_once_in_a_dry_run(files):
+    (files / "again.jsonl").write_text((files / "ppo.jsonl").read_text())
+    models = ["sft.jsonl", "ppo.jsonl", "again.jsonl"]
+    _, said = compared(files, models=models, dry_run=True)
+    assert said == ["callable:judge_of_compare:judge: 12 calls (0 of 12 answered before)"]
+
+
+def test_annotators_of_one_name_in_two_files_stay_two():
+    columns = {
+        "one": Verdicts([], {"ann": {"p helpful": "a"}, "bea": {"p helpful": "a"}}, {}),
+        "two": Verdicts([], {"ann": {"p helpful": "b"}}, {}),
+    }
+    assert list(raters_of(columns)) == ["one: ann", "bea", "two: ann"]
 
 
 @pytest.mark.slow

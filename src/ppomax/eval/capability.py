@@ -97,7 +97,7 @@ def load_all(config: CapabilityConfig) -> tuple[list[Question], list[Question]]:
     """
     if (config.shots > 0) != bool(config.fewshot):
         raise ConfigError("capability: shots and fewshot go together; give both or neither")
-    names = [Path(path).name.partition(".")[0] for path in config.data]
+    names = file_names(config.data)
     questions = [
         question
         for path, name in zip(config.data, names, strict=True)
@@ -105,6 +105,17 @@ def load_all(config: CapabilityConfig) -> tuple[list[Question], list[Question]]:
     ]
     examples = [row for path in config.fewshot for row in load_questions(path, "examples")]
     return questions, examples
+
+
+def file_names(paths: Sequence[str]) -> list[str]:
+    """What each file's group is called: the shortest end of its path that no other has."""
+    parts = [(*Path(path).parent.parts, Path(path).name.partition(".")[0]) for path in paths]
+    names = []
+    for own in parts:
+        ends = [own[-size:] for size in range(1, len(own) + 1)]
+        alone = [end for end in ends if sum(other[-len(end) :] == end for other in parts) == 1]
+        names.append("-".join((alone or ends)[0]))
+    return names
 
 
 def answer_all(

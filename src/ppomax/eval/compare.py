@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from ppomax.errors import ConfigError, DataError
 from ppomax.eval import judges as judging
 from ppomax.eval.agreement import agreement
 from ppomax.eval.answers import open_answers, read_answers
+from ppomax.eval.asking import Ask
 from ppomax.eval.judges import JudgeConfig, Verdicts
-from ppomax.eval.outcomes import Judged, summary, telling
+from ppomax.eval.outcomes import Judged, Side, summary, telling
 from ppomax.eval.pairs import Pair, write_pairs
 from ppomax.eval.replies import (
     Replies,
@@ -116,7 +118,7 @@ def judged_record(
             else:
                 columns[judge.label] = judging.judge_pairs(every, judge, rubrics, answers, say=say)
     _write_judged(columns, out / JUDGED)
-    raters = {name: sides for found in columns.values() for name, sides in found.raters.items()}
+    raters = raters_of(columns)
     return {
         "comparisons": [
             _comparison(name, judge, columns[judge.label], seed=seed)
@@ -126,6 +128,19 @@ def judged_record(
         ],
         "agreement": agreement(raters) if len(raters) > 1 else None,
         "judged_samples": samples(columns, seed=seed),
+    }
+
+
+def raters_of(columns: Mapping[str, Verdicts]) -> dict[str, dict[str, Side]]:
+    """Verdicts of each judge and annotator; a name that several files hold has its judge's before.
+
+    People of one name in two files may be two people.
+    """
+    names = Counter(name for found in columns.values() for name in found.raters)
+    return {
+        name if names[name] == 1 else f"{label}: {name}": sides
+        for label, found in columns.items()
+        for name, sides in found.raters.items()
     }
 
 
@@ -235,18 +250,19 @@ def _say_calls(
         if not judge.asks:
             say(f"{judge.label}: 0 calls")
             continue
-        total = known = 0
-        exact = True
+        wanted: dict[str, Ask] = {}
+        unwritten = 0
         for index, other in enumerate(models[1:], start=1):
             read = [_there(name, rows, out, at) for at, name in ((0, models[0]), (index, other))]
             if read[0] is None or read[1] is None:
-                total, exact = total + 2 * len(rows), False
+                unwritten += 2 * len(rows)
                 continue
             asks = judging.all_asks(make_pairs(rows, read[0], read[1]), judge, rubrics)
-            total += len({ask.key for ask in asks})
-            known += len(asks) - len(judging.open_asks(asks, answers))
-        most = "" if exact else "at most "
-        say(f"{judge.label}: {most}{total - known} calls ({known} of {total} answered before)")
+            wanted |= {ask.key: ask for ask in asks}
+        calls = unwritten + len(judging.open_asks(list(wanted.values()), answers))
+        total = unwritten + len(wanted)
+        most = "at most " if unwritten else ""
+        say(f"{judge.label}: {most}{calls} calls ({total - calls} of {total} answered before)")
 
 
 def _there(model: str, rows: Sequence[PromptRow], out: Path, index: int) -> Replies | None:
