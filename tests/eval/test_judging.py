@@ -1,5 +1,6 @@
 """Judging with simulated judges through the real code: orders, parsing, injections, length."""
 
+import asyncio
 import random
 import re
 import sys
@@ -61,6 +62,19 @@ def test_a_verdict_counts_for_the_reply_not_for_its_place(judged):
     assert summary(rows)["win"]["count"] == 5
     rows = judged(judge, [pair(i, f"good {i}", "bad") for i in range(5)], "other")
     assert summary(rows)["lose"]["count"] == 5
+
+
+def test_a_function_that_is_awaited_judges_in_one_loop(judged):
+    loops = set()
+
+    async def judge(_messages, first, _second, **_):
+        await asyncio.sleep(0)
+        loops.add(asyncio.get_running_loop())
+        return 1 if "good" in first else 2
+
+    rows = judged(judge, [pair(i, "bad", f"good {i}") for i in range(3)])
+    assert [row.verdict for row in rows] == ["b"] * 3
+    assert len(loops) == 1
 
 
 def test_what_cannot_be_read_is_a_tie_and_counted(judged):
@@ -187,7 +201,8 @@ def test_a_judge_that_obeys_a_place_gives_ties_not_wins(judged):
         ("M 1", None),
         ("1", None),
         ("", None),
-        ("M: 1 or 2?\nM: neither", "1"),
+        ("M: 1 or 2?\nM: neither", None),
+        ("M: 1\n=== M end ===", "1"),
     ],
 )
 def test_a_verdict_is_what_follows_the_last_mark(answer, found):

@@ -122,13 +122,13 @@ def make_ask(pair: Pair, question: Question, order: Order, rubrics: Rubrics, jud
 
 
 def read_position(answer: str, mark: str) -> Position | None:
-    """The verdict in a judge's answer: what follows its last mark; None if that is none.
+    """The verdict in a judge's answer: what follows its last mark and colon; None if that is none.
 
     Only the text the judge wrote is looked at, and in it only what carries the mark.
     """
-    pattern = rf"{re.escape(mark)}\W*?[:：]\W*?(tie|平局|平|\d+)(?![\w])"
-    found = re.findall(pattern, answer, flags=re.IGNORECASE)
-    return VERDICT_WORDS.get(found[-1].lower()) if found else None
+    *before, last = re.split(rf"{re.escape(mark)}\W*?[:：]", answer, flags=re.IGNORECASE)
+    found = re.match(r"\W*(tie|平局|平|\d+)(?!\w)", last, flags=re.IGNORECASE) if before else None
+    return VERDICT_WORDS.get(found[1].lower()) if found else None
 
 
 def side_of(position: Position | None, order: Order) -> Side | None:

@@ -1,8 +1,9 @@
 """Judges that run here: a reward model, a language model, a Python function."""
 
+import asyncio
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -104,25 +105,32 @@ def ask_local(
 def ask_callable(asks: Sequence[Ask], name: str, keep: Keep) -> None:
     """Put the questions to `function(messages, first, second, *, question, lang)`.
 
-    It returns 1, 2 or "tie"; anything else counts as unparsed.
+    It returns 1, 2 or "tie", or is awaited for that; anything else counts as unparsed.
 
     Raises:
         ConfigError: it cannot be imported, or raises.
     """
     function = load_callable(name, "judge")
-    for ask in asks:
-        messages = [dict(turn) for turn in ask.pair.messages]
-        try:
-            found = function(
-                messages, ask.first, ask.second, question=ask.question, lang=ask.language
-            )
-        except Exception as error:  # noqa: BLE001 - whatever a user's function raises
-            raise ConfigError(
-                f"judge callable:{name}: {type(error).__name__} on prompt "
-                f"{ask.pair.prompt_id}: {error}"
-            ) from None
-        known = found if isinstance(found, str | int) and not isinstance(found, bool) else ""
-        keep(ask, Answer(f"{ask.mark}: {known}"))
+    with asyncio.Runner() as runner:  # one loop, which a function's client may be bound to
+        for ask in asks:
+            messages = [dict(turn) for turn in ask.pair.messages]
+            try:
+                found = function(
+                    messages, ask.first, ask.second, question=ask.question, lang=ask.language
+                )
+                if inspect.isawaitable(found):
+                    found = runner.run(_awaited(found))
+            except Exception as error:  # noqa: BLE001 - whatever a user's function raises
+                raise ConfigError(
+                    f"judge callable:{name}: {type(error).__name__} on prompt "
+                    f"{ask.pair.prompt_id}: {error}"
+                ) from None
+            known = found if isinstance(found, str | int) and not isinstance(found, bool) else ""
+            keep(ask, Answer(f"{ask.mark}: {known}"))
+
+
+async def _awaited(found: Awaitable[object]) -> object:
+    return await found
 
 
 def source_of(name: str) -> str:
