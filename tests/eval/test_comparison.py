@@ -42,6 +42,26 @@ def test_rows_of_one_prompt_are_not_counted_as_independent():
     assert paired_accuracy([1, 0], [0, 0], "aa").interval is None
 
 
+def test_no_spread_is_no_proof_where_there_are_few_prompts():
+    equal = paired_accuracy([1, 0, 1], [1, 0, 1], "abc")
+    unseen = stats.binomtest(0, 3).proportion_ci(0.95, "exact").high
+    assert equal.standard_error == 0
+    assert equal.interval == pytest.approx((-unseen, unseen))
+    better = paired_accuracy([1, 1, 1], [0, 0, 0], "abc")
+    assert better.interval == pytest.approx((1 - 2 * unseen, 1))
+    copies = paired_accuracy([1] * 30, [0] * 30, [i % 3 for i in range(30)])
+    assert copies.interval == pytest.approx(better.interval)
+
+
+@pytest.mark.parametrize("count", range(2, 12))
+def test_where_all_differ_one_way_the_interval_says_what_the_exact_test_says(count):
+    for found in (
+        paired_accuracy([1] * count, [0] * count, range(count)),
+        paired_accuracy([0] * count, [1] * count, range(count)),
+    ):
+        assert (found.interval.low > 0 or found.interval.high < 0) == (found.p_value < 0.05)
+
+
 def test_the_bootstrap_agrees_with_the_standard_error_and_sees_clusters():
     values = np.random.default_rng(0).normal(size=400)
     low, high = cluster_bootstrap(values, range(400), seed=1)

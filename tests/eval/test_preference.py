@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppomax.errors import ModelError
-from ppomax.eval.preference import MAX_SUBSETS, OTHERS, evaluate_pairs
+from ppomax.eval.preference import MAX_SUBSETS, OTHERS, accuracy, evaluate_pairs
 from ppomax.eval.statistics import wilson_interval
+from ppomax.eval.winrate import win_rate
 
 
 def evaluate(good, bad, good_lengths=None, bad_lengths=None, meta=None, **kwargs):
@@ -32,7 +33,15 @@ def test_accuracy_counts_a_tie_half():
     found = evaluate([2, 1, 0, 5], [1, 1, 3, 4])["accuracy"]
     assert (found["right"], found["tie"], found["wrong"]) == (2, 1, 1)
     assert found["accuracy"] == 0.625
-    assert found["ci95"] == list(wilson_interval(2.5, 4))
+    assert found["ci95"] == list(win_rate([1, 0.5, 0, 1], range(4)).interval)
+
+
+def test_pairs_of_one_prompt_are_not_independent():
+    difference, prompts = np.array([1.0, 1, -1, 1] * 20), [str(i) for i in range(80)]
+    alone = accuracy(difference, prompts)["ci95"]
+    assert alone == pytest.approx(wilson_interval(60 * 79 / 80, 79))
+    copies = accuracy(np.tile(difference, 6), prompts * 6)["ci95"]
+    assert copies == pytest.approx(alone, abs=1e-9)
 
 
 def test_subsets_are_those_the_rows_name():

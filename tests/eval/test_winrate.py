@@ -74,6 +74,13 @@ def test_all_ties_are_no_proof_of_equality():
     assert found.interval == pytest.approx(wilson_interval(15, 30))
 
 
+def test_rounding_is_no_spread():
+    values = [0.1 + 0.2, 0.3] * 15  # differ in the last bit
+    found = win_rate(values, range(30))
+    assert 0 < found.standard_error < 1e-9
+    assert found.interval == pytest.approx(wilson_interval(9, 30))
+
+
 def test_the_standard_error_is_that_of_a_regression_with_clusters():
     generator = np.random.default_rng(0)
     values, names = generator.choice([0, 0.5, 1], 60), generator.integers(0, 15, 60)

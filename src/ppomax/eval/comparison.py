@@ -8,7 +8,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ppomax.eval.statistics import Floats, Interval, clustered_standard_error, sign_test_p
+from ppomax.eval.statistics import (
+    Floats,
+    Interval,
+    clustered_standard_error,
+    sign_test_p,
+)
+from ppomax.eval.winrate import NO_SPREAD
 
 
 class PairedAccuracy(NamedTuple):
@@ -18,7 +24,7 @@ class PairedAccuracy(NamedTuple):
     standard_error: float | None
     """Clustered by prompt; None with fewer than two prompts."""
     interval: Interval | None
-    """95%, from the standard error."""
+    """95%, from the standard error; where that is 0, an exact one."""
     p_value: float
     """McNemar's exact test: of the rows on which they differ, is either right more often?"""
     only_first: int
@@ -42,10 +48,22 @@ def paired_accuracy(
     gap = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     error = clustered_standard_error(gap, clusters) if len(set(clusters)) > 1 else None
     mean = float(gap.mean())
-    half = None if error is None else NormalDist().inv_cdf(0.975) * error
-    interval = None if half is None else Interval(max(mean - half, -1.0), min(mean + half, 1.0))
+    interval = None if error is None else _interval(gap, mean, error, len(set(clusters)))
     wins, losses = int((gap > 0).sum()), int((gap < 0).sum())
     return PairedAccuracy(mean, error, interval, sign_test_p(wins, losses), wins, losses, len(gap))
+
+
+def _interval(gap: Floats, mean: float, error: float, groups: int) -> Interval:
+    """Mean ± 1.96 SE; where no prompt differs from another, one that tells how few there are.
+
+    A kind of prompt of which there is none among n has at most a share u = 1 - 0.025^(1/n) (Clopper
+    & Pearson 1934), and its difference is anything in [-1, 1]: (1 - u) mean ± u.
+    """
+    if error > NO_SPREAD:
+        half = NormalDist().inv_cdf(0.975) * error
+        return Interval(max(mean - half, -1.0), min(mean + half, 1.0))
+    unseen = 1 - 0.025 ** (1 / groups)
+    return Interval((1 - unseen) * mean - unseen, (1 - unseen) * mean + unseen)
 
 
 def cluster_bootstrap(

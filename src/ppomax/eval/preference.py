@@ -16,6 +16,7 @@ from ppomax.eval import statistics
 from ppomax.eval.comparison import cluster_bootstrap, paired_accuracy
 from ppomax.eval.length_bias import length_bias
 from ppomax.eval.statistics import Floats
+from ppomax.eval.winrate import win_rate
 from ppomax.types import Message
 
 SUBSET_COLUMNS = ("lang", "kind", "source")
@@ -79,12 +80,16 @@ def evaluate_pairs(
         "num_pairs": len(ids),
         "num_prompts": len(set(prompted)),
         "seed": seed,
-        "accuracy": accuracy(difference),
+        "accuracy": accuracy(difference, prompted),
         "subsets": [
-            {"column": group.column, "value": group.value, **accuracy(difference[group.inside])}
+            {
+                "column": group.column,
+                "value": group.value,
+                **accuracy(difference[group.inside], _inside(prompted, group.inside)),
+            }
             for group in groups
         ],
-        "baselines": {name: accuracy(gap) for name, gap in baselines.items()},
+        "baselines": {name: accuracy(gap, prompted) for name, gap in baselines.items()},
         "differences": [
             {
                 "column": group.column,
@@ -105,13 +110,16 @@ def evaluate_pairs(
     }
 
 
-def accuracy(difference: Floats) -> dict[str, Any]:
-    """Share of positive differences, ties half, with the Wilson interval and counts."""
+def accuracy(difference: Floats, prompts: Sequence[str]) -> dict[str, Any]:
+    """Share of positive differences, ties half, with counts and a Wilson interval.
+
+    The interval lets pairs of one prompt depend on each other (`winrate.win_rate`).
+    """
     won = statistics.win_tie_lose(difference, np.zeros_like(difference))
     return {
         "n": len(difference),
         "accuracy": won.win_rate,
-        "ci95": list(won.interval()),
+        "ci95": list(win_rate(correct(difference), prompts).interval),
         "right": won.win,
         "tie": won.tie,
         "wrong": won.lose,
@@ -137,7 +145,7 @@ def against(
     found = paired_accuracy(
         correct(difference[inside]),
         correct(other[inside]),
-        [prompt for prompt, kept in zip(prompts, inside, strict=True) if kept],
+        _inside(prompts, inside),
     )
     return {
         "n": found.num,
@@ -148,6 +156,10 @@ def against(
         "only_first": found.only_first,
         "only_second": found.only_second,
     }
+
+
+def _inside(prompts: Sequence[str], inside: NDArray[np.bool_]) -> list[str]:
+    return [prompt for prompt, kept in zip(prompts, inside, strict=True) if kept]
 
 
 def compare(

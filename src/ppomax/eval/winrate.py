@@ -24,6 +24,8 @@ from ppomax.eval.statistics import (
 POWER = 0.8
 """Chance to see a difference that is there, as sample sizes are usually planned (Cohen 1988)."""
 Z95 = NormalDist().inv_cdf(0.975)
+NO_SPREAD = 1e-9
+"""A standard error up to this is 0 but for rounding."""
 LEVEL = 0.05
 """Of the two-sided test."""
 POINTS = (0.05, 0.10)
@@ -73,7 +75,7 @@ def win_rate(values: ArrayLike, clusters: Sequence[object]) -> WinRate:
     groups = len(set(clusters))
     mean = float(x.mean())
     error = clustered_standard_error(x, clusters) if groups > 1 else 0.0
-    effective = mean * (1 - mean) / error**2 if error > 0 else float(groups)
+    effective = mean * (1 - mean) / error**2 if error > NO_SPREAD else float(groups)
     effective = effective if effective > 0 else float(groups)
     return WinRate(mean, error, wilson_interval(mean * effective, effective), groups)
 
