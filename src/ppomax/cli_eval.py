@@ -26,7 +26,8 @@ def eval_reward(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="First so many pairs.", min=1)] = None,
     heldout: Annotated[
-        float | None, typer.Option(help="Only the pairs that training holds out with this share.")
+        float | None,
+        typer.Option(help="Only the pairs that training holds out with this share."),
     ] = None,
     by: Annotated[
         list[str] | None, typer.Option(help="Column to give numbers by, beside lang, kind, source.")

@@ -24,6 +24,7 @@ from ppomax.eval.scorers import JudgingSettings, load_judge, log_likelihoods, sc
 from ppomax.models.export import read_reward_card
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
 from ppomax.report import write_preference_report
+from ppomax.report.evaluation import preference_lines
 from ppomax.train.pairs import encode_pair
 
 
@@ -205,7 +206,7 @@ def test_a_pair_whose_score_is_no_number_is_named(small_reward, turned, several)
     tensors = load_file(file)
     tensors["score.weight"] = tensors["score.weight"] * math.nan
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"not finite, the first for pair .*several\.jsonl:1"):
+    with pytest.raises(ModelError, match=r"not finite, the first of pair .*several\.jsonl:1"):
         evaluate_reward([turned], [several], language_model=None)
 
 
@@ -307,3 +308,48 @@ def test_texts_longer_than_a_language_models_positions_are_no_baseline(tiny, sev
     rows = load_preferences([SourceConfig(path=several)]).rows
     with world() as here, pytest.raises(DataError, match=r"a text has \d+ tokens, the model 8 pos"):
         log_likelihoods(str(tmp_path / "lm"), rows, JudgingSettings(), here)
+
+
+@pytest.mark.slow
+def test_what_is_thrown_away_is_counted_printed_and_on_the_page(small_reward, several, tmp_path):
+    long = {"prompt": "word " * 600, "chosen": "A.", "rejected": "B."}
+    empty = {"prompt": "What?", "chosen": "", "rejected": "B."}
+    with Path(several).open("a") as file:
+        file.write(f"{{no json\n{json.dumps(long)}\n{json.dumps(empty)}\n{{neither\n")
+    found = evaluate_reward([small_reward], [several], language_model=None, max_length=300)
+    assert found["quarantined"] == {"not-json": 2, "empty-answer": 1}
+    assert (found["over_long"], found["num_pairs"]) == (1, 24)
+    lines = preference_lines(found | {"warnings": ["3 of 24 pairs have a prompt"]})
+    told = ["3 rows cannot be used (not-json 2, empty-answer 1)"]
+    told.append("1 pairs left out: longer than 300 tokens")
+    assert set(told) < set(lines)
+    assert "warning: 3 of 24 pairs have a prompt" in lines
+    length = found["length"] | {"longer_preferred_by_model": 0.95}
+    assert any(
+        line.startswith("warning: It follows length")
+        for line in preference_lines(found | {"length": length})
+    )
+    page = write_preference_report(found, tmp_path / "page.html").read_text()
+    assert all(line in page for line in told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heldout": 1.5}, "heldout: a share between 0 and 1 is wanted, found 1.5"),
+        ({"heldout": 0.0}, "found 0"),
+        ({"by": ["levle"]}, "by: no pair has a column 'levle'; there are: .*level"),
+        ({"heldout": 1e-9, "limit": 1}, None),
+    ],
+)
+def test_options_without_effect_are_refused(small_reward, several, options, message, tmp_path):
+    options |= {"language_model": None}
+    if message:
+        with pytest.raises(ConfigError, match=message):
+            evaluate_reward([small_reward], [several], **options)
+        return
+    one = tmp_path / "one.jsonl"
+    one.write_text(json.dumps({"prompt": "What?", "chosen": "A.", "rejected": "B."}) + "\n")
+    with pytest.raises(DataError, match="heldout: none of 1 pairs is held out"):
+        evaluate_reward([small_reward], [str(one)], **options)

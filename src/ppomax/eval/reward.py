@@ -3,6 +3,7 @@
 Several models are judged on the same pairs, those that fit all of them.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from ppomax.data.sources import (
     split_by_prompt,
 )
 from ppomax.distributed import World, world
-from ppomax.errors import DataError, PpomaxError
+from ppomax.errors import ConfigError, DataError, PpomaxError
 from ppomax.eval.best_of_n import best_of_n_curve, load_candidates
 from ppomax.eval.preference import SUBSET_COLUMNS, compare, evaluate_pairs
 from ppomax.eval.scorers import (
@@ -73,7 +74,8 @@ def evaluate_reward(
         `models` (such results) and `comparisons`.
 
     Raises:
-        DataError: no pair fits `max_length`.
+        ConfigError: `heldout` is no share, or no pair has a column of `by`.
+        DataError: no pair is held out, or none fits `max_length`.
         ModelError: a model cannot be loaded as a reward model.
     """
     settings = parse(
@@ -86,6 +88,8 @@ def evaluate_reward(
         | ({} if max_length is None else {"max_length": max_length}),
         "options",
     )
+    if heldout is not None and not 0 < heldout < 1:
+        raise ConfigError(f"option heldout: a share between 0 and 1 is wanted, found {heldout:g}")
     columns = tuple(dict.fromkeys((*SUBSET_COLUMNS, *by)))
     with world(device) as here:
         judges = [load_judge(name, settings) for name in models]
@@ -95,7 +99,13 @@ def evaluate_reward(
         )
         loaded = load_preferences([SourceConfig(path=path) for path in files], max_bad_rows=1.0)
         rows = loaded.rows if heldout is None else split_by_prompt(loaded.rows, heldout).heldout
+        if heldout is not None and not rows:
+            raise DataError(
+                f"option heldout: none of {len(loaded.rows)} pairs is held out with the share "
+                f"{heldout}; leave it out"
+            )
         rows = rows[:limit]
+        _check_columns(by, rows)
         encoded = encode_for_all(rows, judges, settings.max_length)
         if not encoded:
             raise DataError(
@@ -117,7 +127,8 @@ def evaluate_reward(
     ]
     common = {
         "files": files,
-        "quarantined": len(loaded.bad),
+        "quarantined": dict(Counter(row.kind for row in loaded.bad).most_common()),
+        "max_length": settings.max_length,
         "over_long": len(rows) - len(kept),
         "language_model": likelihoods.model,
         "notes": [likelihoods.note] if likelihoods.note else [],
@@ -132,6 +143,13 @@ def evaluate_reward(
         "comparisons": compare(list(models), gaps, meta, prompts, columns=columns),
         **common,
     }
+
+
+def _check_columns(by: Sequence[str], rows: Sequence[PreferenceRow]) -> None:
+    for name in by:
+        if all(row.meta.get(name) is None for row in rows):
+            known = ", ".join(sorted({key for row in rows for key in row.meta})) or "none"
+            raise ConfigError(f"option by: no pair has a column {name!r}; there are: {known}")
 
 
 class Likelihoods(NamedTuple):

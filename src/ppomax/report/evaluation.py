@@ -9,6 +9,7 @@ from typing import Any
 from ppomax.report.read import as_interval, as_number, listed, mapping, sides
 from ppomax.report.tables import turns
 from ppomax.report.text import between, clip, number, percent, visible
+from ppomax.report.verdict import preference_verdict
 
 
 def scorer_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -200,12 +201,27 @@ def preference_lines(result: Mapping[str, Any]) -> list[str]:
             for row in listed(one.get("differences"))
             if row.get("column") == ""
         ]
+        lines += [f"warning: {visible(line)}" for line in preference_verdict(one)["warnings"]]
     lines += [
         visible(f"{row.get('first')} - {row.get('second')}: {paired_text(row)}")
         for row in listed(result.get("comparisons"))
         if row.get("column") == ""
     ]
+    lines += [visible(line) for line in left_out_lines(result)]
     return lines + [visible(str(note)) for note in result.get("notes") or ()]
+
+
+def left_out_lines(result: Mapping[str, Any]) -> list[str]:
+    """What of the files was not judged, and why."""
+    kinds = {name: as_number(n) or 0 for name, n in mapping(result.get("quarantined")).items()}
+    over_long, lines = as_number(result.get("over_long")), []
+    if kinds:
+        named = ", ".join(f"{name} {number(count)}" for name, count in kinds.items())
+        lines.append(clip(f"{number(sum(kinds.values()))} rows cannot be used ({named})", 400))
+    if over_long:
+        length = number(as_number(result.get("max_length")))
+        lines.append(f"{number(over_long)} pairs left out: longer than {length} tokens")
+    return lines
 
 
 def _rate(row: Mapping[str, Any]) -> str:

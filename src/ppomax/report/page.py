@@ -75,7 +75,10 @@ def write_preference_report(result: Mapping[str, Any], out: Path) -> Path:
         if several
         else "Reward model on preference pairs",
         "comparisons": evaluation.comparison_rows(result),
-        "notes": [str(note) for note in result.get("notes") or () if several],
+        "notes": [
+            *evaluation.left_out_lines(result),
+            *(str(note) for note in result.get("notes") or () if several),
+        ],
         "models": [
             _judged(name if several else "", one) for name, one in zip(names, found, strict=True)
         ],
