@@ -161,6 +161,7 @@ def test_a_folder_with_a_world_of_other_settings_is_refused(tmp_path, monkeypatc
         build, "_write_data", lambda place, settings: place.data("heldout").write_text("")
     )
     folder = tmp_path / "world"
+    folder.mkdir()
     place = build_world(folder, WorldSettings(seed=3))
     assert build_world(folder, WorldSettings(seed=3)) == place
     with pytest.raises(ConfigError, match=r"seed 3, not 0; noise 0\.5, not 9\.0"):
@@ -176,7 +177,7 @@ def test_the_replay_reddens_where_the_runs_own_detector_did(bench, small, tmp_pa
     lines = [json.dumps({"prompt": f"What of number {i}?"}) for i in range(40)]
     asked.write_text("\n".join(lines) + "\n")
     change = {
-        "iterations": 16,
+        "iterations": 12,
         "sampling": {"max_new_tokens": 12},
         "critic_pretraining": {"max_rollouts": 1},
         "optim": {"lr": 0.1},

@@ -110,6 +110,7 @@ def test_a_finished_run_shows_the_curves_of_ppo_and_the_evaluations_verdict_in_a
     assert "ppo, step 12 of 40" in text
     assert "0.5 → 6" in text
     assert "eval: PPO is better than SFT, judged by a held-out scorer" in text.splitlines()
+    assert [line[-1] for line in shown(whole, 40).splitlines() if "eval: " in line] == ["…"]
 
 
 def test_a_finished_run_ends_the_live_view_and_a_torn_one_opens(run):

@@ -57,7 +57,8 @@ def view(path: Path, width: int, now: float | None = None) -> RenderableType:
     if others:
         parts.append(Text(f"also here: {', '.join(map(one_line, others))}", style="dim"))
     if any(found.report is not None for found in runs):
-        parts.append(Text(f"eval: {one_line(verdict(runs)['headline'])}"))
+        said = f"eval: {one_line(verdict(runs)['headline'])}"
+        parts.append(Text(said, no_wrap=True, overflow="ellipsis"))
     return Group(*parts, panels(run, width), *alarms(run, width), *samples(run, width))
 
 
