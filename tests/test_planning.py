@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from ppomax import planning
+from ppomax import footprint, planning
 from ppomax.data.batching import collate
 from ppomax.errors import ConfigError, ModelError
 from ppomax.models.language import LanguageModel
@@ -47,18 +47,18 @@ def test_a_model_that_is_not_there_is_named():
 
 
 def test_a_trained_billion_takes_16_gb_and_with_lora_little_more_than_its_weights(small, tmp_path):
-    assert planning._trained(10**9, None, ONE_B, torch.bfloat16) == pytest.approx(16.0)
+    assert footprint.trained_gb(10**9, None, ONE_B, torch.bfloat16) == pytest.approx(16.0)
     lora = LoraSettings(rank=16)
-    own = planning._trained(10**9, lora, ONE_B, torch.bfloat16)
+    own = footprint.trained_gb(10**9, lora, ONE_B, torch.bfloat16)
     assert 2.0 < own < 2.5
-    assert planning._trained(10**9, lora, ONE_B, torch.float32) > 4.0
+    assert footprint.trained_gb(10**9, lora, ONE_B, torch.float32) > 4.0
 
 
 def test_the_adapters_estimate_is_near_the_truth(tiny):
     settings = LoraSettings(rank=4)
     model = add_lora(load_policy("tiny"), settings, 0)
     true = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    guess = planning._adapter_parameters(settings, model_size("tiny"))
+    guess = footprint.adapter_parameters(settings, model_size("tiny"))
     assert 0.3 < guess / true < 3
 
 
@@ -154,22 +154,22 @@ def test_what_layers_keep_for_backward_is_what_autograd_holds(compute, shape):
         intermediate=sizes["intermediate"],
     )
     few, many = (kept_for_backward(model, tokens, compute) for tokens in (100, 300))
-    per_token = planning._kept(size, compute) * sizes["layers"]
+    per_token = footprint.kept_bytes(size, compute) * sizes["layers"]
     assert (many - few) / 200 == pytest.approx(per_token, rel=0.08)  # the last norm, positions
     casts = 0 if compute == torch.float32 else 2 * (size.parameters - size.embedding)
     assert few == pytest.approx(100 * per_token + casts, rel=0.15)
-    plan = planning._activations(100, size, compute, checkpointing=False) * planning.GB
-    gradients = 100 * planning._kept(size, compute) + 4 * size.embedding
+    plan = footprint.activations_gb(100, size, compute, checkpointing=False) * footprint.GB
+    gradients = 100 * footprint.kept_bytes(size, compute) + 4 * size.embedding
     assert plan == pytest.approx(100 * per_token + casts + gradients + 12 * 64 * 100)
 
 
 def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():
     def per_token(**change):
         both = [
-            planning._activations(tokens, ONE_B, torch.float32, **change)
+            footprint.activations_gb(tokens, ONE_B, torch.float32, **change)
             for tokens in (10**5, 10**6)
         ]
-        return (both[1] - both[0]) * planning.GB / 9e5
+        return (both[1] - both[0]) * footprint.GB / 9e5
 
     layer = 4 * (6 * 2000 + 2 * 2000 + 1000 + 4 * 5000)
     assert per_token(checkpointing=False) == pytest.approx(21 * layer)
@@ -193,7 +193,7 @@ def test_what_is_not_held_at_once_is_not_added_up(small, tmp_path, monkeypatch):
         return found.memory_gb - planning.PROCESS_GB, dict(found.lines)
 
     held = 16 + 16 - 4 + 2 * 4  # one model's gradients at a time; reference and reward model
-    activations = planning._activations(2 * 70, ONE_B, torch.float32, checkpointing=False)
+    activations = footprint.activations_gb(2 * 70, ONE_B, torch.float32, checkpointing=False)
     plain, parts = memory()
     cache = float(parts["cache"].split()[0])
     assert activations > cache

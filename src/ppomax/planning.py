@@ -1,25 +1,21 @@
 """What a recipe will cost: sizes, steps, tokens, memory, disk. Starts nothing.
 
-Memory is counted from the shape: fp32 masters, gradients and two AdamW moments of what is trained,
-a copy in the compute dtype of what is frozen and for the engine, the cache, and what the layers of
-a Llama keep for backward. `benchmarks/memory.py` holds it against what runs take.
+Memory is that of each model (`footprint`), a copy in the compute dtype of what is frozen and for
+the engine, and the cache, less what is not held at once.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from ppomax import preflight
 from ppomax.data.template import ChatTemplate
-from ppomax.errors import ModelError, PpomaxError
+from ppomax.errors import PpomaxError
+from ppomax.footprint import GB, Size, activations_gb, adapter_parameters, model_size, trained_gb
 from ppomax.models.blocks import check_frozen
 from ppomax.models.ensembles import members
 from ppomax.models.load import load_tokenizer
-from ppomax.models.logprobs import CHUNK_ELEMENTS
-from ppomax.models.lora import LoraSettings
-from ppomax.models.names import resolve
 from ppomax.models.trunk import REMEMBERED_BYTES
 from ppomax.recipe import Recipe
 from ppomax.train import reward, sft
@@ -28,24 +24,8 @@ from ppomax.train.prompts import load_stream
 from ppomax.train.reward import RewardConfig
 from ppomax.train.sft import SFTConfig
 
-GB = 1e9
 PROCESS_GB = 0.45
 """Python, PyTorch and libraries; measured on CPU."""
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """A causal LM's size."""
-
-    parameters: int
-    embedding: int
-    layers: int
-    hidden: int
-    kv_width: int
-    """Of keys and values together."""
-    vocab: int
-    q_width: int
-    intermediate: int
 
 
 @dataclass(slots=True)
@@ -62,34 +42,6 @@ class StagePlan:
         memory, disk = f"about {self.memory_gb:.1f} GB", f"about {self.disk_gb:.1f} GB"
         rows = [*self.lines, ("memory", memory), ("disk", disk)]
         return "\n".join([self.stage, *[f"  {name:<20} {value}" for name, value in rows], ""])
-
-
-def model_size(name: str, *, trust_remote_code: bool = False) -> Size:
-    """Size from the config alone; no weights are read.
-
-    Raises:
-        ModelError: the model cannot be found.
-    """
-    try:
-        config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError) as error:
-        first = str(error).partition("\n")[0]
-        raise ModelError(f"model {name!r}: its config cannot be read ({first[:200]})") from None
-    heads = config.num_attention_heads
-    kv = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Size(
-        parameters=sum(p.numel() for p in model.parameters()),
-        embedding=config.vocab_size * config.hidden_size,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        kv_width=2 * kv * head_dim,
-        q_width=heads * head_dim,
-        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        vocab=config.vocab_size,
-    )
 
 
 def plan(recipe: Recipe, only: str | None = None) -> list[StagePlan]:
@@ -144,74 +96,11 @@ def _first_model(recipe: Recipe, model: str) -> str:
     return model
 
 
-def _trained(
-    size: int, lora: LoraSettings | None, shape: Size, compute: torch.dtype, frozen: int = 0
-) -> float:
-    """GB of weights, gradient and moments of a trained model.
-
-    Args:
-        frozen: lowest blocks that are not trained, nor the embedding then.
-    """
-    share = frozen / shape.layers
-    if lora is None:
-        left = share * (shape.parameters - shape.embedding) + (shape.embedding if frozen else 0)
-        return (16 * size - 12 * left) / GB
-    adapters = (1 - share) * _adapter_parameters(lora, shape)
-    return (size * torch.finfo(compute).bits / 8 + 16 * adapters) / GB
-
-
-def _adapter_parameters(lora: LoraSettings, shape: Size) -> int:
-    """About the size of adapters on every linear layer."""
-    matrices = shape.parameters - shape.embedding
-    return int(lora.rank * 2 * matrices / shape.hidden * 0.8)
-
-
-def _kept(shape: Size, compute: torch.dtype) -> int:
-    """Bytes that a layer keeps of each token until backward.
-
-    In fp32 inputs and normalised inputs of both norms; in the compute dtype queries, keys, values,
-    mixed values, gate, its activation, up, their product, and the inputs of the matrix products:
-    one tensor for q, k, v and one for gate and up, but under autocast each product casts its own.
-    """
-    inputs = 2 if compute == torch.float32 else 5
-    products = inputs * shape.hidden + 2 * shape.q_width + shape.kv_width + 4 * shape.intermediate
-    return 16 * shape.hidden + compute.itemsize * products
-
-
-def _activations(
-    tokens: int,
-    shape: Size,
-    compute: torch.dtype,
-    *,
-    checkpointing: bool,
-    trained: bool = True,
-    frozen: int = 0,
-) -> float:
-    """GB held between forward and backward of one micro-batch, and what backward makes beside it.
-
-    That is the gradients of the layer it is in, and of the embedding beside the output matrix's.
-
-    Args:
-        tokens: in the largest micro-batch, padding included.
-        trained: the weights themselves are; with adapters they have no gradient.
-        frozen: lowest blocks that backward does not reach; they keep nothing.
-    """
-    layer, layers = _kept(shape, compute), shape.layers - frozen
-    held = layer * (layers + 1)
-    casts = compute.itemsize * (shape.parameters - shape.embedding) * layers // shape.layers
-    if checkpointing:
-        held = 4 * shape.hidden * layers + 2 * layer  # the inputs; one layer is made anew
-        casts //= max(1, layers)
-    once = (casts if compute != torch.float32 else 0) + (4 * shape.embedding if trained else 0)
-    logits = 3 * 4 * min(tokens * shape.vocab, CHUNK_ELEMENTS)
-    return (tokens * held + once + logits) / GB
-
-
 def _training(config: SFTConfig | RewardConfig, shape: Size) -> float:
     """GB of one model in training."""
     below = config.freeze_layers or 0
-    weights = _trained(shape.parameters, config.lora, shape, config.compute_dtype, below)
-    return weights + _activations(
+    weights = trained_gb(shape.parameters, config.lora, shape, config.compute_dtype, below)
+    return weights + activations_gb(
         min(config.micro_tokens, config.batch_tokens),
         shape,
         config.compute_dtype,
@@ -283,12 +172,12 @@ def _plan_ppo(
     if config.kl is not None and (config.reference or not config.lora):
         frozen["reference"] = compute * shape.parameters / GB
     below = config.freeze_layers or 0
-    policy = _trained(shape.parameters, config.lora, shape, config.compute_dtype, below)
+    policy = trained_gb(shape.parameters, config.lora, shape, config.compute_dtype, below)
     critic = policy if config.critic else 0.0
     slots = min(config.engine.slots, config.replies)
     length = config.max_prompt + config.sampling.max_new_tokens
     cache = slots * length * shape.layers * shape.kv_width * compute / GB
-    activations = _activations(
+    activations = activations_gb(
         min(config.micro_tokens, config.minibatch_size * length),
         shape,
         config.compute_dtype,
@@ -388,7 +277,7 @@ def _disk(
     trained = shape.parameters - (_frozen(config, shape) if config.freeze_layers else 0)
     if config.lora:
         share = (config.freeze_layers or 0) / shape.layers
-        trained = (1 - share) * _adapter_parameters(config.lora, shape)
+        trained = (1 - share) * adapter_parameters(config.lora, shape)
     return ((keep + 1) * models * 12 * trained + 4 * shape.parameters) / GB
 
 

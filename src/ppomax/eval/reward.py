@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ppomax.config import parse
+from ppomax.data.formats import BadRow
 from ppomax.data.sources import (
     SourceConfig,
     exchange_overlap,
@@ -78,18 +79,9 @@ def evaluate_reward(
         DataError: no pair is held out, or none fits `max_length`.
         ModelError: a model cannot be loaded as a reward model.
     """
-    settings = parse(
-        JudgingSettings,
-        {
-            "dtype": dtype,
-            "device": device,
-            "trust_remote_code": trust_remote_code,
-        }
-        | ({} if max_length is None else {"max_length": max_length}),
-        "options",
-    )
-    if heldout is not None and not 0 < heldout < 1:
-        raise ConfigError(f"option heldout: a share between 0 and 1 is wanted, found {heldout:g}")
+    given = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    given |= {} if max_length is None else {"max_length": max_length}
+    settings = parse(JudgingSettings, given, "options")
     columns = tuple(dict.fromkeys((*SUBSET_COLUMNS, *by)))
     with world(device) as here:
         judges = [load_judge(name, settings) for name in models]
@@ -97,15 +89,7 @@ def evaluate_reward(
         settings = within_positions(
             settings, [*judges, *([golden] if golden else [])], given=max_length is not None
         )
-        loaded = load_preferences([SourceConfig(path=path) for path in files], max_bad_rows=1.0)
-        rows = loaded.rows if heldout is None else split_by_prompt(loaded.rows, heldout).heldout
-        if heldout is not None and not rows:
-            raise DataError(
-                f"option heldout: none of {len(loaded.rows)} pairs is held out with the share "
-                f"{heldout}; leave it out"
-            )
-        rows = rows[:limit]
-        _check_columns(by, rows)
+        rows, bad = _rows(files, heldout, limit, by)
         encoded = encode_for_all(rows, judges, settings.max_length)
         if not encoded:
             raise DataError(
@@ -127,7 +111,7 @@ def evaluate_reward(
     ]
     common = {
         "files": files,
-        "quarantined": dict(Counter(row.kind for row in loaded.bad).most_common()),
+        "quarantined": dict(Counter(row.kind for row in bad).most_common()),
         "max_length": settings.max_length,
         "over_long": len(rows) - len(kept),
         "language_model": likelihoods.model,
@@ -143,6 +127,23 @@ def evaluate_reward(
         "comparisons": compare(list(models), gaps, meta, prompts, columns=columns),
         **common,
     }
+
+
+def _rows(
+    files: Sequence[str], heldout: float | None, limit: int | None, by: Sequence[str]
+) -> tuple[list[PreferenceRow], list[BadRow]]:
+    """The pairs asked for, and the rows of the files that are none."""
+    if heldout is not None and not 0 < heldout < 1:
+        raise ConfigError(f"option heldout: a share between 0 and 1 is wanted, found {heldout:g}")
+    loaded = load_preferences([SourceConfig(path=path) for path in files], max_bad_rows=1.0)
+    rows = loaded.rows if heldout is None else split_by_prompt(loaded.rows, heldout).heldout
+    if heldout is not None and not rows:
+        raise DataError(
+            f"option heldout: none of {len(loaded.rows)} pairs is held out with the share "
+            f"{heldout}; leave it out"
+        )
+    _check_columns(by, rows[:limit])
+    return rows[:limit], loaded.bad
 
 
 def _check_columns(by: Sequence[str], rows: Sequence[PreferenceRow]) -> None:
