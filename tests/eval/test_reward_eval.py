@@ -26,6 +26,7 @@ from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
 from ppomax.report import write_preference_report
 from ppomax.report.evaluation import preference_lines
 from ppomax.train.pairs import encode_pair
+from ppomax.types import Message, PreferenceRow
 
 
 @pytest.fixture
@@ -306,8 +307,25 @@ def test_texts_longer_than_a_language_models_positions_are_no_baseline(tiny, sev
     lm.save_pretrained(tmp_path / "lm")
     load_tokenizer("tiny").save_pretrained(tmp_path / "lm")
     rows = load_preferences([SourceConfig(path=several)]).rows
-    with world() as here, pytest.raises(DataError, match=r"a text has \d+ tokens, the model 8 pos"):
+    with world() as here, pytest.raises(DataError, match=r":1 does not fit 8 tokens of its tok"):
         log_likelihoods(str(tmp_path / "lm"), rows, JudgingSettings(), here)
+
+
+def test_a_long_dialogue_is_cut_for_the_language_model_as_for_the_reward_model(tiny):
+    turns = [
+        Message(role=role, content=f"{word} and rain " * 6)
+        for word in ("tea", "salt", "bread")
+        for role in ("user", "assistant")
+    ][:-1]
+    row, last = (PreferenceRow("a", tuple(t), "A song.", "A duck.") for t in (turns, turns[-1:]))
+    template = ChatTemplate(load_tokenizer("tiny"))
+    whole, least = (encode_pair(each, template, 10_000) for each in (row, last))
+    length = max(len(least.chosen.ids), len(least.rejected.ids))
+    assert len(whole.chosen.ids) > 2 * length
+    settings = JudgingSettings(max_length=length)
+    with world() as here:
+        found, same = (log_likelihoods("tiny", [each], settings, here) for each in (row, last))
+    np.testing.assert_allclose(found, same)
 
 
 @pytest.mark.slow

@@ -176,22 +176,29 @@ def log_likelihoods(
 ) -> tuple[Floats, Floats]:
     """Log-prob of the preferred and of the other answer under a language model, end included.
 
+    Older turns are dropped until a dialogue fits `max_length`, or twice that where its tokenizer
+    needs more tokens than the reward models' for the last turn alone.
+
     Raises:
-        DataError: a row does not fit `max_length`, or the model's positions, in its tokens.
+        DataError: a row fits neither, or not the model's positions.
         ModelError: it cannot be loaded as a language model.
     """
     trust = settings.trust_remote_code
     template = ChatTemplate(load_tokenizer(name, trust_remote_code=trust))
     lm = load_policy(name, dtype=settings.compute_dtype, trust_remote_code=trust)
     model = LanguageModel(lm).to(here.device)
-    pairs = [pair for row in rows if (pair := encode_pair(row, template, 2**31)) is not None]
+    positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    limits = [min(length, positions) for length in (settings.max_length, 2 * settings.max_length)]
+    pairs = []
+    for row in rows:
+        fitted = [pair for n in limits if (pair := encode_pair(row, template, n)) is not None]
+        if not fitted:
+            raise DataError(
+                f"{name}: {row.where} does not fit {limits[-1]} tokens of its tokenizer (twice "
+                f"max_length, or its positions); take another model"
+            )
+        pairs.append(fitted[0])
     sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    longest = max(len(side.ids) for side in sides)
-    if longest > 2 * settings.max_length:
-        raise DataError(f"{name}: its tokenizer makes the texts twice as long; take another")
-    positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        raise DataError(f"{name}: a text has {longest} tokens, the model {positions} positions")
     pad = int(template.tokenizer.pad_token_id)
     texts = [(side.ids, side.mask) for side in sides]
     found = summed_logprobs(model, texts, pad, settings, here).cpu().numpy()
