@@ -1,13 +1,14 @@
 """On one CUDA device: rollout against `transformers` generate, PPO iteration, MFU, memory.
 
-    python benchmarks/gpu.py [--shapes 1.5B 7B] [--peak 989] [--tiny]
+    python benchmarks/gpu.py [--shapes 1.5B 7B] [--peak 989] [--eager] [--tiny]
 
 Llama shapes with random weights, bfloat16. Rollout: 64 prompts of 128 tokens, 256 new tokens each,
-the native engine and generate in turn. Iteration: 1.5B as `ppo_iteration.py` has it, 7B with LoRA
-(four whole 7B models with moments do not fit one device of 80 GB). MFU is useful FLOPs over
-`--peak` TFLOP/s (an H100's dense bfloat16) and, beside it, over the rate that matrix products
-reached in this run. Without a GPU one line says so; `--tiny` runs it all on the CPU with a model of
-half a million parameters, to try the script.
+the native engine (with `--eager` also without CUDA graphs) and generate in turn. Iteration: 1.5B as
+`ppo_iteration.py` has it, 7B with LoRA (four whole 7B models with moments do not fit one device of
+80 GB). MFU is useful FLOPs over `--peak` TFLOP/s (an H100's dense bfloat16) and, beside it, over
+the rate that matrix products reached in this run; FLOPs are counted as if everything were trained.
+Model folders of 3 and 14 GB are written to the temporary directory. Without a GPU one line says so;
+`--tiny` runs it all on the CPU with a model of half a million parameters, to try the script.
 """
 
 import argparse
@@ -37,6 +38,10 @@ from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World
 from ppomax.rollout import EngineSettings, SamplingParams, build_engine
 
+MICRO_TOKENS = {"1.5B": 4096}
+"""With 8192 the activations of 1.5B do not fit beside policy and critic with their moments."""
+PHASES = ("rollout", "score", "update")
+
 
 def rollout(folder, given):
     """Tokens a second of both, in turn."""
@@ -46,12 +51,24 @@ def rollout(folder, given):
     template = ChatTemplate(AutoTokenizer.from_pretrained(folder))
     template.end_ids = frozenset()  # every reply has all its tokens
     world = World(0, 1, device)
-    engine = build_engine(EngineSettings(slots=count), model, template, world, DTYPES[given.dtype])
+    engine, eager = (
+        build_engine(
+            EngineSettings(slots=count, cuda_graphs=graphs),
+            model,
+            template,
+            world,
+            DTYPES[given.dtype],
+        )
+        for graphs in (True, False)
+    )
     ids = torch.randint(5, 250, (count, prompt), generator=torch.Generator().manual_seed(0))
     params = SamplingParams(max_new_tokens=new)
 
     def native():
         engine.generate(ids.tolist(), params, list(range(count)))
+
+    def without_graphs():
+        eager.generate(ids.tolist(), params, list(range(count)))
 
     @torch.no_grad()
     def generate():
@@ -64,9 +81,12 @@ def rollout(folder, given):
             max_new_tokens=new,
         )
 
-    found = {"native": [], "generate": []}
+    programs = {"native": native, "without graphs": without_graphs, "generate": generate}
+    if not given.eager:
+        del programs["without graphs"]
+    found = {name: [] for name in programs}
     for turn in range(given.rounds + 1):
-        for name, work in {"native": native, "generate": generate}.items():
+        for name, work in programs.items():
             began = time.perf_counter()
             work()
             if device.type == "cuda":
@@ -82,12 +102,12 @@ def iteration(name, folder, given):
     argv = [sys.executable, HERE / "ppomax_worker.py", "--model", folder]
     argv += ["--reward", scorer(folder, folder.parent / "scorer"), "--device", given.device]
     argv += ["--dtype", given.dtype, "--prompts", count, "--prompt", prompt, "--new", new]
-    argv += ["--micro-tokens", 16384, "--minibatch", max(1, count // 4)]
+    argv += ["--micro-tokens", MICRO_TOKENS.get(name, 2048), "--minibatch", max(1, count // 4)]
     argv += ["--lora", 16] if name == "7B" else []
     worker = Worker(name, argv)
     rows = [worker.go() for _ in range(given.rounds + 1)][1:]
     worker.close()
-    seconds = {key: summary([row[key] for row in rows]) for key in ("seconds", "rollout", "update")}
+    seconds = {key: summary([row[key] for row in rows]) for key in ("seconds", *PHASES)}
     return {**seconds, "peak_gb": rows[-1]["peak_gb"], "lora": name == "7B"}
 
 
@@ -96,6 +116,7 @@ def main():
     parser.add_argument("--shapes", nargs="+", default=["1.5B", "7B"], choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peak", type=float, default=989.0, help="TFLOP/s of the device")
+    parser.add_argument("--eager", action="store_true", help="the engine without CUDA graphs too")
     parser.add_argument("--tiny", action="store_true", help="on the CPU, to try the script")
     given = parser.parse_args()
     if not (torch.cuda.is_available() or given.tiny):
@@ -109,22 +130,29 @@ def main():
     for name in given.shapes:
         shape = SHAPES[name]
         with tempfile.TemporaryDirectory() as place:
-            folder = random_model(shape, Path(place) / "model", dtype=DTYPES[given.dtype])
+            folder = Path(place) / "model"
+            random_model(shape, folder, DTYPES[given.dtype], given.device)
             speed = rollout(folder, given)
             if given.device == "cuda":
                 torch.cuda.empty_cache()
             squares = () if given.tiny else shape.products(8192)
             rate = matmul_rate(given.dtype, squares, device=given.device, small=given.tiny)
             one = iteration(name, folder, given)
-        flops = iteration_flops(shape, *given.sizes)["whole"]
-        one["flops"], median = flops, one["seconds"]["median"]
-        one["mfu"] = flops / median / (given.peak * 1e12)
-        one["of_matmul_rate"] = flops / median / rate["best"]
+        flops = iteration_flops(shape, *given.sizes)
+        one["flops"], median = flops["whole"], one["seconds"]["median"]
+        one["mfu"] = flops["whole"] / median / (given.peak * 1e12)
+        one["of_matmul_rate"] = flops["whole"] / median / rate["best"]
+        one["mfu_of"] = {
+            phase: flops[phase] / one[phase]["median"] / (given.peak * 1e12) for phase in PHASES
+        }
         ratio = speed["native"]["median"] / speed["generate"]["median"]
         print(f"{name}: native writes {ratio:.2f} times the tokens of generate in the same time")
-        print(f"{name}: native {text(speed['native'], 'tok/s', 0)}")
+        for program, found_speed in speed.items():
+            print(f"{name}: {program} {text(found_speed, 'tok/s', 0)}")
         print(f"{name}: iteration {text(one['seconds'])}, MFU {one['mfu']:.1%}", end=", ")
         print(f"{one['of_matmul_rate']:.0%} of the matrix rate, peak {one['peak_gb']:.1f} GB")
+        for phase in PHASES:
+            print(f"{name}: {phase} {text(one[phase])}, MFU {one['mfu_of'][phase]:.1%}")
         found[name] = {"rollout": speed, "ratio": ratio, "iteration": one, "rate": rate}
         found[name]["config"] = config_of(shape).to_diff_dict()
     if not given.tiny:

@@ -42,10 +42,11 @@ def config_of(shape):
     )
 
 
-def random_model(shape, folder, dtype=torch.float32):
+def random_model(shape, folder, dtype=torch.float32, device="cpu"):
     """Write the model with the built-in tokenizer, whose ids are the first few hundred."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config_of(shape))
+    with torch.device(device):
+        model = LlamaForCausalLM(config_of(shape))
     with torch.no_grad():  # std of a logit is |norm weight| * sqrt(hidden) * std of the embedding
         model.model.norm.weight.fill_(SPREAD / (shape.hidden**0.5 * 0.02))
     model.to(dtype).save_pretrained(folder)

@@ -287,6 +287,7 @@ NEUTRAL = {
     "micro_tokens": {"micro_tokens": 30},
     "engine.slots": {"engine": {"slots": 2}},
     "engine.kind": {"engine": {"kind": "transformers"}},
+    "engine.cuda_graphs": {"engine": {"cuda_graphs": False}},
     "threads": {"threads": torch.get_num_threads()},
     "deterministic": {"deterministic": True},
     "optim.spike_z": {"optim": {"spike_z": 6.0}},

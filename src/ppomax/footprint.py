@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ppomax.errors import ModelError
-from ppomax.models.logprobs import CHUNK_ELEMENTS
+from ppomax.models.logprobs import chunk_elements
 from ppomax.models.lora import LoraSettings
 from ppomax.models.names import resolve
 
@@ -119,5 +119,6 @@ def activations_gb(
         held = 4 * shape.hidden * layers + 2 * layer  # the inputs; one layer is made anew
         casts //= max(1, layers)
     once = (casts if compute != torch.float32 else 0) + (4 * shape.embedding if trained else 0)
-    logits = 3 * 4 * min(tokens * shape.vocab, CHUNK_ELEMENTS)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logits = 3 * 4 * min(tokens * shape.vocab, chunk_elements(device))
     return (tokens * held + once + logits) / GB

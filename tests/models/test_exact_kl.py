@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from ppomax.models import exact_kl
+from ppomax.models import exact_kl, logprobs
 from ppomax.models.exact_kl import TargetStates, categorical_kl, token_kl
 
 VOCAB, HIDDEN, TOKENS = 37, 11, 9
@@ -29,7 +29,7 @@ def definition(own, reference, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("rows", [1, 4, 100])
 def test_values_and_gradients_are_the_definition_s_for_any_chunk(rows, temperature, monkeypatch):
-    monkeypatch.setattr(exact_kl, "CHUNK_ELEMENTS", rows * VOCAB)
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", rows * VOCAB)
     own, reference = problem()
     own = TargetStates(*(x.clone().requires_grad_() for x in own))
     reference = TargetStates(*(x.clone().requires_grad_() for x in reference))
@@ -86,7 +86,7 @@ def test_the_temperature_is_one_unless_said():
 )
 def test_no_more_than_a_chunk_is_held_and_never_less_than_a_token(elements, held, monkeypatch):
     seen = []
-    monkeypatch.setattr(exact_kl, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", elements)
     plain = exact_kl.categorical_kl
     monkeypatch.setattr(exact_kl, "categorical_kl", lambda a, b: seen.append(len(a)) or plain(a, b))
     token_kl(*problem())

@@ -3,6 +3,7 @@ from itertools import chain
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -22,7 +23,8 @@ from ppomax.distributed import World
 from ppomax.models.language import LanguageModel
 from ppomax.models.lora import Factors, LoraSettings, add_lora, merged_copy
 from ppomax.models.tiny import tiny_tokenizer
-from ppomax.rollout import EngineSettings, SamplingParams, build_engine, native, sampling
+from ppomax.rollout import EngineSettings, SamplingParams, build_engine, graphs, native, sampling
+from ppomax.rollout.graphs import StepGraphs
 from ppomax.rollout.native import NativeEngine, supports
 from ppomax.rollout.product import pack
 from ppomax.rollout.transformers_engine import TransformersEngine
@@ -150,6 +152,7 @@ def agree(first, second, share=0.99):
 
 
 PARAMS = SamplingParams(max_new_tokens=24)
+NUCLEUS = SamplingParams(temperature=0.9, top_p=0.95, max_new_tokens=24)
 PAPER = SamplingParams(temperature=0.8, top_p=0.9, repetition_penalty=1.1, max_new_tokens=24)
 
 
@@ -335,6 +338,54 @@ def test_fewer_slots_than_prompts_give_the_same_replies(kind, slots, params):
     refilled = engine_of(model, kind, slots=slots).generate(prompts, params, seeds)
     is_well_formed(refilled, params)
     agree(together, refilled)
+
+
+class ReplayedEagerly(StepGraphs):
+    """The fixed shapes of recorded steps, without a device that records."""
+
+    def _record(self, span):
+        found = self.step(self.given, span)
+        flat = tree_leaves(found)
+
+        class Replay:
+            def replay(_):
+                for before, now in zip(flat, tree_leaves(self.step(self.given, span)), strict=True):
+                    if before is not None:
+                        before.copy_(now)
+
+        return Replay(), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [1, 3, 64])
+@pytest.mark.parametrize("params", [PARAMS, PAPER, NUCLEUS], ids=["plain", "paper", "nucleus"])
+def test_steps_of_fixed_shape_give_the_same_replies(monkeypatch, slots, params):
+    monkeypatch.setattr(graphs, "SPAN", 8)
+    monkeypatch.setattr(sampling, "CANDIDATES", 16)
+    model, prompts, seeds = make("llama"), prompts_of(40), seeds_of(40)
+    engine, made = engine_of(model, slots=slots), []
+    before = engine.generate(prompts, params, seeds)
+    plain = engine._stepper
+
+    def stepper(slots, cache, params):
+        step = plain(slots, cache, params)
+        made.append(ReplayedEagerly(step, slots, cache.cos.shape[0], CPU))
+        return made[-1]
+
+    monkeypatch.setattr(engine, "_stepper", stepper)
+    fixed = engine.generate(prompts, params, seeds)
+    is_well_formed(fixed, params)
+    agree(before, fixed)
+    [steps] = made
+    assert 3 <= len(steps.graphs) <= 6, "one for every span of 8 positions up to 44"
+
+
+@pytest.mark.parametrize(
+    ("needed", "length", "span"), [(1, 300, 64), (64, 300, 64), (65, 300, 128), (290, 300, 300)]
+)
+def test_a_span_holds_what_is_needed_and_no_more_than_the_cache(needed, length, span, monkeypatch):
+    monkeypatch.setattr(graphs, "SPAN", 64)
+    assert graphs.span_of(needed, length) == span
 
 
 @pytest.mark.slow

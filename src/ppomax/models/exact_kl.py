@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ppomax.models.logprobs import CHUNK_ELEMENTS
+from ppomax.models.logprobs import chunk_tokens
 
 
 class TargetStates(NamedTuple):
@@ -35,7 +35,7 @@ def token_kl(
         ref_logits = (ref_hidden.to(dtype) @ reference.weight.to(dtype).T).float() / temperature
         return categorical_kl(logits, ref_logits)
 
-    size = max(1, CHUNK_ELEMENTS // len(own.weight))
+    size = chunk_tokens(own.weight)
     with torch.autocast(device, enabled=False):
         parts = [
             checkpoint(

@@ -12,6 +12,8 @@ from torch import Tensor
 
 CHUNK_ELEMENTS = 2**22
 """Logits held at once: 16 MB in fp32, so that a chunk's passes stay in cache on a CPU."""
+CUDA_CHUNK_ELEMENTS = 2**26
+"""The same on CUDA, where few large kernels are sooner done than many small ones."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -50,8 +52,14 @@ def token_logprobs(
     return TokenLogprobs(*outputs)
 
 
-def _chunk(vocab: int) -> int:
-    return max(1, CHUNK_ELEMENTS // vocab)
+def chunk_elements(device: str) -> int:
+    """Logits held at once on a device of this type."""
+    return CUDA_CHUNK_ELEMENTS if device == "cuda" else CHUNK_ELEMENTS
+
+
+def chunk_tokens(weight: Float[Tensor, "vocab hidden"]) -> int:
+    """Tokens whose logits are made at once."""
+    return max(1, chunk_elements(weight.device.type) // len(weight))
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -68,7 +76,7 @@ class _TokenLogprobs(torch.autograd.Function):
         want_entropy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Fill the outputs chunk by chunk; only hidden states and normalisers are kept."""
-        count, size = len(targets), _chunk(len(weight))
+        count, size = len(targets), chunk_tokens(weight)
         logprobs = torch.empty(count, dtype=torch.float32, device=hidden.device)
         normalisers, plain = torch.empty_like(logprobs), torch.empty_like(logprobs)
         entropy = torch.zeros_like(logprobs)
@@ -101,7 +109,7 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         """Softmax gradients, logits made anew; passes over the vocabulary are in place."""
         hidden, weight, targets, normalisers, entropy = ctx.saved_tensors
-        count, size = len(targets), _chunk(len(weight))
+        count, size = len(targets), chunk_tokens(weight)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None

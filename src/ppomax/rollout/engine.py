@@ -24,6 +24,9 @@ class EngineSettings(Settings):
     needs the extra of its name."""
     slots: int = Field(64, ge=1)
     """Replies written side by side; finished ones leave and waiting prompts take their place."""
+    cuda_graphs: bool = True
+    """On CUDA the native engine records its decoding steps and replays them: the same kernels, one
+    launch a step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ share is computed once. The residual stream, norms, softmax and log-probs are fp
 run in the compute dtype, as in training under autocast.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from transformers import PreTrainedModel
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World
 from ppomax.rollout.engine import EngineSettings, Rollout, check_prompts
-from ppomax.rollout.sampling import SamplingParams, sample
+from ppomax.rollout.graphs import Found, StepGraphs
+from ppomax.rollout.sampling import Draft, SamplingParams, draft, sample, settle
 from ppomax.rollout.stops import StopStrings
 from ppomax.rollout.weights import Layer, Weights, take_weights
 
@@ -53,6 +55,11 @@ class Reply:
     """Index of the first reply with the same prompt."""
     ids: list[int]
     logprobs: list[float]
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, the prompt's included."""
+        return len(self.prompt) + len(self.ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,20 +182,36 @@ class NativeEngine:
         last = (lengths.cumsum(0) - 1).to(self.device)[which]
         return self._logits(x[last])
 
-    def _decode(self, tokens: list[int], lengths: list[int], cache: Cache) -> Tensor:
+    def _stepper(
+        self, slots: int, cache: Cache, params: SamplingParams
+    ) -> Callable[[Tensor, int], Found]:
+        """What decodes, `Step` in the words of graphs.py; on CUDA recorded and replayed."""
+
+        def step(given: Tensor, span: int) -> Found:
+            tokens, positions, seeds, steps = given
+            logits = self._decode(tokens, positions, span, cache)
+            if params.repetition_penalty is not None:
+                return logits  # what it counts grows from step to step
+            return draft(logits, seeds, steps, params)
+
+        if self.device.type == "cuda" and self.settings.cuda_graphs:
+            return StepGraphs(step, slots, cache.cos.shape[0], self.device)
+        return step
+
+    def _decode(self, tokens: Tensor, positions: Tensor, span: int, cache: Cache) -> Tensor:
         """One step of slots 0..n-1; logits [n, vocab].
 
         Args:
-            tokens: each reply's newest.
-            lengths: the positions they go to.
+            tokens: each slot's newest, [n].
+            positions: where they go, [n].
+            span: positions of the cache to attend to; those beyond a slot's own are masked.
         """
-        count, longest = len(tokens), max(lengths) + 1
+        count = len(tokens)
         heads = count * self.kv_heads
         rows = torch.arange(count, device=self.device)
-        positions = torch.tensor(lengths, device=self.device)
-        x = F.embedding(torch.tensor(tokens, device=self.device), self.weights.embedding).float()
+        x = F.embedding(tokens, self.weights.embedding).float()
         cos, sin = cache.cos[positions], cache.sin[positions]
-        beyond = torch.arange(longest, device=self.device) > positions[:, None]
+        beyond = torch.arange(span, device=self.device) > positions[:, None]
         mask = torch.zeros(beyond.shape, dtype=self.dtype, device=self.device)
         mask.masked_fill_(beyond, float("-inf"))
         mask = mask.repeat_interleave(self.kv_heads, 0)[:, None]
@@ -197,10 +220,10 @@ class NativeEngine:
             keys[rows, :, positions], values[rows, :, positions] = k, v
             # query heads that share keys are the rows of one product over contiguous slices
             q = q.reshape(heads, -1, self.head_dim)
-            past = keys.view(-1, *keys.shape[2:])[:heads, :longest].transpose(1, 2)
+            past = keys.view(-1, *keys.shape[2:])[:heads, :span].transpose(1, 2)
             scores = torch.baddbmm(mask, q, past, alpha=self.head_dim**-0.5)
             shares = scores.softmax(-1, dtype=torch.float32).to(self.dtype)
-            mixed = torch.bmm(shares, values.view(-1, *values.shape[2:])[:heads, :longest])
+            mixed = torch.bmm(shares, values.view(-1, *values.shape[2:])[:heads, :span])
             x = self._finish(layer, x, mixed.view(count, -1))
         return self._logits(x)
 
@@ -252,27 +275,28 @@ class NativeEngine:
         """Write all replies, those with the longest prompts first; at most `slots` at a time."""
         waiting = sorted(replies, key=lambda reply: (-len(reply.prompt), reply.group, reply.index))
         active: list[Reply] = []
-        refill = max(1, slots // 8)
+        refill, step = max(1, slots // 8), self._stepper(slots, cache, params)
         while active or waiting:
             free = slots - len(active)
             if waiting and (free >= refill or len(waiting) <= free):
                 stepping = self._take(waiting, free)
-                logits = self._prefill(stepping, cache, len(active))
+                found: Found = self._prefill(stepping, cache, len(active))
                 active += stepping
             else:
                 stepping = active
-                logits = self._decode(
-                    [reply.ids[-1] for reply in active],
-                    [len(reply.prompt) + len(reply.ids) - 1 for reply in active],
-                    cache,
-                )
-            self._extend(stepping, logits, params)
+                given = [
+                    (reply.ids[-1], reply.length - 1, reply.seed, len(reply.ids))
+                    for reply in active
+                ]
+                columns = torch.tensor(given, device=self.device).T
+                found = step(columns, max(reply.length for reply in active))
+            self._extend(stepping, found, params)
             for slot in reversed(range(len(active))):
                 reply = active[slot]
                 ended = reply.ids[-1] in self.template.end_ids or self.stops.hit(
                     reply.ids, params.stop
                 )
-                full = len(reply.prompt) + len(reply.ids) >= self.max_positions
+                full = reply.length >= self.max_positions
                 if ended or full or len(reply.ids) >= params.max_new_tokens:
                     finished[reply.index] = ended
                     self._leave(active, slot, cache)
@@ -289,30 +313,36 @@ class NativeEngine:
             taken.append(waiting.pop(0))
         return taken
 
-    def _extend(self, replies: list[Reply], logits: Tensor, params: SamplingParams) -> None:
-        """Draw one token for each reply."""
+    def _extend(self, replies: list[Reply], found: Found, params: SamplingParams) -> None:
+        """Draw one token for each reply, as far as the step has not."""
         seeds = torch.tensor([reply.seed for reply in replies], device=self.device)
         steps = torch.tensor([len(reply.ids) for reply in replies], device=self.device)
-        past = None
-        if params.repetition_penalty is not None:
-            longest = max(len(reply.ids) for reply in replies)
-            past = torch.tensor(
-                [reply.ids + [-1] * (longest - len(reply.ids)) for reply in replies],
-                dtype=torch.long,
-                device=self.device,
-            ).view(len(replies), longest)
-        draw = sample(logits, seeds, steps, params, past)
+        if isinstance(found, Draft):
+            draw = settle(found, seeds, steps, params)
+        else:
+            draw = sample(found, seeds, steps, params, self._past(replies, params))
         for reply, token, logprob in zip(
             replies, draw.tokens.tolist(), draw.logprobs.tolist(), strict=True
         ):
             reply.ids.append(token)
             reply.logprobs.append(logprob)
 
+    def _past(self, replies: list[Reply], params: SamplingParams) -> Tensor | None:
+        """What the replies hold, where that is penalised; -1 where one is shorter than another."""
+        if params.repetition_penalty is None:
+            return None
+        longest = max(len(reply.ids) for reply in replies)
+        return torch.tensor(
+            [reply.ids + [-1] * (longest - len(reply.ids)) for reply in replies],
+            dtype=torch.long,
+            device=self.device,
+        ).view(len(replies), longest)
+
     def _leave(self, active: list[Reply], slot: int, cache: Cache) -> None:
         """Free a slot: the last active reply moves into it."""
         last = len(active) - 1
         if slot != last:
-            used = len(active[last].prompt) + len(active[last].ids)
+            used = active[last].length
             for each in (*cache.keys, *cache.values):
                 each[slot, :, :used] = each[last, :, :used]
             active[slot] = active[last]

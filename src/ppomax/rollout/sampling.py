@@ -65,6 +65,22 @@ class Draw(NamedTuple):
     """Under the distribution they were drawn from."""
 
 
+class Draft(NamedTuple):
+    """Draws among the most likely tokens, and what tells whether another could have been drawn."""
+
+    logits: Float[Tensor, "batch vocab"]
+    """Over the temperature."""
+    normaliser: Float[Tensor, " batch"]
+    ids: Int[Tensor, "batch candidates"]
+    draw: Draw
+    open: Bool[Tensor, " batch"]
+    """Where `settle` has to look beyond the candidates."""
+    best: Float[Tensor, " batch"] | None = None
+    """The largest perturbed logit of a candidate, where all tokens take part."""
+    noise: Float[Tensor, " batch"] | None = None
+    """Of the mass beyond the candidates, likewise."""
+
+
 def sample(
     logits: Float[Tensor, "batch vocab"],
     seeds: Int[Tensor, " batch"],
@@ -82,9 +98,25 @@ def sample(
     """
     if params.repetition_penalty is not None and generated is not None:
         logits = penalise(logits, generated, params.repetition_penalty)
+    return settle(draft(logits, seeds, steps, params), seeds, steps, params)
+
+
+def draft(
+    logits: Float[Tensor, "batch vocab"],
+    seeds: Int[Tensor, " batch"],
+    steps: Int[Tensor, " batch"],
+    params: SamplingParams,
+) -> Draft:
+    """Draw among the candidates: the part whose kernels do not hang on what is drawn.
+
+    Nothing waits for the device here, so that a CUDA graph can hold it. The penalty on repetitions
+    comes before.
+    """
     if params.temperature == 0:
         tokens = logits.argmax(1)  # two log-probs may round to one number
-        return Draw(tokens, torch.log_softmax(logits, 1).gather(1, tokens[:, None]).squeeze(1))
+        logprobs = torch.log_softmax(logits, 1).gather(1, tokens[:, None]).squeeze(1)
+        settled = torch.zeros_like(tokens, dtype=torch.bool)
+        return Draft(logits, logprobs, tokens[:, None], Draw(tokens, logprobs), settled)
     if params.temperature != 1:
         logits = logits / params.temperature
     count = min(CANDIDATES, logits.shape[1])
@@ -93,35 +125,49 @@ def sample(
     values, ids = most_likely(logits, count)
     normaliser = logits.logsumexp(1)
     if params.top_p is None and params.min_p is None and params.top_k is None:
-        return _draw_plain(logits, values, ids, normaliser, seeds, steps)
+        return _draft_plain(logits, values, ids, normaliser, seeds, steps)
     keep = _nucleus(values, normaliser, params)
     draw = _draw_kept(values, ids, keep, seeds, steps)
-    if params.top_k is None:
-        _widen(draw, keep, logits, normaliser, seeds, steps, params)
-    return draw
+    whole = params.top_k is not None or count == logits.shape[1]
+    beyond = torch.zeros_like(keep[:, -1]) if whole else keep[:, -1]
+    return Draft(logits, normaliser, ids, draw, beyond)
+
+
+def settle(
+    drafted: Draft,
+    seeds: Int[Tensor, " batch"],
+    steps: Int[Tensor, " batch"],
+    params: SamplingParams,
+) -> Draw:
+    """The draft, drawn again in place where the tokens beyond its candidates have a say."""
+    if params.temperature == 0 or params.top_k is not None:
+        return drafted.draw
+    rows = torch.nonzero(drafted.open).flatten()
+    if drafted.best is None:
+        _widen(drafted, rows, seeds, steps, params)
+    else:
+        _draw_beyond(drafted, rows, seeds, steps)
+    return drafted.draw
 
 
 def _widen(
-    draw: Draw,
-    keep: Bool[Tensor, "batch candidates"],
-    logits: Float[Tensor, "batch vocab"],
-    normaliser: Float[Tensor, " batch"],
+    drafted: Draft,
+    rows: Int[Tensor, " open"],
     seeds: Int[Tensor, " batch"],
     steps: Int[Tensor, " batch"],
     params: SamplingParams,
 ) -> None:
-    """Draw again, into `draw`, for replies whose nucleus may go beyond the candidates."""
-    rows, vocab = torch.arange(len(keep), device=keep.device), logits.shape[1]
-    while keep.shape[1] < vocab:
-        wide = keep[:, -1]
-        rows = rows[wide]
-        if not len(rows):
-            return
-        values, ids = most_likely(logits[rows], min(keep.shape[1] * WIDER, vocab))
+    """Draw again for replies whose nucleus may go beyond the candidates."""
+    logits, normaliser, draw = drafted.logits, drafted.normaliser, drafted.draw
+    count, vocab = drafted.ids.shape[1], logits.shape[1]
+    while len(rows) and count < vocab:
+        count = min(count * WIDER, vocab)
+        values, ids = most_likely(logits[rows], count)
         keep = _nucleus(values, normaliser[rows], params)
         draw.tokens[rows], draw.logprobs[rows] = _draw_kept(
             values, ids, keep, seeds[rows], steps[rows]
         )
+        rows = rows[keep[:, -1]]
 
 
 def most_likely(
@@ -190,30 +236,46 @@ def _draw_kept(
     return Draw(ids.gather(1, place).squeeze(1), logprobs)
 
 
-def _draw_plain(
+def _draft_plain(
     logits: Float[Tensor, "batch vocab"],
     values: Float[Tensor, "batch candidates"],
     ids: Int[Tensor, "batch candidates"],
     normaliser: Float[Tensor, " batch"],
     seeds: Int[Tensor, " batch"],
     steps: Int[Tensor, " batch"],
-) -> Draw:
-    """An exact draw from softmax(logits): candidates one by one, the tail as one."""
+) -> Draft:
+    """A draw from softmax(logits): candidates one by one, the tail as one, here only weighed."""
     noisy = values.double() + gumbel(seeds, steps, ids)
     best, place = noisy.max(1)
     tokens = ids.gather(1, place[:, None]).squeeze(1)
-    if ids.shape[1] < logits.shape[1]:
-        inside = (values.double() - normaliser.double()[:, None]).exp().sum(1)
-        rounding = 1e-5 + 1e-6 * normaliser.double().abs()  # above that of an fp32 normaliser
-        most = normaliser.double() + (1 - inside + rounding).clamp(min=0).log()
-        noise = gumbel(seeds, steps, torch.full_like(ids[:, :1], _TAIL_ID)).squeeze(1)
-        for rows in torch.split(torch.nonzero(most + noise > best).flatten(), TAIL_ROWS):
-            rest = logits[rows].double().scatter(1, ids[rows], float("-inf"))
-            wins = rest.logsumexp(1) + noise[rows] > best[rows]
-            every = torch.arange(rest.shape[1], device=ids.device)[None]
-            rest += gumbel(seeds[rows], steps[rows], every, stream=_TAIL_STREAM)
-            tokens[rows] = torch.where(wins, rest.argmax(1), tokens[rows])
-    return Draw(tokens, logits.gather(1, tokens[:, None]).squeeze(1) - normaliser)
+    draw = Draw(tokens, logits.gather(1, tokens[:, None]).squeeze(1) - normaliser)
+    noise = gumbel(seeds, steps, torch.full_like(ids[:, :1], _TAIL_ID)).squeeze(1)
+    if ids.shape[1] == logits.shape[1]:
+        return Draft(logits, normaliser, ids, draw, torch.zeros_like(best > 0), best, noise)
+    inside = (values.double() - normaliser.double()[:, None]).exp().sum(1)
+    rounding = 1e-5 + 1e-6 * normaliser.double().abs()  # above that of an fp32 normaliser
+    most = normaliser.double() + (1 - inside + rounding).clamp(min=0).log()
+    return Draft(logits, normaliser, ids, draw, most + noise > best, best, noise)
+
+
+def _draw_beyond(
+    drafted: Draft,
+    open_rows: Int[Tensor, " open"],
+    seeds: Int[Tensor, " batch"],
+    steps: Int[Tensor, " batch"],
+) -> None:
+    """Where the tail's variable is the largest, a draw from the tail."""
+    logits, normaliser, ids, draw, _, best, noise = drafted
+    assert best is not None
+    assert noise is not None
+    for rows in torch.split(open_rows, TAIL_ROWS):
+        rest = logits[rows].double().scatter(1, ids[rows], float("-inf"))
+        wins = rest.logsumexp(1) + noise[rows] > best[rows]
+        every = torch.arange(rest.shape[1], device=ids.device)[None]
+        rest += gumbel(seeds[rows], steps[rows], every, stream=_TAIL_STREAM)
+        tokens = torch.where(wins, rest.argmax(1), draw.tokens[rows])
+        draw.tokens[rows] = tokens
+        draw.logprobs[rows] = logits[rows, tokens] - normaliser[rows]
 
 
 def gumbel(
