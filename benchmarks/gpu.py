@@ -1,6 +1,6 @@
 """On one CUDA device: rollout against `transformers` generate, PPO iteration, MFU, memory.
 
-    python benchmarks/gpu.py [--shapes 1.5B 7B] [--peak 989] [--eager] [--tiny]
+    python benchmarks/gpu.py [--shapes 1.5B 7B] [--peak 989] [--eager] [--rollout] [--tiny]
 
 Llama shapes with random weights, bfloat16. Rollout: 64 prompts of 128 tokens, 256 new tokens each,
 the native engine (with `--eager` also without CUDA graphs) and generate in turn. Iteration: 1.5B as
@@ -117,6 +117,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peak", type=float, default=989.0, help="TFLOP/s of the device")
     parser.add_argument("--eager", action="store_true", help="the engine without CUDA graphs too")
+    parser.add_argument("--rollout", action="store_true", help="the rollout alone")
     parser.add_argument("--tiny", action="store_true", help="on the CPU, to try the script")
     given = parser.parse_args()
     if not (torch.cuda.is_available() or given.tiny):
@@ -137,7 +138,16 @@ def main():
                 torch.cuda.empty_cache()
             squares = () if given.tiny else shape.products(8192)
             rate = matmul_rate(given.dtype, squares, device=given.device, small=given.tiny)
-            one = iteration(name, folder, given)
+            one = None if given.rollout else iteration(name, folder, given)
+        ratio = speed["native"]["median"] / speed["generate"]["median"]
+        print(f"{name}: native writes {ratio:.2f} times the tokens of generate in the same time")
+        for program, found_speed in speed.items():
+            print(f"{name}: {program} {text(found_speed, 'tok/s', 0)}")
+        found[name] = {"rollout": speed, "ratio": ratio, "rate": rate}
+        found[name]["config"] = config_of(shape).to_diff_dict()
+        if one is None:
+            continue
+        found[name]["iteration"] = one
         flops = iteration_flops(shape, *given.sizes)
         one["flops"], median = flops["whole"], one["seconds"]["median"]
         one["mfu"] = flops["whole"] / median / (given.peak * 1e12)
@@ -145,16 +155,10 @@ def main():
         one["mfu_of"] = {
             phase: flops[phase] / one[phase]["median"] / (given.peak * 1e12) for phase in PHASES
         }
-        ratio = speed["native"]["median"] / speed["generate"]["median"]
-        print(f"{name}: native writes {ratio:.2f} times the tokens of generate in the same time")
-        for program, found_speed in speed.items():
-            print(f"{name}: {program} {text(found_speed, 'tok/s', 0)}")
         print(f"{name}: iteration {text(one['seconds'])}, MFU {one['mfu']:.1%}", end=", ")
         print(f"{one['of_matmul_rate']:.0%} of the matrix rate, peak {one['peak_gb']:.1f} GB")
         for phase in PHASES:
             print(f"{name}: {phase} {text(one[phase])}, MFU {one['mfu_of'][phase]:.1%}")
-        found[name] = {"rollout": speed, "ratio": ratio, "iteration": one, "rate": rate}
-        found[name]["config"] = config_of(shape).to_diff_dict()
     if not given.tiny:
         write_result("gpu", {"sizes": given.sizes, "shapes": found})
 
