@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT ?= runs/demo
 
-.PHONY: demo smoke test check lint fast setup bench mutate crash faults endurance docs clean help
+.PHONY: demo smoke test check lint fast gpu setup bench mutate crash faults endurance docs clean help
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -39,6 +39,9 @@ lint: $(READY)
 
 fast: $(READY) ## tests of less than a second
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu'
+
+gpu: $(READY) ## tests on a CUDA device
+	$(BIN)/python -m pytest -m gpu tests/rollout/test_cuda.py
 
 mutate: $(READY) ## break the mathematics on purpose and see the tests fail
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutate.py

@@ -38,6 +38,12 @@ _hook = install_import_hook(_MATHS, "beartype.beartype")
 PRELOADED = ["ppomax.cli", "ppomax.pipeline", "transformers.models.llama.modeling_llama", "peft"]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A CUDA device is for the tests that ask for one (`make gpu`); the others know the CPU's."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that no process is left alone with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}

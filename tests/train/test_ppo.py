@@ -458,12 +458,16 @@ def test_a_critic_from_the_reward_model_starts_in_units_of_normalised_scores(sma
     from ppomax.distributed import World
 
     here = World(0, 1, torch.device("cpu"))
-    std = json.loads((Path(small_reward) / "reward_card.json").read_text())["score_std"]
-    head = load_reward_model(small_reward).score.weight
-    scaled = ppo_state.load_actors(small("ppo", Path("x")), here).critic.model.score.weight
-    torch.testing.assert_close(scaled, head / std)
-    raw = small("ppo", Path("x"), {"reward": {"normalise": None}})
-    torch.testing.assert_close(ppo_state.load_actors(raw, here).critic.model.score.weight, head)
+    card = json.loads((Path(small_reward) / "reward_card.json").read_text())
+    judge, ids = load_reward_model(small_reward), torch.arange(4, 24)[None]
+    for normalise, wanted in (
+        ("standardize", (judge.values(ids) - card["score_mean"]) / card["score_std"]),
+        ("scale", judge.values(ids) / card["score_std"]),
+        (None, judge.values(ids)),
+    ):
+        config = small("ppo", Path("x"), {"reward": {"normalise": normalise}})
+        critic = ppo_state.load_actors(config, here).critic.model
+        torch.testing.assert_close(critic.values(ids), wanted, rtol=1e-4, atol=1e-5)
 
 
 EXTREMES = {

@@ -17,7 +17,7 @@ from ppomax.distributed import World
 from ppomax.errors import ConfigError, ModelError, TrainingError
 from ppomax.experience import FixedKL
 from ppomax.models.ensembles import members
-from ppomax.models.export import RewardCard, export_reward
+from ppomax.models.export import RewardCard, export_reward, read_reward_card
 from ppomax.models.heads import ScalarModel
 from ppomax.models.load import load_policy, load_tokenizer
 from ppomax.models.tiny import tiny_model, tiny_tokenizer
@@ -218,16 +218,23 @@ def test_a_member_that_is_not_there_is_named(judges, tmp_path):
 @pytest.mark.slow
 def test_the_critic_starts_from_the_first_reward_model_in_its_units(small, judges):
     head = load_file(judges / "rm0" / "model.safetensors")["score.weight"]
-    for reward, expected in (
-        ({"model": str(judges / "both")}, head / 2.0),
-        ({"model": str(judges / "both"), "normalise": None}, head / 2.0),
-        ({"models": [str(judges / "rm0"), str(judges / "rm1")], "normalise": None}, head),
-        ({"models": [str(judges / "rm0"), str(judges / "rm1")]}, head / 2.0),
+    two = [str(judges / "rm0"), str(judges / "rm1")]
+    card = read_reward_card(judges / "rm0")
+    assert card.score_std == 2.0
+    assert card.score_mean != 0
+    mean = card.score_mean / 2.0
+    for reward, expected, offset in (
+        ({"model": str(judges / "both")}, head / 2.0, mean),
+        ({"model": str(judges / "both"), "normalise": None}, head / 2.0, mean),
+        ({"models": two, "normalise": None}, head, 0.0),
+        ({"models": two}, head / 2.0, mean),
+        ({"models": two, "normalise": "scale"}, head / 2.0, 0.0),
     ):
         config = small("ppo", Path("x"))
         config = config.model_copy(update={"reward": parse(RewardSettings, reward)})
-        found = load_actors(config, HERE).critic.model.score.weight
-        torch.testing.assert_close(found.detach(), expected)
+        critic = load_actors(config, HERE).critic.model
+        torch.testing.assert_close(critic.score.weight.detach(), expected)
+        assert critic.offset == offset
 
 
 # --- models with words of their own

@@ -105,6 +105,8 @@ class ScalarModel(nn.Module):
         self.score = score
         self.lm_head = lm_head
         """Kept only where the model's unembedding is not its embedding."""
+        self.offset = 0.0
+        """Taken from every number; a critic's alone, and never saved."""
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -162,6 +164,8 @@ class ScalarModel(nn.Module):
         )
         with torch.autocast(hidden.device.type, enabled=False):
             values = F.linear(hidden.float(), self.score.weight.float()).squeeze(-1)
+        if self.offset:
+            values = values - self.offset
         return ScalarOutput(values=values, hidden=hidden)
 
     def hidden(

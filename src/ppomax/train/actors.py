@@ -138,17 +138,19 @@ def _load_critic(
     rewards: RewardSources,
 ) -> ScalarModel:
     source = {"policy": config.model}.get(str(config.critic), str(config.critic))
-    standardized = False
+    scaled = shifted = False
     if config.critic == "reward":
         source = members(config.reward.all_models[0].model)[0]
-        standardized = config.reward.normalise is not None or len(rewards.panels[0].judges) > 1
+        panel = len(rewards.panels[0].judges) > 1  # its members are standardized by their cards
+        scaled = panel or config.reward.normalise is not None
+        shifted = panel or config.reward.normalise == "standardize"
     elif config.critic != "policy":
         check_tokenizer("ppo.critic", source, config, tokenizer)
     critic = load_value_model(
         source, dtype=dtype, seed=config.seed, trust_remote_code=config.trust_remote_code
     )
-    if standardized:
-        _rescale(critic, Path(source))
+    if scaled:
+        _rescale(critic, Path(source), shifted=shifted)
     if config.lora:
         frozen = config.freeze_layers or 0
         add_lora(critic, config.lora, config.seed + 1, freeze_layers=frozen)
@@ -156,11 +158,15 @@ def _load_critic(
 
 
 @torch.no_grad()
-def _rescale(critic: ScalarModel, source: Path) -> None:
+def _rescale(critic: ScalarModel, source: Path, *, shifted: bool) -> None:
     """Start a critic made from a reward model in the units of normalised scores (ours).
 
-    PPO's rewards are scores over their std; the reward model's card says what that is. Without this
-    the critic's first predictions are several times too large and pre-training is spent on it.
+    PPO's rewards are scores less their mean, over their std; the reward model's card says what
+    these are. Without this the critic's first predictions are off by several std, and its
+    pre-training is spent on that.
     """
     if (source / REWARD_CARD_FILE).exists():
-        critic.score.weight /= max(read_reward_card(source).score_std, 1e-6)
+        card = read_reward_card(source)
+        std = max(card.score_std, 1e-6)
+        critic.score.weight /= std
+        critic.offset = card.score_mean / std if shifted else 0.0
