@@ -156,7 +156,7 @@ def label(rows):
 def replay(path):
     """The detector's score held for `patience` rows, over the rows of a run.
 
-    It learns what the run's own did: the critic's rollouts, then the SFT model's held-out replies.
+    It learns what the run's own did: the SFT model's held-out replies, then the critic's rollouts.
     """
     from ppomax.collapse import CollapseDetector, DetectorSettings
 
@@ -165,7 +165,7 @@ def replay(path):
     rows, first = lines(path / "metrics.jsonl"), lines(path / "heldout.jsonl")[0]
     if "baseline" not in first:
         raise SystemExit(f"{path}: heldout.jsonl does not say what the detector learned; run again")
-    for row in [row for row in rows if row["stage"] == "critic"] + first["baseline"]:
+    for row in first["baseline"] + [row for row in rows if row["stage"] == "critic"]:
         detector.learn(row)
     found, recent = [], []
     for row in [row for row in rows if row["stage"] == "ppo"]:

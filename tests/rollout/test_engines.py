@@ -329,11 +329,12 @@ def test_a_longer_limit_only_adds_to_a_reply(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["native", "transformers"])
-@pytest.mark.parametrize("slots", [1, 3, 8, 17])
+@pytest.mark.parametrize(
+    ("kind", "slots"), [("native", 1), ("native", 8), ("native", 17), ("transformers", 8)]
+)
 @pytest.mark.parametrize("params", [PARAMS, PAPER], ids=["plain", "paper"])
 def test_fewer_slots_than_prompts_give_the_same_replies(kind, slots, params):
-    model, prompts, seeds = make("qwen2"), prompts_of(40), seeds_of(40)
+    model, prompts, seeds = make("qwen2"), prompts_of(24), seeds_of(24)
     together = engine_of(model, kind, slots=64).generate(prompts, params, seeds)
     refilled = engine_of(model, kind, slots=slots).generate(prompts, params, seeds)
     is_well_formed(refilled, params)
@@ -357,12 +358,12 @@ class ReplayedEagerly(StepGraphs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slots", [1, 3, 64])
+@pytest.mark.parametrize("slots", [5, 64])
 @pytest.mark.parametrize("params", [PARAMS, PAPER, NUCLEUS], ids=["plain", "paper", "nucleus"])
 def test_steps_of_fixed_shape_give_the_same_replies(monkeypatch, slots, params):
     monkeypatch.setattr(graphs, "SPAN", 8)
     monkeypatch.setattr(sampling, "CANDIDATES", 16)
-    model, prompts, seeds = make("llama"), prompts_of(40), seeds_of(40)
+    model, prompts, seeds = make("llama"), prompts_of(24), seeds_of(24)
     engine, made = engine_of(model, slots=slots), []
     before = engine.generate(prompts, params, seeds)
     plain = engine._stepper
@@ -488,12 +489,12 @@ def margin(model, ids, seed, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slots", [3, 8, 64])
+@pytest.mark.parametrize("slots", [8, 64])
 @pytest.mark.parametrize("params", [PARAMS, PAPER], ids=["plain", "paper"])
 def test_replies_to_one_prompt_are_those_of_prompts_computed_one_by_one(slots, params):
     model, few = make("qwen3"), prompts_of(6)
     prompts = [few[i % 6] for i in range(20)] + [few[0]] * 4
-    alone = engine_of(model, slots=1).generate(prompts, params, seeds_of(24))
+    alone = engine_of(model, slots=2).generate(prompts, params, seeds_of(24))
     shared = engine_of(model, slots=slots).generate(prompts, params, seeds_of(24))
     agree(alone, shared)
     assert len({tuple(reply) for reply in shared.responses}) > 20
@@ -644,20 +645,21 @@ def test_sync_takes_over_every_changed_weight(kind, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["native", "transformers"])
 def test_each_single_weight_counts(kind):
-    model = make("qwen3")
+    model, prompts, seeds = make("qwen3"), prompts_of(3), seeds_of(3)
+    few = SamplingParams(max_new_tokens=3)
     engine = engine_of(model, kind)
-    before = engine.generate(prompts_of(4), PARAMS, seeds_of(4))
+    before = engine.generate(prompts, few, seeds)
     for name, parameter in model.named_parameters():
         kept = parameter.detach().clone()
         with torch.no_grad():
             parameter.mul_(1.7)
         engine.sync(model)
-        after = engine.generate(prompts_of(4), PARAMS, seeds_of(4))
+        after = engine.generate(prompts, few, seeds)
         assert after.logprobs != before.logprobs, name
         with torch.no_grad():
             parameter.copy_(kept)
     engine.sync(model)
-    assert engine.generate(prompts_of(4), PARAMS, seeds_of(4)) == before
+    assert engine.generate(prompts, few, seeds) == before
 
 
 @pytest.mark.slow

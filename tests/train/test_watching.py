@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ppomax.checkpoint import path_of, verify
 from ppomax.data.template import ChatTemplate
 from ppomax.errors import ConfigError
 from ppomax.models.load import load_policy, load_tokenizer
@@ -130,7 +131,7 @@ def test_a_coefficient_of_zero_rises_to_the_least(small, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_killed_after_a_rollback_goes_on_as_if_it_had_not_been(small, tmp_path, monkeypatch):
-    """The state gone back to is from before the SFT model answered the tracked prompts."""
+    """The state gone back to is the critic's, and holds what the detector learned of SFT."""
     monkeypatch.setitem(sys.modules, "tests_second", sys.modules[__name__])
     track = {"every": 1, "callable": "tests_second:second_by_length"}
     change = {
@@ -159,6 +160,10 @@ def test_a_run_killed_after_a_rollback_goes_on_as_if_it_had_not_been(small, tmp_
     assert events(whole, "rollback")[0]["to"] == 0
     tracked = jsonl(killed / "heldout.jsonl")
     assert [row["step"] for row in tracked] == [0, 1, 1, 1]  # SFT once, then three attempts
+    number = events(whole, "rollback")[0]["checkpoint"]
+    state = verify(path_of(whole / "checkpoints", number)).state
+    learned = state["watch"]["detector"]["rows"]
+    assert len(learned) == len(tracked[0]["baseline"]) + 1, "held-out replies, a critic's rollout"
     for row in rows(killed)[1:]:
         pairs = list(
             zip(tracked[row["attempt"] + 1]["seconds"], tracked[0]["seconds"], strict=True)

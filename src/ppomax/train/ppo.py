@@ -21,7 +21,7 @@ from ppomax.train.ppo_export import export
 from ppomax.train.ppo_state import Iteration, PPOState
 from ppomax.train.ppo_step import take_step, texts_beside, updating
 from ppomax.train.prompts import Prompt, reply_seeds
-from ppomax.train.recovery import begin_watch, go_on, judge, track
+from ppomax.train.recovery import begin_watch, go_on, judge, learn_normal, track
 from ppomax.train.stopping import StopAsked
 from ppomax.train.update import update_critic, update_policy
 
@@ -34,6 +34,7 @@ def train_ppo(config: PPOConfig, *, resume: bool = False) -> Path:
     """Run the stage; returns its run directory, with the policy in `export/`."""
     with opened("ppo", config, resume=resume) as run:
         ppo = PPOState(config, run)
+        learn_normal(ppo)
         pretrain_critic(ppo)
         train(ppo)
         export(ppo)

@@ -202,7 +202,7 @@ class PPOState:
         if self.watch is not None:
             self.watch.load_state_dict(state["watch"])
         if self.tracker is not None:
-            self.tracker.sft = state["sft"] or self.tracker.sft  # a state from before it was asked
+            self.tracker.sft = state["sft"]
         self.stopped, self.second = state["stopped"], None
 
     def _tell_notes(self) -> None:

@@ -11,18 +11,26 @@ from ppomax.train.ppo_state import Iteration, PPOState
 from ppomax.train.watching import NUM_SAMPLES, Verdict
 
 
-def begin_watch(ppo: PPOState) -> None:
-    """The SFT model's answers to the tracked prompts, and a state that can be gone back to."""
-    watch, tracker, monitor = ppo.watch, ppo.tracker, ppo.config.monitor
-    if watch is None or monitor is None:
+def learn_normal(ppo: PPOState) -> None:
+    """The SFT model's answers to the tracked prompts, which the detector learns; once a run.
+
+    Before anything is trained, so that every checkpoint, the critic's too, holds what was learned.
+    """
+    watch, tracker = ppo.watch, ppo.tracker
+    if watch is None or tracker is None or tracker.sft is not None:
         return
-    if tracker is not None and tracker.sft is None:
-        found = tracker.answer(ppo.policy)
-        tracker.measure(found)
-        tracker.write(found, ppo.run, 0)
-        for row in found.rows(ppo.config.replies):
-            watch.detector.learn(row)
-    if monitor.action == "rollback" and not watch.green:
+    found = tracker.answer(ppo.policy)
+    tracker.measure(found)
+    tracker.write(found, ppo.run, 0)
+    for row in found.rows(ppo.config.replies):
+        watch.detector.learn(row)
+
+
+def begin_watch(ppo: PPOState) -> None:
+    """Where a run may be rolled back, a state to go back to."""
+    watch, monitor = ppo.watch, ppo.config.monitor
+    wanted = monitor is not None and monitor.action == "rollback"
+    if wanted and watch is not None and not watch.green:
         ppo.save()
 
 
