@@ -160,7 +160,7 @@ def test_what_layers_keep_for_backward_is_what_autograd_holds(compute, shape):
     assert few == pytest.approx(100 * per_token + casts, rel=0.15)
     plan = footprint.activations_gb(100, size, compute, checkpointing=False) * footprint.GB
     gradients = 100 * footprint.kept_bytes(size, compute) + 4 * size.embedding
-    assert plan == pytest.approx(100 * per_token + casts + gradients + 12 * 64 * 100)
+    assert plan == pytest.approx(100 * per_token + casts + gradients + 20 * 64 * 100)
 
 
 def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():

@@ -120,5 +120,6 @@ def activations_gb(
         casts //= max(1, layers)
     once = (casts if compute != torch.float32 else 0) + (4 * shape.embedding if trained else 0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    logits = 3 * 4 * min(tokens * shape.vocab, chunk_elements(device))
+    # backward holds a chunk's logits, slope and gradient, the last chunk's two, and a cast copy
+    logits = 5 * 4 * min(tokens * shape.vocab, chunk_elements(device))
     return (tokens * held + once + logits) / GB

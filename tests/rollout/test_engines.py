@@ -345,12 +345,15 @@ class ReplayedEagerly(StepGraphs):
     """The fixed shapes of recorded steps, without a device that records."""
 
     def _record(self, span):
-        found = self.step(self.given, span)
+        if self.logits is None:
+            self.logits = torch.empty_like(graphs.logits_of(self.step(self.given, span)))
+        found = self._kept(self.step(self.given, span))
         flat = tree_leaves(found)
 
         class Replay:
             def replay(_):
-                for before, now in zip(flat, tree_leaves(self.step(self.given, span)), strict=True):
+                again = tree_leaves(self._kept(self.step(self.given, span)))
+                for before, now in zip(flat, again, strict=True):
                     if before is not None:
                         before.copy_(now)
 

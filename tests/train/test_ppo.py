@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from ppomax.data.template import ChatTemplate
 from ppomax.errors import ConfigError, DataError
+from ppomax.models.export import read_reward_card
 from ppomax.models.language import LanguageModel
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer, load_value_model
 from ppomax.rollout.engine import merge_rollouts
@@ -75,6 +77,8 @@ def test_an_iteration_is_the_papers_arithmetic(small, small_reward, experiences,
     critic = load_value_model(small_reward)
     for model, name in ((policy, "policy"), (critic, "critic")):
         model.load_state_dict(load_file(saved / f"{name}.safetensors"), strict=False)
+    card = read_reward_card(Path(small_reward))
+    critic.offset = card.score_mean / card.score_std
     judge = load_reward_model(small_reward, init_from_lm=False)
     history = torch.cat([e.scored.scores for e in experiences[:2]]).double()
     kls, k3s, totals, nlls, entropies, all_returns, all_values = [], [], [], [], [], [], []
@@ -453,8 +457,6 @@ def test_ppo_raises_a_score_from_a_function(seed, small, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_critic_from_the_reward_model_starts_in_units_of_normalised_scores(small, small_reward):
-    from pathlib import Path
-
     from ppomax.distributed import World
 
     here = World(0, 1, torch.device("cpu"))

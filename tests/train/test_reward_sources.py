@@ -237,6 +237,13 @@ def test_the_critic_starts_from_the_first_reward_model_in_its_units(small, judge
         assert critic.offset == offset
 
 
+def test_a_critic_s_reward_model_may_lie_under_the_home_folder(small, judges, monkeypatch):
+    monkeypatch.setenv("HOME", str(judges))
+    config = small("ppo", Path("x"))
+    config = config.model_copy(update={"reward": parse(RewardSettings, {"model": "~/rm0"})})
+    assert load_actors(config, HERE).critic.model.offset != 0
+
+
 # --- models with words of their own
 
 OTHER_TEMPLATE = (

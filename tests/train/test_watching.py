@@ -12,7 +12,7 @@ from ppomax.checkpoint import path_of, verify
 from ppomax.data.template import ChatTemplate
 from ppomax.errors import ConfigError
 from ppomax.models.load import load_policy, load_tokenizer
-from ppomax.train import ppo, ppo_export
+from ppomax.train import ppo, ppo_export, tracking
 from ppomax.train.monitor_settings import MonitorSettings
 from ppomax.train.ppo import train_ppo
 from ppomax.train.tracking import against, load_tracked
@@ -414,3 +414,25 @@ def test_settings_without_effect_are_refused(settings, words):
 def test_monitors_that_have_nothing_to_work_with_are_refused(small, tmp_path, change, words):
     with pytest.raises(ConfigError, match=words):
         train_ppo(small("ppo", tmp_path / "run", change))
+
+
+@pytest.mark.slow
+def test_tracked_prompts_are_answered_in_smaller_micro_batches_where_memory_is_short(
+    small, tmp_path, monkeypatch
+):
+    plain, refused = tracking.score_rows, []
+
+    def short(model, rows, pad, config, here):
+        if config.micro_tokens > 100:
+            refused.append(config.micro_tokens)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(model, rows, pad, config, here)
+
+    monkeypatch.setattr(tracking, "score_rows", short)
+    base = small("ppo", tmp_path / "x")
+    track = {"every": 1, "model": base.reward.model}
+    change = {"iterations": 1, "heldout": 0.6, "micro_tokens": 200, "monitor": {"track": track}}
+    run = train_ppo(small("ppo", tmp_path / "run", change))
+    assert refused == [200]
+    assert [row["step"] for row in jsonl(run / "heldout.jsonl")] == [0, 1]
+    assert events(run, "out_of_memory")[0]["now"] == 100

@@ -24,7 +24,7 @@ def token_kl(
     """KL(own || reference) of the next-token distributions at each target, in nats, fp32.
 
     Both at the sampling temperature. Gradient flows to `own` alone; backward makes each chunk's
-    logits anew, so that two chunks over the vocabulary are all that is ever held.
+    logits anew, so that a few chunks over the vocabulary are all that is ever held.
     """
     device = own.hidden.device.type
     autocast = torch.is_autocast_enabled(device)

@@ -106,7 +106,7 @@ class ScalarModel(nn.Module):
         self.lm_head = lm_head
         """Kept only where the model's unembedding is not its embedding."""
         self.offset = 0.0
-        """Taken from every number; a critic's alone, and never saved."""
+        """Taken from every number; a critic's alone, and in no exported folder."""
 
     @property
     def config(self) -> PreTrainedConfig:

@@ -29,6 +29,8 @@ class StepGraphs:
         self.step, self.length = step, length
         self.given = torch.zeros(4, slots, dtype=torch.long, device=device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Found]] = {}
+        self.logits: Tensor | None = None
+        """Where every graph leaves them: one that kept its own would hold [slots, vocab] each."""
 
     def __call__(self, given: Tensor, needed: int) -> Found:
         """What the step finds for slots 0..n-1, valid until the next call.
@@ -48,7 +50,10 @@ class StepGraphs:
 
     def _record(self, span: int) -> tuple[torch.cuda.CUDAGraph, Found]:
         """The step, run once (it writes what the replay writes again), then recorded."""
-        self.step(self.given, span)
+        if self.logits is None:
+            self.logits = torch.empty_like(logits_of(self.step(self.given, span)))
+        else:
+            self.step(self.given, span)
         shared = next(iter(self.graphs.values()), None)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(
@@ -56,8 +61,19 @@ class StepGraphs:
             pool=shared[0].pool() if shared else None,
             capture_error_mode="thread_local",  # checkpoints are written by another thread
         ):
-            found = self.step(self.given, span)
+            found = self._kept(self.step(self.given, span))
         return graph, found
+
+    def _kept(self, found: Found) -> Found:
+        """The same with the logits copied to their one place."""
+        assert self.logits is not None
+        self.logits.copy_(logits_of(found))
+        return self.logits if isinstance(found, Tensor) else found._replace(logits=self.logits)
+
+
+def logits_of(found: Found) -> Tensor:
+    """[slots, vocab]."""
+    return found if isinstance(found, Tensor) else found.logits
 
 
 def span_of(needed: int, length: int) -> int:

@@ -150,7 +150,7 @@ def _load_critic(
         source, dtype=dtype, seed=config.seed, trust_remote_code=config.trust_remote_code
     )
     if scaled:
-        _rescale(critic, Path(source), shifted=shifted)
+        _rescale(critic, Path(source).expanduser(), shifted=shifted)
     if config.lora:
         frozen = config.freeze_layers or 0
         add_lora(critic, config.lora, config.seed + 1, freeze_layers=frozen)
@@ -162,8 +162,8 @@ def _rescale(critic: ScalarModel, source: Path, *, shifted: bool) -> None:
     """Start a critic made from a reward model in the units of normalised scores (ours).
 
     PPO's rewards are scores less their mean, over their std; the reward model's card says what
-    these are. Without this the critic's first predictions are off by several std, and its
-    pre-training is spent on that.
+    these are of whole replies. Without this the critic's first predictions are off by several
+    std, and its pre-training is spent on that.
     """
     if (source / REWARD_CARD_FILE).exists():
         card = read_reward_card(source)

@@ -154,6 +154,7 @@ class PPOState:
             "critic_rollouts": self.critic_rollouts,
             "taken": self.taken,
             "critic_ready": self.critic_ready,
+            "critic_offset": self.actors.critic.model.offset if self.actors.critic else 0.0,
             "moments": self.moments.state_dict(),
             "kl": self.kl.state_dict(),
             "penalty": None if self.penalty is None else self.penalty.state_dict(),
@@ -195,6 +196,8 @@ class PPOState:
             self.penalty.load_state_dict(state["penalty"])
         self.iteration, self.critic_rollouts = state["iteration"], state["critic_rollouts"]
         self.taken, self.critic_ready = state["taken"], state["critic_ready"]
+        if self.actors.critic is not None:
+            self.actors.critic.model.offset = state.get("critic_offset", 0.0)
         self.moments.load_state_dict(state["moments"])
         self.kl.load_state_dict(state["kl"])
         self.score_mean = state["quality"]
@@ -202,7 +205,7 @@ class PPOState:
         if self.watch is not None:
             self.watch.load_state_dict(state["watch"])
         if self.tracker is not None:
-            self.tracker.sft = state["sft"]
+            self.tracker.sft = state["sft"] or self.tracker.sft  # None where it was asked later
         self.stopped, self.second = state["stopped"], None
 
     def _tell_notes(self) -> None:

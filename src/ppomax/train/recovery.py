@@ -14,12 +14,12 @@ from ppomax.train.watching import NUM_SAMPLES, Verdict
 def learn_normal(ppo: PPOState) -> None:
     """The SFT model's answers to the tracked prompts, which the detector learns; once a run.
 
-    Before anything is trained, so that every checkpoint, the critic's too, holds what was learned.
+    Before anything is trained, so that every checkpoint, the critic's too, has learned them.
     """
     watch, tracker = ppo.watch, ppo.tracker
     if watch is None or tracker is None or tracker.sft is not None:
         return
-    found = tracker.answer(ppo.policy)
+    found = ppo.fitted(0, lambda: tracker.answer(ppo.policy, ppo.config))
     tracker.measure(found)
     tracker.write(found, ppo.run, 0)
     for row in found.rows(ppo.config.replies):
@@ -42,7 +42,7 @@ def track(ppo: PPOState, step: int) -> dict[str, float]:
     if tracker is None or (step % tracker.settings.every and step != ppo.config.iterations):
         return {}
     with ppo.clock("heldout"):
-        found = tracker.answer(ppo.policy)
+        found = ppo.fitted(step, lambda: tracker.answer(ppo.policy, ppo.config))
     tracker.write(found, ppo.run, step)
     values = tracker.measure(found)
     ppo.second = values.get("heldout/second_mean")

@@ -20,6 +20,7 @@ HARMLESS = (
     "checkpoint",
     "log",
     "engine.slots",
+    "engine.cuda_graphs",
     "licence",
 )
 """Settings of a stage that may change when it is resumed: what is learned stays the same, up to

@@ -81,9 +81,13 @@ class Tracker:
         self.sft: dict[str, Any] | None = None
         """Scores of the SFT model's replies."""
 
-    def answer(self, model: LanguageModel) -> Round:
-        """Each rank writes its share; the same seeds every time."""
-        config, here = self.config, self.here
+    def answer(self, model: LanguageModel, config: PPOConfig) -> Round:
+        """Each rank writes its share; the same seeds every time.
+
+        Args:
+            config: the run's as it is now: its micro-batches may have become smaller.
+        """
+        here = self.here
         mine = here.share(list(range(len(self.prompts))))
         seeds = [derived_seed(config.seed, "heldout", i) for i in mine]
         with synced(self.actors.engine, model.lm) as engine:
@@ -96,8 +100,8 @@ class Tracker:
         scores = judged.scores.tolist()
         seconds = None
         if self.second_model is not None or self.second is not None:
-            seconds = self._seconds(rollout)
-        return Round(rollout, texts, scores, seconds, self._nll(rollout, model))
+            seconds = self._seconds(rollout, config)
+        return Round(rollout, texts, scores, seconds, self._nll(rollout, model, config))
 
     def measure(self, found: Round) -> dict[str, float]:
         """Metrics of a round; the first one says what the SFT model scored."""
@@ -137,9 +141,9 @@ class Tracker:
             rundir.cut_back(path, {})
         rundir.append_jsonl(path, [row])
 
-    def _seconds(self, rollout: Rollout) -> list[float]:
+    def _seconds(self, rollout: Rollout, config: PPOConfig) -> list[float]:
         """What the second scorer says, the same on every rank."""
-        config, here, template = self.config, self.here, self.actors.template
+        here, template = self.here, self.actors.template
         if self.second is not None:
             found = called_scores(self.second, rollout, self.prompts, template, config, here)
         else:
@@ -148,12 +152,12 @@ class Tracker:
             found = score_rows(self.second_model, rollout.sequences, pad, config, here)
         return [float(score) for score in found]
 
-    def _nll(self, rollout: Rollout, model: LanguageModel) -> list[float]:
+    def _nll(self, rollout: Rollout, model: LanguageModel, config: PPOConfig) -> list[float]:
         rows = [
             (prompt + response, [False] * len(prompt) + [True] * len(response))
             for prompt, response in zip(rollout.prompts, rollout.responses, strict=True)
         ]
-        sums = summed_logprobs(model, rows, self.actors.pad, self.config, self.here)
+        sums = summed_logprobs(model, rows, self.actors.pad, config, self.here)
         return [-float(total) for total in sums]
 
 
