@@ -60,7 +60,7 @@ PHASES = {
     "an update of the critic": ["ppomax.train.ppo", "update_critic", "", 3],
     "scoring": ["ppomax.train.experience_batch", "reply_batch", "", 3],
     "an update": ["ppomax.train.update", "clipped_policy_loss", "", 5],
-    "a rollout": ["ppomax.rollout.native", "sample", "", 12],
+    "a rollout": ["ppomax.rollout.native", "settle", "", 12],
     "a checkpoint": ["ppomax.checkpoint", "_sync", "step-", 3],
     "evaluation": POINTS["during evaluation"],
 }
