@@ -41,8 +41,9 @@ def measure(name, model, sizes):
         worker = Worker(name, [*argv, *sizes])
         peak = [worker.go()["peak_gb"] for _ in range(2)][-1]
         worker.close()
-    plan = worker.ready["plan_gb"]
-    return {"peak_gb": peak, "plan_gb": plan, "off": plan / peak - 1, **worker.ready}
+    plan, lines = worker.ready["plan_gb"], worker.ready["lines"]
+    del lines["models"]  # it names a temporary folder
+    return {"peak_gb": peak, "plan_gb": plan, "off": plan / peak - 1, "lines": lines}
 
 
 def main():
