@@ -97,7 +97,7 @@ def test_the_documents_table_has_one_line_per_key_and_no_broken_cell():
     lines = [line for line in as_markdown().splitlines() if line.startswith("| `")]
     assert len(lines) == len(DECLARED)
     for line in lines:
-        assert len(re.findall(r"(?<!\\)\|", line)) == 7
+        assert len(re.findall(r"(?<!\\)\|", line)) == 8
 
 
 def test_the_document_is_the_declarations():

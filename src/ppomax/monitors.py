@@ -1,4 +1,4 @@
-"""Every metric, declared once: unit, when it is there, what it means, what a bad value looks like.
+"""Every metric, declared once: unit, condition, meaning, source, what a bad value looks like.
 
 `docs/metrics.md` is made from these declarations; logging an undeclared key is an error.
 """
@@ -21,6 +21,8 @@ class Metric:
     stages: tuple[str, ...] = ("ppo", "critic")
     family: bool = False
     """Also logged as `key_VALUE`, for values found in the data."""
+    source: str = ""
+    """Where the measure comes from, of Zheng et al. 2023 where no author is named; empty: ours."""
 
 
 _UPDATE = ("ppo",)
@@ -29,6 +31,7 @@ _ALL = ("ppo", "critic", *_SUPERVISED)
 _REFERENCE = "with a reference model (kl not null)"
 _CRITIC = "with a critic (advantage.estimator: gae)"
 _PLAIN = "with plain temperature sampling"
+_HELDOUT = "in iterations that answer the held-out prompts"
 
 DECLARED: tuple[Metric, ...] = (
     Metric(
@@ -36,21 +39,26 @@ DECLARED: tuple[Metric, ...] = (
         "score",
         "Mean raw score of the replies",
         "rises while KL and length rise: reward hacking",
+        source="§5.2, Fig. 4",
     ),
     Metric(
         "reward/score_std",
         "score",
         "Unbiased standard deviation of raw scores",
         "near 0: the reward no longer tells replies apart",
+        source="§5.2",
     ),
     Metric(
         "reward/score_skew",
         "1",
         "Skewness of raw scores (g1: the population's moments)",
-        "a long tail growing: pattern collapse (Fig. 13)",
+        "a long tail growing: pattern collapse",
+        source="Fig. 13",
     ),
     *(
-        Metric(f"reward/score_p{q:02d}", "score", f"{q}th percentile of raw scores")
+        Metric(
+            f"reward/score_p{q:02d}", "score", f"{q}th percentile of raw scores", source="Fig. 13"
+        )
         for q in (5, 25, 50, 75, 95)
     ),
     Metric(
@@ -59,36 +67,42 @@ DECLARED: tuple[Metric, ...] = (
         "Std of the members' standardized scores of a reply (÷ their number), mean over replies",
         "rises: the policy goes where the reward models disagree",
         "with several reward models in ensemble (ppo.reward.ensemble, or a folder of members)",
+        source="Coste et al. 2023 (2310.02743)",
     ),
     Metric(
         "reward/score_kurtosis",
         "1",
         "Excess kurtosis of raw scores (g2: the population's moments)",
         "rising: a long tail, or two kinds of replies",
+        source="Fig. 13",
     ),
     Metric(
         "reward/score_w1",
         "score",
         "Wasserstein-1 distance of the scores to those of the unchanged policy's replies",
         "a steep rise",
+        source="Fig. 13",
     ),
     Metric(
         "reward/length_correlation",
         "1",
         "Pearson correlation of score and reply length within the rollout",
         "near 1: length is being paid for",
+        source="Singhal et al. 2023 (2310.03716)",
     ),
     Metric(
         "reward/sqrt_kl_residual",
         "score",
         "Mean score less what a line over √KL (nats per response) through the earlier rows gives",
-        "falling: KL is spent for less and less score (Gao et al. 2022)",
+        "falling: KL is spent for less and less score",
         "with a reference model, from the 11th row on, once KL has varied",
+        source="Gao et al. 2022 (2210.10760)",
     ),
     Metric(
         "reward/total_mean",
         "reward",
         "Mean over replies of the summed token rewards: reparameterized score, KL penalty included",
+        source="eq. 19",
     ),
     Metric(
         "kl/ref_k1",
@@ -96,6 +110,7 @@ DECLARED: tuple[Metric, ...] = (
         "Mean of log π − log π_ref over response tokens (k1)",
         "clearly negative: the sampler is not the policy",
         _REFERENCE,
+        source="eq. 19",
     ),
     Metric(
         "kl/ref_k1_se",
@@ -103,6 +118,7 @@ DECLARED: tuple[Metric, ...] = (
         "Standard error of kl/ref_k1, clustered by response",
         "",
         _REFERENCE,
+        source="Cochran 1977, §6.3",
     ),
     Metric(
         "kl/ref_k3",
@@ -110,6 +126,7 @@ DECLARED: tuple[Metric, ...] = (
         "Mean of e^r − 1 − r, r = log π_ref − log π (k3, never negative)",
         "a steep rise: drift from the SFT model",
         _REFERENCE,
+        source="§5.2; Schulman 2020",
     ),
     Metric(
         "kl/ref_sequence",
@@ -117,8 +134,16 @@ DECLARED: tuple[Metric, ...] = (
         "k1 summed over a response, mean over responses",
         "",
         _REFERENCE,
+        source="eq. 19",
     ),
-    Metric("kl/coef", "1", "Coefficient of the KL penalty in this iteration", "", _REFERENCE),
+    Metric(
+        "kl/coef",
+        "1",
+        "Coefficient of the KL penalty in this iteration",
+        "",
+        _REFERENCE,
+        source="eq. 19",
+    ),
     Metric(
         "kl/ref_exact",
         "nats/token",
@@ -141,6 +166,7 @@ DECLARED: tuple[Metric, ...] = (
         "above 0.05: steps too large",
         "",
         _UPDATE,
+        source="§5.2; Schulman 2020",
     ),
     Metric(
         "kl/first_old_k3",
@@ -149,6 +175,7 @@ DECLARED: tuple[Metric, ...] = (
         "not 0: scoring and training differ",
         "",
         _UPDATE,
+        source="Schulman 2020",
     ),
     Metric(
         "policy/first_ratio_error",
@@ -164,6 +191,7 @@ DECLARED: tuple[Metric, ...] = (
         "1",
         "exp(mean NLL) of the policy's own response tokens, temperature 1",
         "falls towards 1: pattern collapse",
+        source="§5.2, Fig. 4",
     ),
     Metric(
         "ref/perplexity",
@@ -177,8 +205,9 @@ DECLARED: tuple[Metric, ...] = (
         "nats/token",
         "Mean entropy of the next-token distribution at the sampling temperature",
         "near 0 or exploding",
+        source="§5.2",
     ),
-    Metric("policy/loss", "1", "Surrogate objective, negated", "", "", _UPDATE),
+    Metric("policy/loss", "1", "Surrogate objective, negated", "", "", _UPDATE, source="eq. 15"),
     Metric(
         "policy/penalty_coef",
         "1",
@@ -186,6 +215,7 @@ DECLARED: tuple[Metric, ...] = (
         "doubles without end: steps too large",
         "with loss.penalty_coef",
         _UPDATE,
+        source="eq. 14",
     ),
     Metric(
         "policy/clip_fraction",
@@ -194,8 +224,11 @@ DECLARED: tuple[Metric, ...] = (
         "near 1",
         "",
         _UPDATE,
+        source="§5.2",
     ),
-    Metric("policy/ratio_mean", "1", "Mean ratio π/π_old", "far from 1", "", _UPDATE),
+    Metric(
+        "policy/ratio_mean", "1", "Mean ratio π/π_old", "far from 1", "", _UPDATE, source="§5.2"
+    ),
     Metric("policy/ratio_max", "1", "Largest ratio", "above 10", "", _UPDATE),
     Metric(
         "policy/grad_norm",
@@ -204,14 +237,16 @@ DECLARED: tuple[Metric, ...] = (
         "spikes",
         "absent when every step was skipped",
         _UPDATE,
+        source="detail 12",
     ),
-    Metric("policy/lr", "1", "Learning rate", "", "", _UPDATE),
+    Metric("policy/lr", "1", "Learning rate", "", "", _UPDATE, source="§5.1"),
     Metric(
         "value/loss",
         "reward²",
         "½ squared error to the returns, clipped form",
         "does not fall in pre-training",
         _CRITIC,
+        source="eq. 16, detail 7",
     ),
     Metric(
         "value/clip_fraction",
@@ -220,8 +255,16 @@ DECLARED: tuple[Metric, ...] = (
         "near 1",
         "with loss.value_clip, outside critic pre-training",
         _UPDATE,
+        source="§5.2, detail 7",
     ),
-    Metric("value/mean", "reward", "Mean value of states before response tokens", "", _CRITIC),
+    Metric(
+        "value/mean",
+        "reward",
+        "Mean value of states before response tokens",
+        "",
+        _CRITIC,
+        source="§5.2",
+    ),
     Metric(
         "value/explained_variance",
         "1",
@@ -235,16 +278,22 @@ DECLARED: tuple[Metric, ...] = (
         "The critic's gradient norm before the clip",
         "spikes",
         "with a critic; absent when every step was skipped",
+        source="detail 12",
     ),
-    Metric("value/lr", "1", "The critic's learning rate", "", _CRITIC),
-    Metric("return/mean", "reward", "Mean of the critic's targets", "", _CRITIC),
-    Metric("advantage/mean", "reward", "Mean advantage over response tokens"),
-    Metric("advantage/std", "reward", "Unbiased standard deviation of advantages"),
+    Metric("value/lr", "1", "The critic's learning rate", "", _CRITIC, source="§5.1"),
+    Metric(
+        "return/mean", "reward", "Mean of the critic's targets", "", _CRITIC, source="§5.2, eq. 9"
+    ),
+    Metric("advantage/mean", "reward", "Mean advantage over response tokens", source="§5.2, eq. 9"),
+    Metric(
+        "advantage/std", "reward", "Unbiased standard deviation of advantages", source="§5.2, eq. 9"
+    ),
     Metric(
         "response/length_mean",
         "tokens",
         "Mean reply length, end token included",
         "pinned at the limit, or towards 0",
+        source="§5.2, Fig. 4",
     ),
     Metric("response/length_p95", "tokens", "95th percentile of reply length"),
     Metric(
@@ -258,8 +307,15 @@ DECLARED: tuple[Metric, ...] = (
         "share",
         "Different bigrams over all bigrams within a reply, mean",
         "falling",
+        source="Li et al. 2016 (1510.03055)",
     ),
-    Metric("response/repetition_4", "share", "4-grams that repeat within a reply, mean", "rising"),
+    Metric(
+        "response/repetition_4",
+        "share",
+        "4-grams that repeat within a reply, mean",
+        "rising",
+        source="Welleck et al. 2019 (1908.04319)",
+    ),
     Metric(
         "response/top_opening_share",
         "share",
@@ -273,6 +329,7 @@ DECLARED: tuple[Metric, ...] = (
         "rising: the alignment tax",
         "with ppo.ptx",
         _UPDATE,
+        source="eq. 17",
     ),
     Metric(
         "engine/logprob_gap_mean",
@@ -283,14 +340,9 @@ DECLARED: tuple[Metric, ...] = (
     ),
     Metric("engine/logprob_gap_max", "nats/token", "The largest such gap", "above 1", _PLAIN),
     *(
-        Metric(key, unit, meaning, bad, "in iterations that answer the held-out prompts", _UPDATE)
+        Metric(key, unit, meaning, bad, _HELDOUT, _UPDATE, source="Fig. 13")
         for key, unit, meaning, bad in (
-            (
-                "heldout/score_mean",
-                "score",
-                "Mean score of replies to the held-out prompts",
-                "",
-            ),
+            ("heldout/score_mean", "score", "Mean score of replies to the held-out prompts", ""),
             ("heldout/score_p05", "score", "Their 5th percentile", ""),
             ("heldout/score_p50", "score", "Their median", ""),
             ("heldout/score_p95", "score", "Their 95th percentile", ""),
@@ -298,15 +350,20 @@ DECLARED: tuple[Metric, ...] = (
                 "heldout/score_w1",
                 "score",
                 "Wasserstein-1 distance to the scores of the SFT model's replies",
-                "a jump (Fig. 13)",
+                "a jump",
             ),
+        )
+    ),
+    *(
+        Metric(key, unit, meaning, bad, _HELDOUT, _UPDATE)
+        for key, unit, meaning, bad in (
             ("heldout/length_mean", "tokens", "Mean length of these replies", ""),
             ("heldout/perplexity", "1", "The policy's perplexity of them", "falls towards 1"),
             ("time/heldout", "s", "Seconds to answer and score them", ""),
         )
     ),
     *(
-        Metric(key, unit, meaning, bad, "the same, with a second scorer", _UPDATE)
+        Metric(key, unit, meaning, bad, "the same, with a second scorer", _UPDATE, source="§6")
         for key, unit, meaning, bad in (
             (
                 "heldout/second_mean",
@@ -336,7 +393,15 @@ DECLARED: tuple[Metric, ...] = (
         "Largest memory so far (10⁹ bytes): device memory on CUDA, resident memory elsewhere",
         stages=_ALL,
     ),
-    Metric("reward/loss", "1", "Ranking plus imitation loss (eq. 2)", "", "", ("reward",)),
+    Metric(
+        "reward/loss",
+        "1",
+        "Ranking plus imitation loss (eq. 2)",
+        "",
+        "",
+        ("reward",),
+        source="eq. 2",
+    ),
     Metric(
         "reward/pair_loss",
         "nats/pair",
@@ -344,6 +409,7 @@ DECLARED: tuple[Metric, ...] = (
         "above ln 2 = 0.69",
         "",
         ("reward",),
+        source="eq. 2",
     ),
     Metric(
         "reward/lm_loss",
@@ -352,6 +418,7 @@ DECLARED: tuple[Metric, ...] = (
         "",
         "with lm_coef above 0",
         ("reward",),
+        source="eq. 2",
     ),
     Metric(
         "reward/centre_loss",
@@ -360,6 +427,7 @@ DECLARED: tuple[Metric, ...] = (
         "",
         "with centre_coef",
         ("reward",),
+        source="Eisenstein et al. 2023 (2312.09244)",
     ),
     Metric(
         "reward/accuracy",
@@ -368,11 +436,18 @@ DECLARED: tuple[Metric, ...] = (
         "0.5: chance",
         "",
         ("reward",),
+        source="Fig. 3",
     ),
     Metric(
-        "reward/grad_norm", "1", "Global gradient norm before the clip", "spikes", "", ("reward",)
+        "reward/grad_norm",
+        "1",
+        "Global gradient norm before the clip",
+        "spikes",
+        "",
+        ("reward",),
+        source="detail 12",
     ),
-    Metric("reward/lr", "1", "Learning rate", "", "", ("reward",)),
+    Metric("reward/lr", "1", "Learning rate", "", "", ("reward",), source="§4"),
     Metric("batch/pairs", "pairs", "Pairs in the step", "", "", ("reward",)),
     Metric(
         "batch/tokens",
@@ -389,6 +464,7 @@ DECLARED: tuple[Metric, ...] = (
         "0.5: chance",
         "every eval_every steps, with held-out rows",
         ("reward",),
+        source="Fig. 3",
     ),
     Metric(
         "eval/loss",
@@ -431,10 +507,18 @@ DECLARED: tuple[Metric, ...] = (
         ("sft",),
         family=True,
     ),
-    Metric("sft/loss", "nats/token", "NLL of assistant tokens", "", "", ("sft",)),
+    Metric("sft/loss", "nats/token", "NLL of assistant tokens", "", "", ("sft",), source="§5.1"),
     Metric("sft/perplexity", "1", "exp of it", "", "", ("sft",)),
-    Metric("sft/grad_norm", "1", "Global gradient norm before the clip", "spikes", "", ("sft",)),
-    Metric("sft/lr", "1", "Learning rate", "", "", ("sft",)),
+    Metric(
+        "sft/grad_norm",
+        "1",
+        "Global gradient norm before the clip",
+        "spikes",
+        "",
+        ("sft",),
+        source="detail 12",
+    ),
+    Metric("sft/lr", "1", "Learning rate", "", "", ("sft",), source="§5.1"),
 )
 
 
@@ -457,12 +541,13 @@ def as_markdown() -> str:
     lines = [
         "# Metrics",
         "",
-        "Made by `make docs` from `src/ppomax/monitors.py`; a key that is not here cannot be "
-        "logged. Where a",
-        "condition does not hold the key is absent, never 0 or NaN.",
+        "Made by `make docs` from `src/ppomax/monitors.py`; what is not here cannot be logged.",
+        "Where a condition does not hold the key is absent, never 0 or NaN. Sections, figures,",
+        "equations and details are of Zheng et al. 2023 (2307.04964); where no source stands, the",
+        "measure is ours or plain book-keeping.",
         "",
-        "| key | stages | unit | meaning | bad when | condition |",
-        "|---|---|---|---|---|---|",
+        "| key | stages | unit | meaning | source | bad when | condition |",
+        "|---|---|---|---|---|---|---|",
     ]
     for metric in DECLARED:
         cells = [
@@ -470,6 +555,7 @@ def as_markdown() -> str:
             ", ".join(metric.stages),
             metric.unit,
             metric.meaning,
+            metric.source,
             metric.bad,
             metric.condition,
         ]
