@@ -15,7 +15,10 @@ from safetensors.torch import load_file
 
 TIMES = ("time", "throughput/", "memory/")
 SMOKE = Path(__file__).resolve().parents[2] / "recipes" / "smoke.yaml"
+FEW = "data={path: bundled:preferences, limit: 80}"
+SFT = ["sft.batch_tokens=1024", f"sft.{FEW}"]
 BUSY = [
+    *SFT,
     "ppo.critic_pretraining.explained_variance=1.0",
     "ppo.critic_pretraining.max_rollouts=3",
     "ppo.kl.target_per_token=0.001",
@@ -23,8 +26,9 @@ BUSY = [
     "ppo.epochs=2",
     "ppo.critic_optim.schedule=linear",
     "eval.limit=8",
-    "sft.batch_tokens=1024",
     "reward.batch_tokens=1024",
+    f"reward.{FEW}",
+    f"ppo.{FEW}",
     "ppo.rollout_size=8",
     "ppo.minibatch_size=4",
 ]
@@ -97,7 +101,7 @@ def assert_same_run(one, other, stages=("sft", "reward", "ppo")):
 
 
 def run(launch, out, *words, die=None, ranks=1):
-    busy = ["sft.batch_tokens=1024"] if words[:3] == tuple(ONLY_SFT) else BUSY
+    busy = SFT if words[:3] == tuple(ONLY_SFT) else BUSY
     argv = ["run", str(SMOKE), "out=run", *busy, *words]
     return launch(ranks=ranks, argv=argv, cwd=str(out), die=die)
 
