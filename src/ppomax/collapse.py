@@ -57,7 +57,7 @@ class DetectorSettings(Settings):
     """Signals that must stand beyond a threshold together (ours)."""
     amber: float = Field(2.5, gt=0)
     """Robust deviations for amber (ours, docs/LOG.md)."""
-    red: float = Field(4.0, gt=0)
+    red: float = Field(7.0, gt=0)
     """Robust deviations for red (ours, docs/LOG.md)."""
     patience: int = Field(3, ge=1)
     """Rows in a row beyond a threshold before the level rises (ours)."""
