@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,11 @@ def test_a_cold_help_takes_no_time():
     assert done.returncode == 0
     assert "recipe" in done.stdout.lower()
     assert seconds < 1.5  # the promise is 0.5 s; this machine may be busy
+
+
+def test_the_version_is_the_installed_packages(ppomax):
+    code, out, _ = ppomax("--version")
+    assert (code, out) == (0, f"ppomax {metadata.version('ppomax')}\n")
 
 
 def test_every_verb_of_the_contract_is_there():

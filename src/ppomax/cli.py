@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,6 +39,23 @@ models_app = typer.Typer(help="Embedded default models.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
 app.add_typer(models_app, name="models")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ppomax {metadata.version('ppomax')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print it and leave."),
+    ] = False,
+) -> None:
+    """What stands before any command."""
+
 
 COMPUTING = {"demo", "run", "sft", "reward", "ppo", "resume", "generate", "eval"}
 
