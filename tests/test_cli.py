@@ -78,6 +78,35 @@ def ppomax(tiny, tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
+def test_a_file_in_the_working_directory_stands_in_for_nothing_of_pythons(tmp_path):
+    (tmp_path / "random.py").write_text("raise SystemExit('shadowed')")
+    env = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    command = [str(Path(sys.executable).with_name("ppomax")), "generate", "./nope"]
+    command += ["--prompts", "bundled:prompts", "--out", "x.jsonl"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "ppomax: model" in done.stderr
+    assert "shadowed" not in done.stderr
+
+
+def test_replies_that_could_not_be_written_are_not_generated(ppomax):
+    words = ["generate", "tiny", "--prompts", "bundled:prompts", "--out", "no/such/x.jsonl"]
+    code, _, err = ppomax(*words)
+    assert code == 2
+    assert "option out: no/such/x.jsonl cannot be written" in err
+
+
+def test_a_runs_own_report_is_not_written_over(ppomax, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    code, _, err = ppomax("eval", "reward", "nope", "--data", "nope.jsonl", "--out", "run")
+    assert code == 2
+    assert "option out: run holds a run" in err
+
+
 # --- help
 
 
@@ -209,7 +238,7 @@ def test_a_computing_verb_starts_again_with_the_allocators_setting(monkeypatch):
     assert started == []
     monkeypatch.setattr(sys, "argv", ["ppomax", "run", "x", "seed=1"])
     cli._take_huge_pages()
-    assert started[0][1][1:] == ["-m", "ppomax.cli", "run", "x", "seed=1"]
+    assert started[0][1][1:] == ["-P", "-m", "ppomax.cli", "run", "x", "seed=1"]
     assert os.environ["GLIBC_TUNABLES"].startswith("glibc.malloc")
 
 

@@ -42,6 +42,19 @@ def test_ppo_from_scratch_raises_the_score(capsys):
     assert all("kl" in line and "perplexity" in line for line in lines)
 
 
+@pytest.mark.slow
+def test_the_readmes_python_runs(tiny, tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    function = (
+        "def reward(prompts, responses, **_):\n    return [float(len(r)) for r in responses]\n"
+    )
+    (tmp_path / "my_module.py").write_text(function)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    exec(compile(code.group(1), "README.md", "exec"), {})
+    assert (tmp_path / "runs" / "p" / "export" / "config.json").exists()
+
+
 def test_ppo_from_scratch_fits_its_page():
     assert len((ROOT / "examples" / "ppo_from_scratch.py").read_text().splitlines()) <= 300
 

@@ -197,3 +197,19 @@ def test_a_signal_between_stages_ends_the_run_as_one_to_resume(tiny, tmp_path, m
     with pytest.raises(Interrupted, match="ppomax resume"):
         run_recipe(recipe, say=quiet)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = {"out": "~/run", "model": "tiny", "data": "~/rows.jsonl", "sft": {}}
+    recipe = resolve(data, "x.yaml")
+    assert recipe.out == tmp_path / "run"
+    assert recipe.sft.out == tmp_path / "run" / "sft"
+    assert recipe.sft.data[0].path == str(tmp_path / "rows.jsonl")
+
+
+def test_a_stage_begun_from_python_is_told_where_to_go_on(tmp_path):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "config.yaml").write_text("iterations: 3\n")
+    with pytest.raises(ConfigError, match=r"p: one stage, begun from Python; .*resume=True"):
+        load_run(tmp_path / "p")

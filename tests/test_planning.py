@@ -95,7 +95,7 @@ def test_checkpoints_take_the_room_of_what_is_trained(small, tmp_path, monkeypat
     assert disk(lora={"rank": 8}, freeze_layers=10) < disk(lora={"rank": 8})
 
 
-def test_frozen_blocks_in_common_are_counted_once(small, tmp_path, monkeypatch):
+def test_frozen_blocks_in_common_are_counted_once(small, small_reward, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "model_size", lambda *_, **__: ONE_B)
     own = {"reward": {"model": str(tmp_path / "reward" / "export")}, "freeze_layers": ONE_B.layers}
 
@@ -113,7 +113,9 @@ def test_frozen_blocks_in_common_are_counted_once(small, tmp_path, monkeypatch):
     assert shared("d", dtype="bfloat16") == "-6.00"  # masters of two, and two in bf16
     assert shared("e", dtype="bfloat16", lora={"rank": 8}) == "-4.00"  # the reference is the policy
     assert shared("f", freeze_layers=ONE_B.layers // 2) == "-6.60"  # with the embeddings
-    assert shared("g", reward={"model": "tiny"}) == "-4.00"  # another's reward model and its critic
+    assert (
+        shared("g", reward={"model": small_reward}) == "-4.00"
+    )  # another's reward model and its critic
     for judge in (None, ONE_B.layers - 1):  # trained further down
         assert shared(f"h{judge}", judge) == "-4.00"
 
@@ -245,6 +247,7 @@ def test_every_reward_model_is_counted_and_the_members_of_a_folder_too(
         return dataclasses.replace(ONE_B, parameters=sizes.get(name, 2 * 10**9))
 
     monkeypatch.setattr(planning, "model_size", size)
+    monkeypatch.setattr(planning.preflight, "check_reward_model", lambda *_, **__: None)
     folder = tmp_path / "two"
     for member in ("a", "b"):
         (folder / member).mkdir(parents=True)

@@ -18,12 +18,22 @@ MISSING = {
     ),
     "eval.data": ("eval.data=nope.jsonl", r"setting eval\.data: nope\.jsonl: no such file"),
     "scorer": ("eval.scorers=[{model: ./nope, name: n}]", r"\./nope"),
+    "data of a folder that is here": (
+        "eval.data=some/rows",
+        r"eval\.data: some/rows: no such file",
+    ),
+    "no reward": ("reward=null", r"setting ppo\.reward\.model: missing"),
+    "a language model as the reward's": (
+        "ppo.reward={model: tiny}",
+        r"setting ppo\.reward\.model: model 'tiny' is no reward model",
+    ),
+    "positions": ("ppo.max_length=9999", "max_length: 9999 is more than the 512 positions"),
     "critic": ("ppo.critic=./nope", r"\./nope"),
     "callable": (
         "ppo.reward={callable: 'nope:f'}",
         r"setting ppo\.reward\.callable: 'nope:f' cannot be imported",
     ),
-    "prompts": ("ppo.max_prompt=3", r"ppo\.max_prompt: none of \d+ prompts fits 3 tokens"),
+    "prompts": ("ppo.max_prompt=3", r"ppo\.max_prompt: no prompt fits 3 tokens"),
 }
 
 
@@ -36,7 +46,9 @@ def recipe_of(out, smoke, *more):
 
 
 @pytest.mark.parametrize("name", MISSING)
-def test_what_a_later_stage_names_is_missed_in_the_plan(name, tiny, tmp_path, smoke):
+def test_what_a_later_stage_names_is_missed_in_the_plan(name, tiny, tmp_path, smoke, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some").mkdir()
     word, text = MISSING[name]
     more = ["ppo.critic=policy"] if name == "callable" else []
     with pytest.raises(PpomaxError, match=text):

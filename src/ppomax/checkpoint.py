@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ppomax.distributed import copy_full, full
 from ppomax.errors import CheckpointError
+from ppomax.process import open_as_umask_says
 
 MANIFEST, STATE = "manifest.json", "state.json"
 
@@ -74,6 +75,7 @@ def save(
         for name, tensors in groups.items():
             ready = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
             save_file(ready, temporary / f"{name}.safetensors")
+        open_as_umask_says(temporary)
         _write(temporary / STATE, json.dumps(state))
         manifest = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
         for path in temporary.iterdir():

@@ -31,6 +31,7 @@ app = typer.Typer(
     "PPO-max, evaluation, report.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -66,6 +67,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # retries are not the user's matter
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if sys.path[:1] in ([""], [str(Path.cwd())]):  # python -m: its files would come before Python's
+        del sys.path[0]
     _take_huge_pages()
     sys.path.append(str(Path.cwd()))  # where `ppo.reward.callable` is looked for last
     try:
@@ -96,7 +99,8 @@ def _take_huge_pages() -> None:
     extra = allocator_environment(os.environ)
     if extra:
         os.environ.update(extra)
-        os.execv(sys.executable, [sys.executable, "-m", "ppomax.cli", *sys.argv[1:]])
+        # -P: nothing of the working directory may stand in for a module of Python's own
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "ppomax.cli", *sys.argv[1:]])
 
 
 @app.command()
@@ -155,7 +159,10 @@ def ppo(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 def resume(
     run: Annotated[Path, typer.Argument(help="Run directory.")], overrides: Overrides = None
 ) -> None:
-    """Go on exactly where the run stood; only harmless settings may be changed."""
+    """Go on exactly where the run stood.
+
+    Only harmless settings of a stage that was begun may be changed, any of one that was not.
+    """
     from ppomax.recipe import load_run
 
     _run(load_run(run, overrides or []), only=None, resume=True, asked=True)

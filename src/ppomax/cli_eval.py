@@ -18,7 +18,7 @@ def eval_reward(
         list[str], typer.Argument(help="Reward-model folders or hub ids; several are compared.")
     ],
     data: Annotated[list[str], typer.Option(help="Preference file; may be given several times.")],
-    out: Annotated[Path | None, typer.Option(help="Folder; default the current one.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("eval-reward"),
     dtype: str = "float32",
     max_length: Annotated[
         int | None,
@@ -50,8 +50,9 @@ def eval_reward(
 ) -> None:
     """Accuracy with intervals, calibration, length bias, worst pairs: a report as JSON and HTML."""
     from ppomax.eval.reward import evaluate_reward
-    from ppomax.evaluations import write_reward_evaluation
+    from ppomax.evaluations import open_folder, write_reward_evaluation
 
+    open_folder(out)
     if candidates and gold is None:
         raise ConfigError("option candidates: has no effect without --gold, who judges them")
     found = evaluate_reward(
@@ -66,7 +67,7 @@ def eval_reward(
         gold=gold,
         candidates=candidates or (),
     )
-    for line in write_reward_evaluation(found, out or Path()):
+    for line in write_reward_evaluation(found, out):
         typer.echo(visible(line))
 
 

@@ -12,17 +12,33 @@ from ppomax.errors import ConfigError
 from ppomax.eval import capability
 from ppomax.eval.capability import CapabilityConfig, evaluate_capability
 from ppomax.eval.compare import compare_policies, lines_of
+from ppomax.eval.extras import need
 from ppomax.eval.harness import harness_lines, run_harness
 from ppomax.eval.judges import JudgeConfig
 from ppomax.eval.replies import names_of
+from ppomax.models.load import load_tokenizer
 from ppomax.report.evaluation import preference_lines
 from ppomax.report.page import write_judged_report, write_preference_report
 from ppomax.rollout import SamplingParams
 
 
+def open_folder(out: Path) -> None:
+    """Make the folder of a report, before anything is computed.
+
+    Raises:
+        ConfigError: it is a run's, whose own report would be lost, or cannot be made.
+    """
+    if (out / rundir.CONFIG).exists():
+        raise ConfigError(f"option out: {out} holds a run, with a report of its own; give another")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"option out: {out} cannot be made ({error.strerror})") from None
+
+
 def write_reward_evaluation(result: dict[str, Any], out: Path) -> list[str]:
     """Write `report.json` and `report.html` of `evaluate_reward`; lines for the terminal."""
-    out.mkdir(parents=True, exist_ok=True)
+    open_folder(out)
     rundir.write_text(out / "report.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     write_preference_report(result, out / "report.html")
     return [*preference_lines(result), f"report: {out / 'report.html'}"]
@@ -43,6 +59,8 @@ def write_policy_evaluation(
     say: Callable[[str], None],
 ) -> list[str]:
     """Judge, write `report.json` and `report.html` into `out`; lines for the terminal."""
+    if not dry_run:
+        open_folder(out)
     with world():
         result = compare_policies(
             models,
@@ -76,6 +94,11 @@ def write_capability_evaluation(
     """Ask, write `report.json` and `report.html` into `out`; lines for the terminal."""
     if not settings["data"] and not tasks:
         raise ConfigError("eval capability: give --data FILE or --lm-eval TASKS")
+    open_folder(out)
+    for model in models:
+        load_tokenizer(model)  # a name that is wrong is found now, not behind the first model
+    if tasks:
+        need("lm_eval", "--lm-eval")
     named = dict(zip(names_of(models), models, strict=True))
     result: dict[str, Any] = {"kind": "capability"}
     lines: list[str] = []
@@ -94,7 +117,6 @@ def write_capability_evaluation(
                 device=str(here.device),
             )
             lines += harness_lines(result["harness"])
-    out.mkdir(parents=True, exist_ok=True)
     rundir.write_text(out / "report.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     write_judged_report(result, "Capability", out / "report.html")
     return [*lines, f"report: {out / 'report.html'}"]

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ppomax.errors import ModelError
+from ppomax.models.load import positions_of
 from ppomax.models.logprobs import chunk_elements
 from ppomax.models.lora import LoraSettings
 from ppomax.models.names import resolve
@@ -30,6 +31,8 @@ class Size:
     vocab: int
     q_width: int
     intermediate: int
+    positions: int | None = None
+    """Longest sequence it can read, where its config says."""
 
 
 def model_size(name: str, *, trust_remote_code: bool = False) -> Size:
@@ -57,6 +60,7 @@ def model_size(name: str, *, trust_remote_code: bool = False) -> Size:
         q_width=heads * head_dim,
         intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocab=config.vocab_size,
+        positions=positions_of(config),
     )
 
 

@@ -84,7 +84,11 @@ def run_recipe(
             gc.collect()  # models in a trunk hold on to each other
         report = out / "report.html"
         if here.is_main:
-            write_report([out], report)
+            try:
+                write_report([out], report)
+            except ConfigError:  # something else's report lies there
+                report = out / "run-report.html"
+                write_report([out], report)
     return Finished(out, report)
 
 

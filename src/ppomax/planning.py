@@ -19,6 +19,7 @@ from ppomax.models.load import load_tokenizer
 from ppomax.models.trunk import REMEMBERED_BYTES
 from ppomax.recipe import Recipe
 from ppomax.train import reward, sft
+from ppomax.train.loop import check_positions
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.prompts import load_stream
 from ppomax.train.reward import RewardConfig
@@ -66,6 +67,7 @@ def plan(recipe: Recipe, only: str | None = None) -> list[StagePlan]:
         sizes.setdefault(source, model_size(source, trust_remote_code=config.trust_remote_code))
         size = sizes[source]
         check_frozen(config.freeze_layers, size.layers)
+        check_positions(config, size.positions)
         tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
         template = ChatTemplate(tokenizer, config.system)
         stages.append(_plan_stage(config, size, template, recipe.reward))

@@ -10,7 +10,7 @@ from ppomax.data.raw import is_hub_id, iter_raw
 from ppomax.data.sources import SourceConfig
 from ppomax.errors import ConfigError, DataError
 from ppomax.eval.policy_config import EvalConfig
-from ppomax.models.load import load_tokenizer
+from ppomax.models.load import check_reward_model, load_tokenizer
 from ppomax.recipe import Recipe
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.rewards import load_callable
@@ -30,12 +30,20 @@ def check(recipe: Recipe, name: str) -> None:
         if not source.path.startswith("bundled:") and not is_hub_id(source.path):
             _check_file(setting, source.path)
     for model in _models(config):
-        if not Path(model).is_relative_to(recipe.out) and not is_hub_id(model):
+        if not Path(model).is_relative_to(recipe.out):
             load_tokenizer(model, trust_remote_code=config.trust_remote_code)
+    for setting, model in _reward_models(config):
+        if not Path(model).is_relative_to(recipe.out):
+            check_reward_model(setting, model, trust_remote_code=config.trust_remote_code)
 
 
 def _check_ppo(config: PPOConfig) -> None:
-    """The functions that give rewards."""
+    """Where rewards come from."""
+    if not config.reward.has_outcome and config.reward.process is None:
+        raise ConfigError(
+            "setting ppo.reward.model: missing; give a reward model, ppo.reward.callable or "
+            "ppo.reward.process, or a stage `reward`"
+        )
     for scorer in config.reward.all_callables:
         load_callable(scorer.callable, "ppo.reward.callable")
     if config.reward.process:
@@ -64,7 +72,20 @@ def _models(config: object) -> Iterator[str]:
         if config.critic not in (None, "reward", "policy"):
             yield str(config.critic)
     if isinstance(config, EvalConfig):
-        yield from (config.baseline, config.policy, *(scorer.model for scorer in config.scorers))
+        yield from (config.baseline, config.policy)
+
+
+def _reward_models(config: object) -> Iterator[tuple[str, str]]:
+    """Setting and name of every reward model."""
+    if isinstance(config, PPOConfig):
+        settings = config.reward
+        for place, source in enumerate(settings.all_models):
+            yield settings.setting_of(place), source.model
+        track = config.monitor.track if config.monitor else None
+        if track is not None and track.model:
+            yield "ppo.monitor.track.model", track.model
+    if isinstance(config, EvalConfig):
+        yield from (("eval.scorers", scorer.model) for scorer in config.scorers)
 
 
 def _check_file(setting: str, path: str) -> None:

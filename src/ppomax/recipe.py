@@ -1,5 +1,6 @@
 """A recipe: the settings of every stage of one run, each fed by the one before."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,8 @@ def load_recipe(path: str, overrides: list[str]) -> Recipe:
 def resolve(data: dict[str, Any], source: str) -> Recipe:
     """A recipe's raw mapping as settings: preset below, shared keys handed down, stages wired."""
     data = dict(data)
-    data.setdefault("out", "runs/" + Path(source).stem)
+    out = str(data.get("out", "runs/" + Path(source).stem))
+    data["out"] = os.path.expanduser(out)  # noqa: PTH111 - an unknown ~user stays as it is
     shared = {key: data.pop(key) for key in SHARED if key in data}
     trained = {key: data.pop(key) for key in TRAINED if key in data}
     model = data.pop("model", None)
@@ -104,7 +106,7 @@ def resolve(data: dict[str, Any], source: str) -> Recipe:
             )
         if name == "ppo":
             section = with_preset(section, source)
-        section["out"] = str(Path(str(data["out"])) / name)
+        section["out"] = str(Path(data["out"]) / name)
         data[name] = section
     _wire(data, model, present, source)
     return parse(Recipe, data, source)
@@ -181,11 +183,16 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         )
     data = read_yaml(place)
     if "iterations" in data or "data" in data:  # one stage's directory: its parent holds the recipe
+        if not (path.parent / rundir.CONFIG).exists():
+            raise ConfigError(
+                f"{path}: one stage, begun from Python; go on with it there, with the same "
+                "settings and resume=True"
+            )
         return load_run(path.parent, overrides)
     recipe = parse(Recipe, apply_overrides(data, list(overrides)), str(place))
     if recipe.out.resolve() != path.resolve():
         raise ConfigError(
-            f"{path}: the run was made in {recipe.out}; resume it from the same working directory, "
-            "where that path leads to it"
+            f"{path}: the run was made in {recipe.out}; a run resumes where it was made: move it "
+            f"back, or leave a link there (ln -s {path.resolve()} {recipe.out})"
         )
     return recipe

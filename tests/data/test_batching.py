@@ -171,6 +171,13 @@ def test_items_of_one_label_are_in_one_batch_where_the_first_of_them_stands():
     ]
 
 
+def test_repeats_of_an_item_are_spread_and_those_of_a_list_keep_its_items_together():
+    order = [0, 1, 0, 2, 0, 3]  # a small source beside a large one, weighted alike
+    assert token_batches(order, [10] * 4, 20, together=list("abcd")) == [[0, 1], [0, 2], [0, 3]]
+    twice = token_batches([0, 1, 2, 1, 0], [1] * 3, 3, together=list("aab"))
+    assert twice == [[0, 1, 2], [1, 0]]
+
+
 @settings(max_examples=50)
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.integers(0, 5)), min_size=1, max_size=30),

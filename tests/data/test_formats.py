@@ -588,8 +588,37 @@ def test_what_is_no_readable_file_is_an_error_of_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "completion": "a", "sources": [{"url": "u"}]},
+        {"instruction": "q", "output": "a", "tags": [{"a": 1}]},
+    ],
+)
+def test_a_json_file_of_one_row_is_that_row_whatever_lists_are_in_it(tmp_path, row):
+    path = write(tmp_path / "a.json", json.dumps(row).encode())
+    assert [value for _, value in iter_raw(path)] == [row]
+    many = write(tmp_path / "b.json", json.dumps({"version": "1", "rows": [row, row]}).encode())
+    assert [value for _, value in iter_raw(many)] == [row, row]
+
+
+def test_a_question_beside_two_plain_answers_is_their_prompt():
+    for name in ("question", "query"):
+        row = {"system": "s", name: "What is 2+2?", "chosen": "It is 4", "rejected": "It is 5"}
+        wanted = (turns((S, "s"), (U, "What is 2+2?")), "It is 4", "It is 5")
+        assert pairs_of(parse_preference(row, "f:1")) == [wanted]
+        assert only(parse_sft(row, "f:1")).messages[-1]["content"] == "It is 4"
+
+
+def test_hh_text_with_the_line_ends_of_windows_is_hh_text():
+    row = {name: (HH + " " + name).replace("\n", "\r\n") for name in ("chosen", "rejected")}
+    assert detect_format(row) == "hh"
+    plain = {name: HH + " " + name for name in row}
+    assert pairs_of(parse_preference(row, "f:1")) == pairs_of(parse_preference(plain, "f:1"))
+
+
 def test_a_path_is_not_taken_for_a_hub_id():
-    for path in ("data/none.jsonl", "./none/here", "a/b/c", "none"):
+    for path in ("data/none.jsonl", "./none/here", "a/b/c", "none", "data/none.csv"):
         with pytest.raises(DataError, match="no such file"):
             list(iter_raw(path))
 

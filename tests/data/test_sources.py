@@ -280,6 +280,23 @@ def test_loaded_rows_are_ordered_by_their_sources_weights(write):
     assert {mixed.rows[index].where.split(":")[0] for index in order} == {str(a), str(b)}
 
 
+def test_weights_are_shares_of_the_rows_that_are_left(write):
+    a = write("a.jsonl", [pair(index) for index in range(40)])
+    b = write("b.jsonl", [pair(index + 50) for index in range(20)])
+    mixed = load_preferences([source(a, weight=1), source(b, weight=1)])
+    kept = mixed.rows[:4] + mixed.rows[40:]  # most of the first does not fit
+    order = mixed.order_of(kept, 0, 0)
+    assert len(order) == 24
+    assert sum(index < 4 for index in order) == 12
+    assert sorted(mixed.order_of(mixed.rows, 0, 0)) == sorted(mixed.order(0, 0))
+
+
+def test_the_column_named_for_strength_is_the_only_one_read(write):
+    rows = [{**pair(0), "margin": 9.0, "gap": None}, {**pair(1), "margin": 9.0, "gap": 2.0}]
+    found = load_preferences([source(write("a.jsonl", rows), strength="gap")]).rows
+    assert [row.strength for row in found] == [None, 2.0]
+
+
 # --- held-out rows
 
 

@@ -122,6 +122,13 @@ def test_shots_are_of_the_same_subject_and_never_the_question_itself(tmp_path):
         shots_for(questions[3], questions, 3)
 
 
+def test_a_line_that_is_not_json_says_so(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n{broken\n")
+    with pytest.raises(DataError, match=r"q\.jsonl:2: not JSON"):
+        load_questions(str(path), "q")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

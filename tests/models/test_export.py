@@ -1,8 +1,10 @@
 import json
+import os
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from ppomax.errors import ModelError
@@ -62,6 +64,16 @@ def test_an_exported_policy_is_the_same_in_plain_transformers(tmp_path, lora, ti
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer_hash(again) == tokenizer_hash(tokenizer())
     assert (load_policy(str(tmp_path / "out"))(IDS).logits - plain(IDS).logits).abs().max() < 1e-5
+
+
+def test_others_may_read_the_weights_where_the_umask_lets_them(tmp_path):
+    before = os.umask(0o022)
+    try:
+        with atomic_folder(tmp_path / "m") as place:
+            save_file({"a": torch.zeros(2)}, place / "model.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "m" / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_an_exported_adapter_is_the_same_in_plain_peft(tmp_path):

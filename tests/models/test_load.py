@@ -4,6 +4,8 @@ import shutil
 import pytest
 import torch
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GenerationConfig,
@@ -142,6 +144,24 @@ def test_a_pad_that_the_generation_config_ends_with_is_replaced(tmp_path):
     loaded = load_tokenizer(folder)
     assert loaded.pad_token == "<|pad|>"
     assert load_policy(folder).generation_config.eos_token_id == [0, 2]
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_an_answer_ends_with_the_templates_end_of_turn_whatever_eos_and_pad_say(tmp_path):
+    tokenizer = plain_tokenizer("<|endoftext|>", "<|im_start|>", "<|spare|>")
+    tokenizer.eos_token, tokenizer.pad_token = "<|endoftext|>", "<|im_end|>"  # as Qwen 2.5's base
+    tokenizer.chat_template = CHATML
+    model = tiny_model(vocab_size=len(tokenizer), hidden_size=32, intermediate=48)
+    folder = save(tmp_path / "m", model, tokenizer)
+    loaded = load_tokenizer(folder)
+    turn, text = loaded.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert loaded.pad_token == "<|spare|>", "a pad that ends a text hides the token that is scored"
+    assert {turn, text} <= set(load_policy(folder).generation_config.eos_token_id)
 
 
 def test_an_unused_special_token_is_taken_before_the_vocabulary_grows():
@@ -295,6 +315,13 @@ def test_an_attention_the_model_lacks_is_answered_with_one_it_has(tmp_path):
     folder = save(tmp_path / "m", Gemma2ForCausalLM(config))
     with pytest.raises(ModelError, match="attn_implementation"):
         load_policy(folder, attn_implementation="flash_attention_9")
+
+
+def test_an_architecture_without_our_attention_is_refused_in_words_that_help(tmp_path):
+    config = BloomConfig(vocab_size=300, hidden_size=32, n_layer=1, n_head=4)
+    folder = save(tmp_path / "m", BloomForCausalLM(config))
+    with pytest.raises(ModelError, match=r"attention in another way only .* use another arch"):
+        load_policy(folder)
 
 
 # --- reward and value models

@@ -293,6 +293,15 @@ def test_bf16_log_probs_stay_close_to_the_trainers_under_autocast(kind):
     assert float(gap.mean()) > 1e-5, "it computed in fp32"
 
 
+def test_rotary_frequencies_are_the_trainers_in_bf16_too():
+    model = make("mistral", sliding_window=8)
+    held = engine_of(model, "transformers", dtype=torch.bfloat16).model
+    assert held.lm_head.weight.dtype == torch.bfloat16
+    rotary = held.model.rotary_emb
+    assert torch.equal(rotary.inv_freq, model.model.rotary_emb.inv_freq)
+    assert rotary.inv_freq.dtype == torch.float32
+
+
 # --- seeds
 
 

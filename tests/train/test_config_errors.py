@@ -109,7 +109,7 @@ WORDS = {
     ),
     "no prompt short enough": (
         [*SCORED, "ppo.max_prompt=3"],
-        "setting ppo.max_prompt: none of",
+        "setting ppo.max_prompt: no prompt",
     ),
     "half a mixture": (
         ["sft.data=[{path: bundled:preferences, weight: 1.0}, bundled:preferences]"],

@@ -344,10 +344,13 @@ def test_rollouts_take_the_prompts_one_after_the_other(small, tmp_path, experien
 def test_prompts_that_do_not_fit_are_set_aside_and_none_left_is_an_error(small, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "Short?"}\n' + json.dumps({"prompt": "long " * 200}) + "\n")
-    run = train_ppo(small("ppo", tmp_path / "run", {"data": str(path), "iterations": 1}))
+    change = {"data": str(path), "iterations": 1}
+    with pytest.raises(DataError, match=r"1 of 2 rows cannot be used \(too-long 1\)"):
+        train_ppo(small("ppo", tmp_path / "a", change))
+    run = train_ppo(small("ppo", tmp_path / "run", change | {"max_bad_rows": 0.5}))
     events = [row for row in jsonl(run / "events.jsonl") if row["kind"] == "quarantined_row"]
     assert [(row["where"], row["defect"]) for row in events] == [(f"{path}:2", "too-long")]
-    with pytest.raises(DataError, match=r"ppo\.max_prompt: none of 2 prompts fits 5 tokens"):
+    with pytest.raises(DataError, match=r"ppo\.max_prompt: no prompt fits 5 tokens"):
         train_ppo(small("ppo", tmp_path / "b", {"data": str(path), "max_prompt": 5}))
 
 

@@ -3,16 +3,21 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World
-from ppomax.errors import ConfigError, DataError
+from ppomax.errors import ConfigError, DataError, ModelError
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
 from ppomax.train import reward
 from ppomax.train.pairs import encode_pair, stack
@@ -329,6 +334,36 @@ def test_the_cards_mean_and_std_are_of_pairs_from_all_over_the_data(small, tmp_p
     monkeypatch.setattr(reward_card, "score_pairs", noted)
     train_reward(small("reward", tmp_path / "run", {"max_steps": 1, "heldout": 0.0}))
     assert seen == [["1", "5"]]  # of eight
+
+
+def test_an_architecture_that_cannot_be_exported_is_refused_before_training(tiny, small, tmp_path):
+    config = GraniteConfig(
+        vocab_size=len(load_tokenizer(tiny)),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    folder = shutil.copytree(tiny, tmp_path / "granite")
+    GraniteForCausalLM(config).save_pretrained(folder)
+    with pytest.raises(ModelError, match="granite: transformers has no sequence classification"):
+        train_reward(small("reward", tmp_path / "run", {"model": str(folder)}))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_answers_that_are_the_same_tokens_are_no_pair(tiny, small, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "lower")
+    file = folder / "tokenizer.json"
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps(written | {"normalizer": {"type": "Lowercase"}}))
+    pairs = [{"prompt": f"Q{i}?", "chosen": "Tea is hot", "rejected": "no"} for i in range(5)]
+    pairs.append({"prompt": "Q?", "chosen": "Tea", "rejected": "tea"})
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    change = {"model": str(folder), "data": str(path), "max_bad_rows": 0.05}
+    with pytest.raises(DataError, match=r"identical-pair 1.*pairs\.jsonl:6: the answers are equal"):
+        train_reward(small("reward", tmp_path / "run", change))
 
 
 @pytest.mark.slow

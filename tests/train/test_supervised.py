@@ -1,6 +1,7 @@
 """What SFT and the reward model share: early stopping, data that is refused or warned of."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -109,6 +110,32 @@ def test_too_long_rows_count_against_max_bad_rows(small, tmp_path):
     with pytest.raises(DataError, match=r"2 of 10 rows cannot be used \(too-long 2\)"):
         train_sft(small("sft", tmp_path / "a", change))
     train_sft(small("sft", tmp_path / "b", change | {"max_bad_rows": 0.2}))
+
+
+REFUSES = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ raise_exception('no system turns') }}{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_dialogue_that_the_template_refuses_is_set_aside_by_its_line(tiny, small, tmp_path):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(REFUSES)
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"Q{i}?", "completion": "A"} for i in range(9)]
+    rows.append({"system": "Be brief.", "prompt": "Q?", "completion": "A"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change = {"model": str(model), "data": str(path), "max_steps": 1, "max_bad_rows": 0.1}
+    run = train_sft(small("sft", tmp_path / "run", change))
+    (event,) = [row for row in jsonl(run / "events.jsonl") if row["kind"] == "quarantined_row"]
+    assert (event["where"], event["defect"]) == (f"{path}:10", "template")
+    with pytest.raises(DataError, match=r"\(template 1\).*rows\.jsonl:10: .*no system turns"):
+        train_sft(small("sft", tmp_path / "b", change | {"max_bad_rows": 0.05}))
+    path.write_text(json.dumps(rows[-1]) + "\n")
+    with pytest.raises(DataError, match=r"1 of 1 rows cannot be used \(template 1\); .*no system"):
+        train_sft(small("sft", tmp_path / "c", change))
 
 
 def warned(run):

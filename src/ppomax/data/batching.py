@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -64,7 +65,8 @@ def token_batches(
 
     Args:
         together: a label of each item; items of one label are in one batch, at the place of the
-            first. More of them than `most` are a batch of their own.
+            first. More of them than `most` are a batch of their own. Where `order` repeats an item,
+            its first places go together, then its second ones.
     """
     batches: list[list[list[int]]] = [[]]
     tokens = items = 0
@@ -85,8 +87,10 @@ def _units(order: Sequence[int], together: Sequence[Hashable] | None) -> list[li
     if together is None:
         return [[index] for index in order]
     units: dict[Hashable, list[int]] = {}
+    seen: Counter[int] = Counter()
     for index in order:
-        units.setdefault(together[index], []).append(index)
+        units.setdefault((together[index], seen[index]), []).append(index)
+        seen[index] += 1
     return list(units.values())
 
 

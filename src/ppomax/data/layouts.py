@@ -263,7 +263,10 @@ def number(value: object, name: str) -> float:
 
 
 def _pair(row: Row) -> Ranked:
-    """`{prompt?, chosen, rejected}`: answers, or dialogues that share all but the last turn."""
+    """`{prompt?, chosen, rejected}`: answers, or dialogues that share all but the last turn.
+
+    The prompt of plain answers may also be called `question` or `query`.
+    """
     chosen, rejected = need(row, "chosen"), need(row, "rejected")
     before = read_prompt(row["prompt"], "prompt") if "prompt" in row else ()
     if (
@@ -272,7 +275,11 @@ def _pair(row: Row) -> Ranked:
         and not (is_hh(chosen) or is_hh(rejected))
     ):
         if "prompt" not in row:
-            return _shared_text(row, chosen, rejected)
+            asked = next((name for name in ("question", "query") if name in row), None)
+            if asked is None:
+                return _shared_text(row, chosen, rejected)
+            question = read_prompt(row[asked], asked)
+            return Ranked(with_system(row, question), [chosen, rejected], [0, 1])
         if isinstance(row["prompt"], str) and is_hh(row["prompt"]):
             chosen, rejected = chosen.strip(), rejected.strip()
         return Ranked(with_system(row, before), [chosen, rejected], [0, 1])

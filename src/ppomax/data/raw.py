@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ppomax.data.layouts import detect_format
 from ppomax.errors import ConfigError, DataError
 
 MAX_BYTES = 16 * 2**30
@@ -24,6 +25,8 @@ TEXT_CHUNK = 4000
 
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".txt", ".parquet")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%:+-]+)?")
+_FILES = re.compile(r"\.(csv|tsv|xlsx|arrow|zip|zst|bz2|xz|gz|ya?ml)", re.IGNORECASE)
+"""How names of files end that are not read and are no hub ids either."""
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -76,7 +79,9 @@ def is_hub_id(path: str | Path) -> bool:
     if text.startswith("hub:"):
         return True
     named = _HUB.fullmatch(text) is not None and not Path(text).exists()
-    return named and not _suffix(text) and not text.startswith((".", "~"))
+    file = _suffix(text) or _FILES.fullmatch(Path(text).suffix)
+    here = Path(text.partition("/")[0]).is_dir()  # data/rows: a file that is missing
+    return named and not file and not here and not text.startswith((".", "~"))
 
 
 def _open(path: str) -> Iterator[tuple[int, object | BadRow]]:
@@ -186,10 +191,13 @@ def _json(file: Path) -> Iterator[tuple[int, object | BadRow]]:
 
 
 def _rows_in(value: object | BadRow) -> list[Any]:
-    """The rows of a JSON document: a list, or an object around exactly one list of objects."""
+    """The rows of a JSON document: a list, or an object around exactly one list of objects.
+
+    An object with the columns of a row is that row.
+    """
     if isinstance(value, list):
         return value
-    if isinstance(value, dict):
+    if isinstance(value, dict) and detect_format(value) in (None, "text"):
         lists = [item for item in value.values() if isinstance(item, list)]
         rest = [item for item in value.values() if isinstance(item, str)]
         if (

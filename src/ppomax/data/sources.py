@@ -3,6 +3,7 @@
 import hashlib
 import importlib.resources
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ppomax.config import Settings
 from ppomax.data.formats import (
@@ -80,6 +81,11 @@ class SourceConfig(Settings):
     format: Literal["auto"] | Format = "auto"
     """How the rows are written; found out row by row unless said."""
 
+    @field_validator("path")
+    @classmethod
+    def _home(cls, value: str) -> str:
+        return os.path.expanduser(value)  # noqa: PTH111 - an unknown ~user stays as it is
+
     @model_validator(mode="before")
     @classmethod
     def _path_alone(cls, value: Any) -> Any:  # noqa: ANN401 - what a recipe holds
@@ -122,10 +128,20 @@ class Loaded(Generic[Row]):
         return [starts[source] + row for source, row in drawn]
 
     def order_of(self, kept: Sequence[Row], seed: int, epoch: int) -> list[int]:
-        """`order` for some of the rows: indices into `kept`, which holds rows of `rows` itself."""
+        """`order` for some of the rows: indices into `kept`, which holds rows of `rows` itself.
+
+        As many as are kept; weights are shares of these.
+        """
         places = {id(row): place for place, row in enumerate(kept)}
-        drawn = (id(self.rows[index]) for index in self.order(seed, epoch))
-        return [places[row] for row in drawn if row in places]
+        if self.weights[0] is None:
+            drawn = (id(self.rows[index]) for index in self.order(seed, epoch))
+            return [places[row] for row in drawn if row in places]
+        own: list[list[int]] = [[] for _ in self.weights]
+        for row, source in zip(self.rows, self.source_of, strict=True):
+            if id(row) in places:
+                own[source].append(places[id(row)])
+        mixed = mixture_order([len(rows) for rows in own], self.weights, seed=seed, epoch=epoch)
+        return [own[source][row] for source, row in mixed]
 
 
 def load_preferences(
@@ -238,7 +254,8 @@ def _parsed(
             for column, value in source.where.items()
         ):
             if source.strength and isinstance(raw, dict):
-                raw = {**raw, "strength": raw.get(source.strength)}
+                own = {column: value for column, value in raw.items() if column != "margin"}
+                raw = {**own, "strength": raw.get(source.strength)}
             yield where, parse(raw, where, layout)
 
 

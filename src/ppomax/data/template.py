@@ -146,7 +146,8 @@ class ChatTemplate:
         if not text.startswith(before) or found is None:
             raise ModelError(
                 "the chat template is not prefix-preserving: adding a turn changes the text before "
-                "it, so the assistant's tokens cannot be told apart; set another chat template"
+                "it, so the assistant's tokens cannot be told apart; change chat_template in the "
+                "model's folder"
             )
         return found.end()
 
@@ -159,8 +160,8 @@ class ChatTemplate:
             )
         except (TemplateError, OverflowError, TypeError, ValueError) as error:  # the sandbox's too
             raise ModelError(
-                f"the chat template refuses a dialogue ({error}); set another chat template, or "
-                "leave such dialogues out"
+                f"the chat template refuses a dialogue ({error}); leave such dialogues out, or "
+                "change chat_template in the model's folder"
             ) from None
         return str(rendered)
 

@@ -82,12 +82,12 @@ def read_turns(value: object, name: str) -> Messages:
 
 def is_hh(text: str) -> bool:
     """Whether a string is a dialogue as Anthropic's HH-RLHF writes it."""
-    return text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
+    return text.lstrip().startswith("Human:") and "\n\nAssistant:" in text.replace("\r\n", "\n")
 
 
 def read_hh(text: str) -> Messages:
     r"""A dialogue of HH-RLHF, `\n\nHuman: ...\n\nAssistant: ...`, outer whitespace taken off."""
-    _, *parts = _HH_TURN.split(text)
+    _, *parts = _HH_TURN.split(text.replace("\r\n", "\n"))
     roles, contents = parts[::2], parts[1::2]
     return tuple(
         user(content.strip()) if role == "Human" else assistant(content.strip())

@@ -28,6 +28,7 @@ from ppomax.eval.replies import (
     write_replies,
 )
 from ppomax.eval.rubrics import Rubrics, load_rubrics
+from ppomax.models.load import check_reward_model
 from ppomax.rollout import SamplingParams
 from ppomax.types import PromptRow
 
@@ -69,6 +70,9 @@ def compare_policies(
     if dry_run:
         _say_calls(models, found.rows, judges, texts, out, say)
         return None
+    for judge in judges:
+        if judge.kind == "reward":
+            check_reward_model("judge", judge.target)
     replies = []
     for index, (model, name) in enumerate(zip(models, names, strict=True)):
         place = out / "replies" / f"{index}.jsonl"

@@ -15,7 +15,9 @@ from ppomax.errors import ConfigError
 from ppomax.models.load import load_policy, load_tokenizer
 from ppomax.models.names import system_of
 from ppomax.rollout import Engine, EngineSettings, SamplingParams, build_engine
+from ppomax.rundir import write_text
 from ppomax.types import Message, PromptRow
+from ppomax.visible import visible
 
 
 def compute_dtype(name: str) -> torch.dtype:
@@ -55,12 +57,14 @@ def generate_file(
     Writes JSONL rows {id, prompt, response, finished, model, sampling, seed}.
     """
     rows = load_prompts([SourceConfig(path=prompts)]).rows[:limit]
+    if not out.parent.is_dir() or out.is_dir():
+        raise ConfigError(f"option out: {out} cannot be written; name a file in a folder there is")
     lines = [
         json.dumps(reply, ensure_ascii=False)
         for reply in generate_rows(model, rows, params, seed=seed, dtype=dtype, system=system)
     ]
     try:
-        out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(out, "\n".join(lines) + "\n")
     except OSError as error:
         raise ConfigError(f"option out: cannot write {out} ({error.strerror})") from None
     return len(lines)
@@ -115,11 +119,11 @@ class Chat:
             self.engine = _engine(model, here, self.template, torch.float32, 1)
 
     def reply(self, text: str) -> str:
-        """The model's answer, without control characters, so that it cannot drive a terminal."""
+        """The model's answer, control characters spelled out: it cannot drive a terminal."""
         self.history.append(Message(role="user", content=text))
         ids = self.template.prompt(self.history)
         seed = derived_seed(self.seed, "chat", len(self.history))
         rollout = self.engine.generate([ids], self.params, [seed])
         answer = self.template.decode(rollout.responses[0])
         self.history.append(Message(role="assistant", content=answer))
-        return "".join(char for char in answer if char.isprintable() or char == "\n")
+        return visible(answer)

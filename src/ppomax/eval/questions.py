@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ppomax.data.raw import iter_raw
+from ppomax.data.raw import BadRow, iter_raw
 from ppomax.errors import DataError
 from ppomax.eval.rubrics import Language, language_of
 from ppomax.types import Message
@@ -50,6 +50,8 @@ def load_questions(path: str, group: str, limit: int | None = None) -> list[Ques
         if limit is not None and len(found) == limit:
             break
         where = f"{path}:{number}"
+        if isinstance(raw, BadRow):
+            raise DataError(f"{where}: {raw.reason}")
         if not isinstance(raw, dict):
             raise DataError(f"{where}: a row with question and answer is wanted")
         row = _question(raw, where, group)

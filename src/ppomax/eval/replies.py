@@ -10,7 +10,7 @@ from typing import Any
 
 from ppomax import rundir
 from ppomax.data.formats import parse_prompt
-from ppomax.data.raw import iter_raw
+from ppomax.data.raw import BadRow, iter_raw
 from ppomax.data.sources import SourceConfig, load_prompts
 from ppomax.data.template import ChatTemplate
 from ppomax.errors import ConfigError, DataError
@@ -94,6 +94,8 @@ def read_replies(path: str, rows: Sequence[PromptRow], name: str) -> Replies:
     notes: Counter[str] = Counter()
     for number, raw in iter_raw(path):
         where = f"{path}:{number}"
+        if isinstance(raw, BadRow):
+            raise DataError(f"{where}: {raw.reason}")
         if not isinstance(raw, dict) or not isinstance(raw.get("response"), str):
             raise DataError(f"{where}: a row with id and response is wanted (ppomax generate)")
         found = str(raw.get("id", ""))

@@ -9,6 +9,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from ppomax.process import open_as_umask_says
+
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
@@ -21,6 +23,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     try:
         place.chmod(0o755)  # mkdtemp's is for its owner alone
         yield place
+        open_as_umask_says(place)
         if folder.exists():
             old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
             folder.replace(old / folder.name)

@@ -221,6 +221,27 @@ def read_scores(
     return values.gather(1, (lengths.to(values.device) - 1).unsqueeze(1)).squeeze(1)
 
 
+def classifier_shell(config: PreTrainedConfig) -> PreTrainedModel:
+    """What `AutoModelForSequenceClassification` makes of the config with one output, on no device.
+
+    Raises:
+        ModelError: transformers has none for the architecture, or one with another head.
+    """
+    auto: Any = AutoModelForSequenceClassification
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    try:
+        with torch.device("meta"):
+            shell: PreTrainedModel = auto.from_config(config)
+    except ValueError:
+        raise ModelError(
+            f"model type {config.model_type}: transformers has no sequence classification for it, "
+            "as which a reward model is exported; use another architecture"
+        ) from None
+    ScalarModel.from_classifier(shell)
+    return shell
+
+
 def save_scalar(
     model: ScalarModel,
     folder: Path,
@@ -233,12 +254,8 @@ def save_scalar(
     if dtype is not None:
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     config = copy.deepcopy(model.config)
-    config.num_labels = 1
     set_pad(config, tokenizer.pad_token_id)
-    auto: Any = AutoModelForSequenceClassification
-    with torch.device("meta"):
-        shell = auto.from_config(config)
-    ScalarModel.from_classifier(shell)  # refuses an architecture whose head has another form
+    shell = classifier_shell(config)
     prefix = shell.base_model_prefix
     setattr(shell, prefix, model.backbone)
     head = {name: w for name, w in weights.items() if name.startswith("lm_head.")}

@@ -6,6 +6,7 @@ ids only. Weights are read from safetensors; nothing is unpickled.
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ppomax.data.template import settle_template
+from ppomax.data.template import ChatTemplate, settle_template
 from ppomax.errors import ModelError
+from ppomax.models.ensembles import members
 from ppomax.models.export import generation_config
 from ppomax.models.folders import quiet
 from ppomax.models.heads import LM_HEAD_FILE, ScalarModel, hidden_states, output_weight, set_pad
@@ -53,7 +55,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         )
     tokenizer.padding_side = "right"
     settle_template(tokenizer)
-    ensure_pad(tokenizer, _generation_ends(source))
+    ensure_pad(tokenizer, _ends(tokenizer, source))
     result: PreTrainedTokenizerBase = tokenizer
     return result
 
@@ -101,7 +103,7 @@ def load_policy(
     if _is_classifier(config):
         raise ModelError(f"model {name!r} is a reward model; a policy needs a language model")
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    ends = sorted({int(tokenizer.eos_token_id), *_generation_ends(source)})
+    ends = sorted({int(tokenizer.eos_token_id), *_ends(tokenizer, source)})
     model = _load_model(
         AutoModelForCausalLM,
         name,
@@ -169,6 +171,18 @@ def load_reward_model(
     return ScalarModel.from_classifier(model, _lm_head(Path(source), dtype))
 
 
+def check_reward_model(setting: str, name: str, *, trust_remote_code: bool = False) -> None:
+    """Look whether a name is a reward model's, or a folder of such, without reading weights.
+
+    Raises:
+        ModelError: it cannot be found, or its config names no classifier of one output.
+    """
+    for member in members(name):
+        config = _load_config(member, resolve(member), trust_remote_code)
+        if not _is_classifier(config) or config.num_labels != 1:
+            raise ModelError(f"setting {setting}: model {name!r} is no reward model of one output")
+
+
 def load_value_model(
     name: str,
     *,
@@ -211,6 +225,12 @@ def fit_vocabulary(model: PreTrainedModel, size: int) -> None:
             layer.weight[old:] = layer.weight[:old].float().mean(0).to(layer.weight.dtype)
 
 
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """The longest sequence a model reads, where its config says."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if found is None else int(found)
+
+
 def _unused_token(tokenizer: PreTrainedTokenizerBase, taken: set[int]) -> str | None:
     """A special token of the vocabulary that nothing uses, those meant for padding first."""
     used = {token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
@@ -231,13 +251,19 @@ def _unused_token(tokenizer: PreTrainedTokenizerBase, taken: set[int]) -> str | 
     return max(reserved or free, key=lambda token: free[token], default=None)
 
 
-def _generation_ends(source: str) -> set[int]:
-    """The eos ids of the model's generation config, if it has one."""
-    try:
+def _ends(tokenizer: PreTrainedTokenizerBase, source: str) -> set[int]:
+    """What ends an answer besides eos.
+
+    The template's end of a turn, which training teaches, and the eos ids of the model's generation
+    config, if it has one.
+    """
+    ends: int | list[int] | None = None
+    with suppress(OSError, ValueError):
         ends = GenerationConfig.from_pretrained(source).eos_token_id
-    except (OSError, ValueError):
-        return set()
-    return set() if ends is None else ({ends} if isinstance(ends, int) else set(ends))
+    found = {ends} if isinstance(ends, int) else set(ends or ())
+    with suppress(ModelError):  # a template that refuses every dialogue is met where one is encoded
+        found.add(ChatTemplate(tokenizer).end_id)
+    return found
 
 
 def _load_config(name: str, source: str, trust_remote_code: bool) -> PreTrainedConfig:
@@ -334,7 +360,8 @@ def _cannot_load(name: str, error: Exception) -> ModelError:
         )
     if "attention implementation" in text:
         return ModelError(
-            f"model {name!r} does not support this attention; set attn_implementation=eager"
+            f"model {name!r}: transformers computes its attention in another way only than the one "
+            "needed here; use another architecture (Llama, Qwen, Mistral, SmolLM, GPT-NeoX, ...)"
         )
     first = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return ModelError(

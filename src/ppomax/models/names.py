@@ -52,8 +52,9 @@ def _check_folder(path: Path) -> None:
         raise ModelError(f"model {path}: a file; a model is a folder in Hugging Face format")
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
         raise ModelError(f"model {path}: a LoRA adapter alone; use a merged export")
-    inner = path / "export"
-    hint = f"; did you mean {inner}?" if (inner / "config.json").exists() else ""
+    inner = [path / "export", path / "ppo" / "export", path / "sft" / "export"]
+    near = next((place for place in inner if (place / "config.json").exists()), None)
+    hint = f"; did you mean {near}?" if near is not None else ""
     tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if not (path / "config.json").exists():
         raise ModelError(f"model {path}: not a model folder, config.json is missing{hint}")

@@ -39,7 +39,7 @@ class TransformersEngine:
         own = [world.device] if world.device.type == "cuda" else []
         with torch.random.fork_rng(own), torch.device(world.device):  # weights drawn, then replaced
             plain: nn.Module = type_of(model)(self.config)
-        self.model = plain.to(dtype).eval()
+        self.model = _cast(plain, dtype).eval()
         if dtype != torch.float32 and has_lora(model):
             self.note = (
                 "adapters are merged into bfloat16 weights for the replies, which loses most of a "
@@ -134,6 +134,19 @@ class TransformersEngine:
         )
         logits: Tensor = output.logits[:, -1].float()
         return logits
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The weights in `dtype`; rotary frequencies stay float32, as the trainer has them.
+
+    Rounded to bfloat16 they turn positions in the hundreds by a good part of a circle.
+    """
+    kept = {name: x for name, x in model.named_buffers() if name.endswith("inv_freq")}
+    model = model.to(dtype)
+    for name, frequencies in kept.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, frequencies)
+    return model
 
 
 def type_of(model: PreTrainedModel) -> type[PreTrainedModel]:

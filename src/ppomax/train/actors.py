@@ -17,7 +17,7 @@ from ppomax.models.ensembles import members
 from ppomax.models.export import REWARD_CARD_FILE, read_reward_card
 from ppomax.models.heads import ScalarModel
 from ppomax.models.language import LanguageModel, freeze_embeddings, place
-from ppomax.models.load import load_policy, load_tokenizer, load_value_model
+from ppomax.models.load import load_policy, load_tokenizer, load_value_model, positions_of
 from ppomax.models.lora import adapters_off, add_lora
 from ppomax.models.trunk import Trunks
 from ppomax.rollout.engine import Engine, build_engine
@@ -68,7 +68,7 @@ def load_actors(config: PPOConfig, here: World) -> Actors:
     trust = config.trust_remote_code
     base = config.compute_dtype if config.lora else torch.float32
     lm = load_policy(config.model, dtype=base, trust_remote_code=trust)
-    check_positions(config, lm)
+    check_positions(config, positions_of(lm.config))
     check_entropy(
         "entropy_threshold", config.loss.entropy_threshold, lm.config.get_text_config().vocab_size
     )

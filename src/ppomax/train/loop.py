@@ -10,7 +10,6 @@ from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ppomax import checkpoint, distributed, rundir
 from ppomax.data.formats import BadRow, count_kinds
@@ -424,13 +423,12 @@ def is_done(path: Path) -> bool:
     return (path / DONE).exists()
 
 
-def check_positions(config: StageSettings, model: PreTrainedModel) -> None:
+def check_positions(config: StageSettings, positions: int | None) -> None:
     """A sequence of `max_length` tokens must fit the model.
 
     Raises:
         ConfigError: it does not.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and config.max_length > positions:
         raise ConfigError(
             f"setting max_length: {config.max_length} is more than the {positions} positions of "

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ppomax.data.batching import derived_seed, permutation
+from ppomax.data.fitting import Limit, check_fitting, fit_row
 from ppomax.data.formats import BadRow
 from ppomax.data.sources import Loaded, load_prompts, load_text, split_by_prompt
 from ppomax.data.template import ChatTemplate
@@ -41,10 +42,7 @@ class PromptStream:
         epoch, position = divmod(place, len(self.prompts))
         if epoch not in self._orders:
             rows = [prompt.row for prompt in self.prompts]
-            order = self.loaded.order_of(rows, self.seed, epoch)
-            drawn = set(order)
-            spare = [index for index in range(len(rows)) if index not in drawn]
-            self._orders = {epoch: (order + spare)[: len(rows)]}
+            self._orders = {epoch: self.loaded.order_of(rows, self.seed, epoch)}
         return self.prompts[self._orders[epoch][position]]
 
 
@@ -52,24 +50,18 @@ def load_stream(config: PPOConfig, template: ChatTemplate) -> PromptStream:
     """Read, encode, cut the oldest turns.
 
     Raises:
-        DataError: no prompt fits `max_prompt`.
+        DataError: no prompt fits `max_prompt`, or more than `max_bad_rows` cannot be used.
     """
     loaded = load_prompts(config.data, max_bad_rows=config.max_bad_rows)
     prompts, bad = [], list(loaded.bad)
+    limit = Limit("ppo.max_prompt", config.max_prompt, "prompt")
     seen: set[tuple[int, ...]] = set()
     for index, row in enumerate(split_by_prompt(loaded.rows, config.heldout).train):
-        fitted = template.fit(row.messages, config.max_prompt)
-        if fitted is None:
-            why = f"does not fit max_prompt {config.max_prompt}"
-            bad.append(BadRow(row.where, "too-long", why))
-        elif tuple(fitted[1]) not in seen:
+        fitted = fit_row(row, lambda row: template.fit(row.messages, limit.tokens), limit, bad)
+        if fitted is not None and tuple(fitted[1]) not in seen:
             seen.add(tuple(fitted[1]))
             prompts.append(Prompt(index, row, fitted[1]))
-    if not prompts:
-        raise DataError(
-            f"setting ppo.max_prompt: none of {len(loaded.rows)} prompts fits "
-            f"{config.max_prompt} tokens; raise it"
-        )
+    check_fitting(loaded, bad, config.max_bad_rows, limit, some=bool(prompts))
     return PromptStream(prompts, loaded, bad, config.seed)
 
 

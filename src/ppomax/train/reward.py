@@ -17,9 +17,9 @@ from ppomax.errors import TrainingError
 from ppomax.losses import centring_loss, lm_loss, pairwise_ranking_loss
 from ppomax.metrics import MetricSums
 from ppomax.models.blocks import freeze_layers
-from ppomax.models.heads import ScalarModel
+from ppomax.models.heads import ScalarModel, classifier_shell
 from ppomax.models.language import freeze_embeddings, place
-from ppomax.models.load import load_reward_model, load_tokenizer
+from ppomax.models.load import load_reward_model, load_tokenizer, positions_of
 from ppomax.models.lora import add_lora
 from ppomax.train.ensemble import train_members
 from ppomax.train.loop import StageRun, Trainable, check_positions, opened
@@ -53,7 +53,8 @@ def _train(config: RewardConfig, here: World, run: StageRun) -> Path:
     model = load_reward_model(
         config.model, dtype=base, seed=config.seed, trust_remote_code=config.trust_remote_code
     )
-    check_positions(config, model.backbone)
+    check_positions(config, positions_of(model.config))
+    classifier_shell(model.config)  # refuses what could not be exported in the end
     data = load_data(config, template)
     if config.lora:
         add_lora(model, config.lora, config.seed, freeze_layers=config.freeze_layers or 0)

@@ -7,6 +7,7 @@ from pydantic import Field
 from ppomax.data.sources import load_preferences
 from ppomax.data.splits import spread
 from ppomax.data.template import ChatTemplate
+from ppomax.data.turns import Defect
 from ppomax.errors import DataError
 from ppomax.train.optim import OptimSettings
 from ppomax.train.pairs import Pair, encode_pair, length_note
@@ -61,7 +62,7 @@ def load_data(config: RewardConfig, template: ChatTemplate) -> RewardData:
     data = build_data(
         config,
         loaded,
-        lambda row: encode_pair(row, template, config.max_length),
+        lambda row: _encode(row, template, config.max_length),
         lambda pair: pair.tokens,
         "pair",
         least=config.min_pairs,
@@ -75,3 +76,11 @@ def load_data(config: RewardConfig, template: ChatTemplate) -> RewardData:
     data.notes.extend(filter(None, [length_note(data.train)]))
     data.heldout[:] = spread(data.heldout, config.eval_pairs)
     return data
+
+
+def _encode(row: PreferenceRow, template: ChatTemplate, max_length: int) -> Pair | None:
+    """The pair, unless its answers differ in nothing that the tokenizer keeps."""
+    pair = encode_pair(row, template, max_length)
+    if pair is not None and pair.chosen.ids == pair.rejected.ids:
+        raise Defect("identical-pair", "the answers are equal as token ids")
+    return pair

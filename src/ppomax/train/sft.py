@@ -20,7 +20,7 @@ from ppomax.metrics import MetricSums
 from ppomax.models.blocks import freeze_layers
 from ppomax.models.export import Card, export_policy
 from ppomax.models.language import LanguageModel, freeze_embeddings, place
-from ppomax.models.load import load_policy, load_tokenizer
+from ppomax.models.load import load_policy, load_tokenizer, positions_of
 from ppomax.models.lora import add_lora
 from ppomax.models.names import licence_of
 from ppomax.rollout import EngineSettings, SamplingParams, build_engine
@@ -79,7 +79,7 @@ def _train(config: SFTConfig, here: World, run: StageRun) -> Path:
     template = ChatTemplate(tokenizer, config.system)
     base = config.compute_dtype if config.lora else torch.float32
     lm = load_policy(config.model, dtype=base, trust_remote_code=config.trust_remote_code)
-    check_positions(config, lm)
+    check_positions(config, positions_of(lm.config))
     data = load_data(config, template)
     if config.lora:
         add_lora(lm, config.lora, config.seed, freeze_layers=config.freeze_layers or 0)

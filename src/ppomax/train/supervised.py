@@ -18,9 +18,10 @@ from pydantic import Field
 from ppomax import checkpoint, distributed
 from ppomax.config import Settings
 from ppomax.data.batching import token_batches
-from ppomax.data.formats import BadRow, count_kinds
+from ppomax.data.fitting import Limit, check_fitting, fit_row
+from ppomax.data.formats import BadRow
 from ppomax.data.sources import Loaded, Sources, exchange_overlap, split_by_prompt
-from ppomax.errors import CheckpointError, ConfigError, DataError
+from ppomax.errors import CheckpointError, ConfigError
 from ppomax.models.lora import LoraSettings
 from ppomax.train.loop import StageRun, Trainable
 from ppomax.train.memory import fitted, peak_memory_gb
@@ -118,14 +119,14 @@ def build_data(
         least, most: rows in a step.
 
     Raises:
-        DataError: none fits, or more rows than `max_bad_rows` cannot be used.
+        DataError: none fits, or more rows than `max_bad_rows` cannot be used (too long, refused by
+            the chat template).
     """
     split = split_by_prompt(loaded.rows, config.heldout)
     bad = list(loaded.bad)
-    train, heldout = (_fitting(rows, encode, config.max_length, bad) for rows in split)
-    if not train:
-        raise DataError(f"setting max_length: no {what} fits {config.max_length} tokens")
-    _check_share(loaded, bad, config)
+    limit = Limit("max_length", config.max_length, what)
+    train, heldout = (_fitting(rows, encode, limit, bad) for rows in split)
+    check_fitting(loaded, bad, config.max_bad_rows, limit, some=bool(train))
     lengths = [tokens(item) for _, item in train]
     lists = [row.where for row, _ in train]  # the pairs of a ranked list are of one row
     steps: list[list[int]] = []
@@ -152,29 +153,11 @@ def build_data(
 
 
 def _fitting(
-    rows: Sequence[Row], encode: Callable[[Row], T | None], max_length: int, bad: list[BadRow]
+    rows: Sequence[Row], encode: Callable[[Row], T | None], limit: Limit, bad: list[BadRow]
 ) -> list[tuple[Row, T]]:
     """The rows that fit, encoded; the others are added to `bad`."""
-    found = []
-    for row in rows:
-        item = encode(row)
-        if item is None:
-            bad.append(BadRow(row.where, "too-long", f"does not fit max_length {max_length}"))
-        else:
-            found.append((row, item))
-    return found
-
-
-def _check_share(loaded: Loaded[Row], bad: list[BadRow], config: SupervisedSettings) -> None:
-    """Rows that are too long count as bad ones, each line once (a ranked list has many pairs)."""
-    lost = {row.where for row in bad}
-    total = len(lost | {row.where for row in loaded.rows})
-    if len(lost) > config.max_bad_rows * total:
-        raise DataError(
-            f"{len(lost)} of {total} rows cannot be used ({count_kinds(bad)}), more than "
-            f"max_bad_rows = {config.max_bad_rows:.1%}; raise max_length ({config.max_length}) or "
-            "max_bad_rows"
-        )
+    items = [(row, fit_row(row, encode, limit, bad)) for row in rows]
+    return [(row, item) for row, item in items if item is not None]
 
 
 def _notes(train: Sequence[Row], heldout: Sequence[Row]) -> list[str]:
