@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ppomax import cli
 from ppomax.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
@@ -24,6 +25,7 @@ VERBS = [
     ["resume"],
     ["plan"],
     ["report"],
+    ["recipes"],
     ["generate"],
     ["chat"],
     ["annotate"],
@@ -136,6 +138,17 @@ def test_a_cold_help_takes_no_time():
     assert done.returncode == 0
     assert "recipe" in done.stdout.lower()
     assert seconds < 1.5  # the promise is 0.5 s; this machine may be busy
+
+
+def test_shipped_recipes_and_presets_are_listed_and_shown(ppomax):
+    code, out, _ = ppomax("recipes")
+    names = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
+    assert code == 0
+    assert {"demo", "hh-smollm2", "vanilla", "ppo-max"} <= set(names)
+    assert yaml.safe_load(ppomax("recipes", "vanilla")[1])["kl"]["coef"] == 0.0
+    code, _, err = ppomax("recipes", "fig7-no-clip")
+    assert code == 2
+    assert "nearest are fig17-no-clip" in err
 
 
 def test_the_version_is_the_installed_packages(ppomax):

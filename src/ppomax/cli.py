@@ -185,6 +185,17 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe or preset.")] = None,
+) -> None:
+    """Recipes and presets that come with the package, or the text of one."""
+    from ppomax.presets import shipped
+
+    for line in shipped(name):
+        typer.echo(line)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
     out: Annotated[

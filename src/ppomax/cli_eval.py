@@ -18,7 +18,9 @@ def eval_reward(
         list[str], typer.Argument(help="Reward-model folders or hub ids; several are compared.")
     ],
     data: Annotated[list[str], typer.Option(help="Preference file; may be given several times.")],
-    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("eval-reward"),
+    out: Annotated[
+        Path, typer.Option(help="Folder of the report; default the current one.")
+    ] = Path(),
     dtype: str = "float32",
     max_length: Annotated[
         int | None,

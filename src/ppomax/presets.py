@@ -28,6 +28,32 @@ def without_critic(ppo: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def shipped(name: str | None = None) -> list[str]:
+    """Recipes and presets that come with the package, a line each; or the text of one.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    root = Path(str(importlib.resources.files("ppomax") / "recipes"))
+    kinds = {
+        "recipes, for ppomax run NAME:": sorted(root.glob("*.yaml")),
+        "presets of PPO, for ppo.preset=NAME:": sorted((root / "presets").glob("*.yaml")),
+    }
+    if name is not None:
+        texts = {place.stem: place for places in kinds.values() for place in places}
+        if name not in texts:
+            near = ", ".join(get_close_matches(name, texts, n=3, cutoff=0.0))
+            raise ConfigError(f"{name}: no such recipe or preset; nearest are {near}")
+        return [texts[name].read_text(encoding="utf-8").rstrip()]
+    lines = []
+    for title, places in kinds.items():
+        lines.append(title)
+        for place in places:
+            first = place.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+            lines.append(f"  {place.stem:<28}  {first}")
+    return lines
+
+
 def find_recipe(name: str) -> Path:
     """A path, or a shipped recipe's name with or without `recipes/` and `.yaml`."""
     path = Path(name)

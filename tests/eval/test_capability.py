@@ -55,8 +55,8 @@ def test_log_likelihoods_are_those_of_plain_transformers(tiny, monkeypatch, tmp_
     seen = []
     call = capability.Likelihoods.__call__
 
-    def spy(self, contexts, continuations, where):
-        sums = call(self, contexts, continuations, where)
+    def spy(self, contexts, continuations, where, told=None):
+        sums = call(self, contexts, continuations, where, told)
         seen.extend(zip(contexts, continuations, sums, strict=True))
         return sums
 
@@ -79,7 +79,7 @@ def test_accuracy_comes_by_group_with_a_paired_test(tmp_path, monkeypatch):
         write(tmp_path / "two.jsonl", rows[:4]),
     ]
     right = {"sft": [True] * 8 + [False] * 4, "ppo": [True] * 2 + [False] * 6 + [True] * 4}
-    monkeypatch.setattr(capability, "answer_all", lambda name, *_: {"letter": right[name]})
+    monkeypatch.setattr(capability, "answer_all", lambda name, *_, **__: {"letter": right[name]})
     record = evaluate_capability(
         {"SFT": "sft", "PPO": "ppo"}, CapabilityConfig(data=paths), say=lambda _: None
     )
@@ -120,6 +120,16 @@ def test_shots_are_of_the_same_subject_and_never_the_question_itself(tmp_path):
     assert text.endswith("\nAnswer:")
     with pytest.raises(DataError, match="3 examples are wanted, there are 1"):
         shots_for(questions[3], questions, 3)
+
+
+def test_a_long_reading_says_how_far_it_is(tiny, tmp_path):
+    said = []
+    config = CapabilityConfig(data=[write(tmp_path / "q.jsonl", ROWS)], micro_tokens=64)
+    evaluate_capability({"SFT": tiny}, config, say=said.append)
+    assert said[0] == f"SFT: {len(ROWS)} questions"
+    assert "SFT: read by the letter 100%" in said
+    assert "SFT: read by the text 100%" in said
+    assert len(said) <= 21
 
 
 def test_a_line_that_is_not_json_says_so(tmp_path):

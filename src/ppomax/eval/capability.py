@@ -9,6 +9,7 @@ harness, whose `acc_norm` is `text`.
 import re
 import string
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def evaluate_capability(
     for name, model in models.items():
         say(f"{name}: {len(questions)} questions")
         options = (config.micro_tokens, dtype, trust_remote_code)
-        right[name] = answer_all(model, questions, shots, *options)
+        right[name] = answer_all(model, questions, shots, *options, say=partial(_told, say, name))
     return {
         "shots": config.shots,
         "data": config.data,
@@ -125,6 +126,8 @@ def answer_all(
     micro_tokens: int,
     dtype: str,
     trust_remote_code: bool,
+    *,
+    say: Say = lambda _: None,
 ) -> dict[str, list[bool | None]]:
     """Of each reading, whether each question was answered rightly; None: not read so."""
     template = ChatTemplate(load_tokenizer(name, trust_remote_code=trust_remote_code))
@@ -138,9 +141,13 @@ def answer_all(
             rows = [(i, c) for i in choice for c in range(len(questions[i].choices))]
             before = {i: context(questions[i], shots[i], form) for i in choice}
             after = [answer_text(questions[i], form, c) for i, c in rows]
-            sums = score([before[i] for i, _ in rows], after, [questions[i].where for i, _ in rows])
-            for i in choice:
-                places = [place for place, (row, _) in enumerate(rows) if row == i]
+            where = [questions[i].where for i, _ in rows]
+            told = _Tenths(say, f"read by the {form}")
+            sums = score([before[i] for i, _ in rows], after, where, told)
+            own: dict[int, list[int]] = {i: [] for i in choice}
+            for place, (i, _) in enumerate(rows):
+                own[i].append(place)
+            for i, places in own.items():
                 total = np.array([sums[place] for place in places])
                 size = np.array([len(after[place].encode()) for place in places])
                 right = questions[i].answer
@@ -154,6 +161,23 @@ def answer_all(
             wanted = {normalised(answer) for answer in questions[i].texts}
             found["match"][i] = normalised(text) in wanted
     return {reading: values for reading, values in found.items() if set(values) != {None}}
+
+
+def _told(say: Say, name: str, text: str) -> None:
+    say(f"{name}: {text}")
+
+
+class _Tenths:
+    """Says how far a long reading is, at every tenth of it."""
+
+    def __init__(self, say: Say, what: str) -> None:
+        self.say, self.what, self.said = say, what, 0
+
+    def __call__(self, share: float) -> None:
+        """Another share is done."""
+        if int(10 * share) > self.said:
+            self.said = int(10 * share)
+            self.say(f"{self.what} {share:.0%}")
 
 
 def _write(

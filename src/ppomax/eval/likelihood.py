@@ -7,7 +7,7 @@ others get a row for each continuation.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,9 +70,16 @@ class Likelihoods:
 
     @torch.no_grad()
     def __call__(
-        self, contexts: Sequence[str], continuations: Sequence[str], where: Sequence[str]
+        self,
+        contexts: Sequence[str],
+        continuations: Sequence[str],
+        where: Sequence[str],
+        told: Callable[[float], None] | None = None,
     ) -> list[float]:
         """Summed log-prob of each continuation after its context.
+
+        Args:
+            told: gets the share that is done, after every micro-batch.
 
         Raises:
             DataError: both together are longer than the model's positions.
@@ -89,13 +96,17 @@ class Likelihoods:
                 )
             of.setdefault(tuple(ids[:-size]), []).append((i, ids[-size:]))
         trees = [Tree(list(ids), of[ids]) for ids in sorted(of)]
-        sums = [0.0] * len(contexts)
+        sums, done = [0.0] * len(contexts), 0
         for group in self._groups(trees):
             stem = self._stem(group)
             past = self._cache(stem) if stem else None
             widths = [tree.width for tree in group]  # with the stem: each row has a copy of it
             for indices in plan_micro_batches(widths, self.micro_tokens):
-                self._read([group[i] for i in indices], len(stem), past, sums)
+                trees_now = [group[i] for i in indices]
+                self._read(trees_now, len(stem), past, sums)
+                done += sum(len(tree.branches) for tree in trees_now)
+                if told is not None:
+                    told(done / len(contexts))
         return sums
 
     def _groups(self, trees: list[Tree]) -> list[list[Tree]]:

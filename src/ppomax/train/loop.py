@@ -25,7 +25,7 @@ from ppomax.errors import (
 from ppomax.metrics import as_row
 from ppomax.monitors import check_keys
 from ppomax.train.disk import refusals_told
-from ppomax.train.progress import Progress
+from ppomax.train.progress import Progress, number
 from ppomax.train.resuming import differences, environment, open_directory
 from ppomax.train.settings import StageSettings
 from ppomax.train.stopping import StopAsked, Stopper
@@ -208,7 +208,7 @@ class StageRun:
 
     def event(self, kind: str, *, step: int, **fields: object) -> None:
         """One row of events.jsonl, and a line on the terminal."""
-        text = ", ".join(f"{key} {value}" for key, value in fields.items())
+        text = ", ".join(f"{key} {_shown(value)}" for key, value in fields.items())
         self.record(kind, text, step=step, **fields)
 
     def record(self, kind: str, text: str, *, step: int, **fields: object) -> None:
@@ -310,10 +310,10 @@ class StageRun:
             StopAsked: they cannot, on any rank; the step is to be dropped.
         """
         began = time.monotonic()
-        for number, item in enumerate(items):
-            if number and self.stop_asked():
-                each = (time.monotonic() - began) / number
-                if not self.fits(each * (len(items) - number) + self.save_seconds):
+        for done, item in enumerate(items):
+            if done and self.stop_asked():
+                each = (time.monotonic() - began) / done
+                if not self.fits(each * (len(items) - done) + self.save_seconds):
                     raise StopAsked
             yield item
 
@@ -421,6 +421,13 @@ def opened(name: str, config: StageSettings, *, resume: bool) -> Iterator[StageR
 def is_done(path: Path) -> bool:
     """Whether a stage's directory holds a finished run."""
     return (path / DONE).exists()
+
+
+def _shown(value: object) -> object:
+    """A field of an event as people read it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return number(value) if isinstance(value, float) else value
 
 
 def check_positions(config: StageSettings, positions: int | None) -> None:

@@ -54,7 +54,8 @@ class Watch:
             unchanged: they are the SFT model's: they can only say what is normal.
         """
         for alarm in self.alarms.update(values):
-            self.run.event("alarm", step=step, alarm=alarm.name, reason=alarm.reason)
+            text = f"{alarm.name}: {alarm.reason}"
+            self.run.record("alarm", text, step=step, alarm=alarm.name, reason=alarm.reason)
         if unchanged:
             self.detector.learn(values)
             self.before = shown(samples)
