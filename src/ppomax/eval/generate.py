@@ -64,7 +64,10 @@ def generate_file(
         for reply in generate_rows(model, rows, params, seed=seed, dtype=dtype, system=system)
     ]
     try:
-        write_text(out, "\n".join(lines) + "\n")
+        if out.exists() and not out.is_file():  # /dev/stdout
+            out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        else:
+            write_text(out, "\n".join(lines) + "\n")
     except OSError as error:
         raise ConfigError(f"option out: cannot write {out} ({error.strerror})") from None
     return len(lines)
