@@ -166,7 +166,9 @@ def eval_capability(
     lm_eval: Annotated[
         str | None, typer.Option(help="Tasks of EleutherAI's harness, as mmlu,cmmlu.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("eval-capability"),
+    out: Annotated[
+        Path, typer.Option(help="Folder of answers and report; run again to go on.")
+    ] = Path("eval-capability"),
     dtype: str = "float32",
 ) -> None:
     """What models know: multiple choice by log-likelihood, free answers by exact match."""

@@ -105,7 +105,9 @@ def write_capability_evaluation(
     with world() as here:
         if settings["data"]:
             config = parse(CapabilityConfig, settings, "options")
-            result["capability"] = evaluate_capability(named, config, dtype=dtype, say=say)
+            result["capability"] = evaluate_capability(
+                named, config, dtype=dtype, say=say, keep=out / "answers"
+            )
             lines += capability.lines_of(result["capability"])
         if tasks:
             result["harness"] = run_harness(

@@ -132,6 +132,25 @@ def test_a_long_reading_says_how_far_it_is(tiny, tmp_path):
     assert len(said) <= 21
 
 
+def test_a_model_that_has_answered_is_not_asked_again(tiny, tmp_path, monkeypatch):
+    config = CapabilityConfig(data=[write(tmp_path / "q.jsonl", ROWS)])
+    asked, plain = [], capability.answer_all
+
+    def counted(name, *rest, **keywords):
+        asked.append(name)
+        return plain(name, *rest, **keywords)
+
+    monkeypatch.setattr(capability, "answer_all", counted)
+    options = {"say": lambda _: None, "keep": tmp_path / "answers"}
+    first = evaluate_capability({"SFT": tiny}, config, **options)
+    assert evaluate_capability({"SFT": tiny}, config, **options) == first
+    assert asked == [tiny]
+    evaluate_capability({"SFT": tiny}, config, dtype="bfloat16", **options)
+    write(tmp_path / "q.jsonl", ROWS[:-1])
+    evaluate_capability({"SFT": tiny}, config, **options)
+    assert asked == [tiny] * 3, "another precision, other questions"
+
+
 def test_a_line_that_is_not_json_says_so(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n{broken\n")

@@ -6,9 +6,12 @@ not shown, the likeliest text per UTF-8 byte, so that a long choice is at no dis
 harness, whose `acc_norm` is `text`.
 """
 
+import hashlib
+import json
 import re
 import string
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from ppomax.distributed import World, world
 from ppomax.errors import ConfigError
 from ppomax.eval.generate import compute_dtype
 from ppomax.eval.likelihood import Likelihoods
+from ppomax.eval.local_judges import fingerprint
 from ppomax.eval.questions import (
     Question,
     answer_text,
@@ -35,6 +39,7 @@ from ppomax.eval.statistics import paired_difference, sign_test_p, wilson_interv
 from ppomax.models.language import LanguageModel
 from ppomax.models.load import load_policy, load_tokenizer
 from ppomax.rollout import EngineSettings, SamplingParams, build_engine
+from ppomax.rundir import write_text
 
 READINGS = ("letter", "text", "text_sum", "match")
 FREE_TOKENS = 32
@@ -64,11 +69,13 @@ def evaluate_capability(
     dtype: str = "float32",
     trust_remote_code: bool = False,
     say: Say,
+    keep: Path | None = None,
 ) -> dict[str, Any]:
     """Accuracy of each model and its difference from the first; JSON-ready.
 
     Args:
         models: name to folder or hub id; the first is the baseline.
+        keep: folder for each model's answers; asked the same again, it is not asked but read.
 
     Raises:
         DataError: questions that cannot be used, or do not fit a model's positions.
@@ -77,9 +84,17 @@ def evaluate_capability(
     shots = [shots_for(question, examples, config.shots) for question in questions]
     right: dict[str, dict[str, list[bool | None]]] = {}
     for name, model in models.items():
+        place = None if keep is None else keep / f"{_key(model, questions, shots, dtype)}.json"
+        if place is not None and place.exists():
+            say(f"{name}: answered before, kept")
+            right[name] = json.loads(place.read_text(encoding="utf-8"))
+            continue
         say(f"{name}: {len(questions)} questions")
         options = (config.micro_tokens, dtype, trust_remote_code)
         right[name] = answer_all(model, questions, shots, *options, say=partial(_told, say, name))
+        if place is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_text(place, json.dumps(right[name]) + "\n")
     return {
         "shots": config.shots,
         "data": config.data,
@@ -88,6 +103,18 @@ def evaluate_capability(
         "models": list(models),
         "groups": [_group(name, places, right) for name, places in _groups(questions, config.data)],
     }
+
+
+def _key(
+    model: str, questions: Sequence[Question], shots: Sequence[Sequence[Question]], dtype: str
+) -> str:
+    """What a model's answers hang on, as a hash."""
+    asked = [
+        [asdict(one) for one in (question, *examples)]
+        for question, examples in zip(questions, shots, strict=True)
+    ]
+    said = json.dumps([fingerprint(model) or model, dtype, asked])
+    return hashlib.sha256(said.encode()).hexdigest()[:32]
 
 
 def load_all(config: CapabilityConfig) -> tuple[list[Question], list[Question]]:

@@ -150,6 +150,7 @@ def judge_and_ask(
     if config.capability:
         models = {"sft": config.baseline, "ppo": config.policy} | config.capability_models
         options: dict[str, Any] = {"dtype": config.dtype, "say": say}
+        options["keep"] = config.out / "answers"
         options["trust_remote_code"] = config.trust_remote_code
         found["capability"] = evaluate_capability(models, config.capability, **options)
     return found
