@@ -5,6 +5,7 @@ import importlib
 import inspect
 import math
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence, Set, Sized
 from concurrent.futures import Future, wait
 from typing import Any
@@ -121,6 +122,9 @@ def _answer(
             if error is None:
                 return future.result()
             problem = f"{type(error).__name__}: {error}"
+            frames = traceback.extract_tb(error.__traceback__)
+            if frames:
+                problem += f" ({frames[-1].filename}:{frames[-1].lineno})"
             continue
         problem = f"no answer within {timeout:g} s"
         if attempt < retries and not wait([future], timeout).done:
