@@ -52,9 +52,9 @@ def eval_reward(
 ) -> None:
     """Accuracy with intervals, calibration, length bias, worst pairs: a report as JSON and HTML."""
     from ppomax.eval.reward import evaluate_reward
-    from ppomax.evaluations import open_folder, write_reward_evaluation
+    from ppomax.evaluations import check_folder, write_reward_evaluation
 
-    open_folder(out)
+    check_folder(out)
     if candidates and gold is None:
         raise ConfigError("option candidates: has no effect without --gold, who judges them")
     found = evaluate_reward(

@@ -1,6 +1,7 @@
 """An evaluation by itself: asked for, written down as JSON and as a page, told in a few lines."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,22 @@ from ppomax.report.page import write_judged_report, write_preference_report
 from ppomax.rollout import SamplingParams
 
 
-def open_folder(out: Path) -> None:
-    """Make the folder of a report, before anything is computed.
+def check_folder(out: Path) -> None:
+    """Whether a report can be written there, before anything is computed; makes nothing.
 
     Raises:
-        ConfigError: it is a run's, whose own report would be lost, or cannot be made.
+        ConfigError: it is a run's folder, whose own report would be lost, or cannot be made.
     """
     if (out / rundir.CONFIG).exists():
         raise ConfigError(f"option out: {out} holds a run, with a report of its own; give another")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"option out: {out} cannot be made ({error.strerror})") from None
+    there = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ConfigError(f"option out: {out} cannot be made or written ({there})")
 
 
 def write_reward_evaluation(result: dict[str, Any], out: Path) -> list[str]:
     """Write `report.json` and `report.html` of `evaluate_reward`; lines for the terminal."""
-    open_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     rundir.write_text(out / "report.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     write_preference_report(result, out / "report.html")
     return [*preference_lines(result), f"report: {out / 'report.html'}"]
@@ -60,7 +60,7 @@ def write_policy_evaluation(
 ) -> list[str]:
     """Judge, write `report.json` and `report.html` into `out`; lines for the terminal."""
     if not dry_run:
-        open_folder(out)
+        check_folder(out)
     with world():
         result = compare_policies(
             models,
@@ -94,7 +94,7 @@ def write_capability_evaluation(
     """Ask, write `report.json` and `report.html` into `out`; lines for the terminal."""
     if not settings["data"] and not tasks:
         raise ConfigError("eval capability: give --data FILE or --lm-eval TASKS")
-    open_folder(out)
+    check_folder(out)
     for model in models:
         load_tokenizer(model)  # a name that is wrong is found now, not behind the first model
     if tasks:
@@ -119,6 +119,7 @@ def write_capability_evaluation(
                 device=str(here.device),
             )
             lines += harness_lines(result["harness"])
+    out.mkdir(parents=True, exist_ok=True)
     rundir.write_text(out / "report.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     write_judged_report(result, "Capability", out / "report.html")
     return [*lines, f"report: {out / 'report.html'}"]
