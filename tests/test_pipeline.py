@@ -154,6 +154,22 @@ def test_a_finished_run_resumed_does_nothing_again(finished):
 
 
 @pytest.mark.slow
+def test_another_report_in_the_folder_costs_a_finished_run_neither_of_them(finished):
+    numbers = finished / "report.json"
+    before = numbers.read_text()
+    try:
+        numbers.write_text('{"kind": "capability"}')
+        done = run_recipe(load_run(finished), resume=True, say=lambda _: None)
+        assert numbers.read_text() == '{"kind": "capability"}'
+        assert done.report == finished / "run-report.html"
+        assert done.report.exists()
+    finally:
+        numbers.write_text(before)
+        for left in finished.glob("run-report.*"):
+            left.unlink()
+
+
+@pytest.mark.slow
 def test_one_stage_after_the_other_skips_what_is_done(tiny, tmp_path, smoke):
     recipe = load_recipe("smoke", [f"out={tmp_path / 'run'}", *smoke])
     said = []

@@ -91,6 +91,12 @@ def test_a_run_directory_is_answered_with_its_export(tmp_path):
         resolve(str(tmp_path / "run"))
 
 
+def test_the_directory_of_a_whole_run_is_answered_with_its_policy(tmp_path):
+    save(tmp_path / "run" / "ppo" / "export")
+    with pytest.raises(ModelError, match=r"did you mean .*run/ppo/export"):
+        resolve(str(tmp_path / "run"))
+
+
 def test_an_adapter_folder_alone_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="adapter"):
