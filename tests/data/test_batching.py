@@ -1,9 +1,12 @@
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ppomax.data.batching import (
+    OVERHEAD,
     collate,
     derived_seed,
     permutation,
@@ -63,7 +66,11 @@ def test_a_permutation_is_uniform():
 
 def test_a_plan_worked_by_hand():
     # longest first: 9, 7, 4, 4, 2; two of 7 would be 14 > 12, and 3 x 4 = 12 fits with the 2
-    assert plan_micro_batches([4, 9, 2, 7, 4], 12) == [[1], [3], [0, 4, 2]]
+    assert plan_micro_batches([4, 9, 2, 7, 4], 12) == [[1], [3], [0, 4], [2]]
+    # an overhead of 2: one batch is 5 x 10 + 2, the two are 3 x 10 + 2 + 2 x 9 + 2 = 52 as well
+    assert plan_micro_batches([10, 10, 10, 9, 9], 2 * OVERHEAD) == [[0, 1, 2, 3, 4]]
+    assert plan_micro_batches([10, 10, 10, 8, 9], 2 * OVERHEAD) == [[0, 1, 2, 4, 3]]
+    assert plan_micro_batches([10, 10, 10, 8, 8], 2 * OVERHEAD) == [[0, 1, 2], [3, 4]]
 
 
 @settings(max_examples=200)
@@ -79,18 +86,49 @@ def test_a_plan_holds_every_sequence_once_within_the_budget(lengths, budget, at_
     assert widths == sorted(widths, reverse=True)
 
 
+def cost(batches, overhead):
+    return sum(len(batch) * max(batch) + overhead for batch in batches)
+
+
 @settings(max_examples=100)
-@given(LENGTHS, st.integers(1, 300))
-def test_a_plan_is_greedy_so_that_no_two_neighbours_would_fit_together(lengths, budget):
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(1, 400))
+def test_no_other_way_of_cutting_costs_less(lengths, budget):
+    ordered = sorted(lengths, reverse=True)
+    overhead = budget // OVERHEAD
+    least = None
+    for cuts in product((False, True), repeat=len(ordered) - 1):
+        batches = [[ordered[0]]]
+        for length, cut in zip(ordered[1:], cuts, strict=True):
+            if cut:
+                batches.append([length])
+            else:
+                batches[-1].append(length)
+        if all(len(b) == 1 or len(b) * b[0] <= budget for b in batches):
+            found = cost(batches, overhead)
+            least = found if least is None else min(least, found)
     plan = plan_micro_batches(lengths, budget)
-    for batch in plan[:-1]:
-        assert (len(batch) + 1) * lengths[batch[0]] > budget
+    assert cost([[lengths[i] for i in batch] for batch in plan], overhead) == least
+
+
+@settings(max_examples=100)
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=40), st.integers(1, 4000))
+def test_equal_lengths_are_cut_by_the_budget_alone(lengths, budget):
+    equal = [lengths[0]] * len(lengths)
+    fit = max(1, budget // equal[0])
+    assert len(plan_micro_batches(equal, budget)) == -(-len(equal) // fit)
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(8, 2), (8, 4), (8, 8), (3, 8), (6, 3), (1, 1)])
 def test_each_rank_has_a_micro_batch_where_the_sequences_divide(count, ranks):
     plan = plan_micro_batches([5] * count, 10**6, ranks)
     assert len(plan) == min(count, ranks)
+
+
+@settings(max_examples=100)
+@given(LENGTHS, st.integers(1, 300), st.integers(1, 8))
+def test_no_rank_computes_a_micro_batch_twice_where_one_can_be_cut(lengths, budget, ranks):
+    plan = plan_micro_batches(lengths, budget, ranks)
+    assert len(plan) % ranks == 0 or len(plan) == len(lengths)
 
 
 @settings(max_examples=100)

@@ -19,7 +19,8 @@ from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World
 from ppomax.errors import ConfigError, DataError, ModelError
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
-from ppomax.train import reward
+from ppomax.train import pair_forward, reward
+from ppomax.train.pair_forward import plan_pairs, settle_sharing
 from ppomax.train.pairs import encode_pair, stack
 from ppomax.train.probes import probe_messages
 from ppomax.train.reward import RewardConfig, load_data, train_reward
@@ -254,7 +255,7 @@ def test_a_micro_batch_holds_both_answers_within_its_tokens(micro, small, tmp_pa
         pairs[0], rejected=pairs[0].rejected.__class__([5] * 60, [True] * 60)
     )
     here = World(0, 1, torch.device("cpu"))
-    for batch in reward._plan(pairs, config, here):
+    for batch in plan_pairs(pairs, config.micro_tokens, here, share_prompts=False):
         padded = stack([pairs[i] for i in batch], 3, here, imitate=True).input_ids.numel()
         assert padded <= micro or len(batch) == 1
 
@@ -548,41 +549,39 @@ def test_a_shared_prompt_gives_the_same_loss_norm_and_weights(change, small, tmp
 def test_prompts_are_shared_where_it_pays_and_never_where_the_model_cannot(
     small, tmp_path, template, monkeypatch
 ):
-    from ppomax.train import pair_forward
-    from ppomax.train.pair_forward import settle_sharing
 
     def pairs(prompt, answer):
         row = PreferenceRow("a", (Message(role="user", content=prompt),), answer, answer + "!")
-        return [encode_pair(row, template, 500)]
+        return [[encode_pair(row, template, 500)]]
 
     here = World(0, 1, torch.device("cpu"))
     model = load_reward_model("tiny")
     long, short = pairs("Why is it so? " * 9, "So."), pairs("Why?", "Because it is so. " * 9)
-    assert settle_sharing(None, model, long, 3, here)
-    assert not settle_sharing(None, model, short, 3, here)
-    assert settle_sharing(True, model, short, 3, here)
-    assert not settle_sharing(False, model, long, 3, here)
+    assert settle_sharing(None, model, long, 10, 3, here)
+    assert not settle_sharing(None, model, short, 10, 3, here)
+    assert settle_sharing(True, model, short, 10, 3, here)
+    assert not settle_sharing(False, model, long, 10, 3, here)
     plain = pair_forward._layout
 
     def windowed(found, *rest):
         """As a model with a window, for which a mask that is given is all there is."""
         positions, mask = plain(found, *rest)
-        wide = max(len(p.chosen.ids) for p in found) > len(long[0].chosen.ids)
+        wide = max(len(p.chosen.ids) for p in found) > len(long[0][0].chosen.ids)
         return positions, None if wide else mask
 
     monkeypatch.setattr(pair_forward, "_layout", windowed)
-    assert settle_sharing(None, model, long[:1] * 3, 3, here)
-    assert not settle_sharing(None, model, long + pairs("Why is it so? " * 30, "So."), 3, here)
+    assert settle_sharing(None, model, long[:1] * 3, 10, 3, here)
+    assert not settle_sharing(None, model, long + pairs("Why is it so? " * 30, "So."), 10, 3, here)
 
     def refused(*_):
         raise ValueError("too many values to unpack")
 
     monkeypatch.setattr(pair_forward, "_layout", refused)
-    assert not settle_sharing(None, model, long, 3, here)
+    assert not settle_sharing(None, model, long, 10, 3, here)
     with pytest.raises(ConfigError, match=r"does not take the mask .*ValueError: too many values"):
-        settle_sharing(True, model, long, 3, here)
+        settle_sharing(True, model, long, 10, 3, here)
     monkeypatch.setattr(pair_forward, "_layout", lambda *given: (plain(*given)[0], None))
-    assert not settle_sharing(None, model, long, 3, here)
+    assert not settle_sharing(None, model, long, 10, 3, here)
     with pytest.raises(ConfigError, match=r"share_prompts: this model scores a pair otherwise"):
         train_reward(small("reward", tmp_path / "run", {"share_prompts": True}))
 

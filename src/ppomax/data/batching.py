@@ -5,10 +5,16 @@ import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+OVERHEAD = 32
+"""A micro-batch costs, beside its tokens, about what this share of its budget does (measured, see
+docs/LOG.md): cutting a batch once more has to save more padding than that."""
 
 
 def derived_seed(*parts: int | str) -> int:
@@ -29,25 +35,50 @@ def plan_micro_batches(
 ) -> list[list[int]]:
     """Cut sequences into micro-batches of at most `max_tokens` padded tokens, longest first.
 
-    The plan is a pure function of its arguments. Sorted by length, so that almost nothing is
-    padding. A sequence longer than the budget stands alone.
+    The plan is a pure function of its arguments. Sorted by length and cut where the padded tokens
+    are fewest, a micro-batch itself counted as `max_tokens / OVERHEAD` of them. A sequence longer
+    than the budget stands alone.
 
     Args:
         at_least: smallest number of micro-batches, where there are as many sequences (one per
-            rank).
+            rank); where they can be cut further, their number is a multiple of it.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    widths = np.array([lengths[index] for index in order], dtype=np.int64)
     most = -(-len(order) // max(1, at_least))
-    batches: list[list[int]] = []
-    for place, index in enumerate(order):
-        last = batches[-1] if batches else None
-        spare = len(order) - place > at_least - len(batches)
-        fits = last and len(last) < most and (len(last) + 1) * lengths[last[0]] <= max_tokens
-        if last and fits and spare:
-            last.append(index)
-        else:
-            batches.append([index])
-    return batches
+    ends = _cheapest_cuts(widths, max_tokens, most, max_tokens // OVERHEAD)
+    while len(ends) % at_least and len(ends) < len(order):
+        _halve_largest(ends, widths)
+    return [order[start:end] for start, end in pairwise([0, *ends])]
+
+
+def _cheapest_cuts(widths: np.ndarray, max_tokens: int, most: int, overhead: int) -> list[int]:
+    """Ends of the micro-batches of least cost, by dynamic programming over the sorted widths."""
+    count = len(widths)
+    cost = np.zeros(count + 1, dtype=np.int64)
+    begin = np.zeros(count + 1, dtype=np.int64)
+    first = 0  # earliest begin of a micro-batch that ends here and fits
+    for end in range(1, count + 1):
+        while end - first > 1 and (
+            end - first > most or (end - first) * widths[first] > max_tokens
+        ):
+            first += 1
+        starts = np.arange(first, end)
+        costs = cost[first:end] + (end - starts) * widths[first:end] + overhead
+        best = int(costs.argmin())  # of equals the longest micro-batch
+        cost[end], begin[end] = costs[best], first + best
+    ends: list[int] = []
+    while count:
+        ends.insert(0, count)
+        count = int(begin[count])
+    return ends
+
+
+def _halve_largest(ends: list[int], widths: np.ndarray) -> None:
+    """Cut the micro-batch of most padded tokens that holds two sequences."""
+    spans = [(start, end) for start, end in pairwise([0, *ends]) if end - start > 1]
+    start, end = max(spans, key=lambda span: (span[1] - span[0]) * widths[span[0]])
+    ends.insert(ends.index(end), (start + end + 1) // 2)
 
 
 def token_batches(

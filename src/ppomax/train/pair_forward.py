@@ -11,16 +11,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ppomax.data.batching import TokenBatch, collate
+from ppomax.data.batching import TokenBatch, collate, plan_micro_batches
 from ppomax.distributed import World
 from ppomax.errors import ConfigError
 from ppomax.models.heads import ScalarModel, read_scores
 from ppomax.models.logprobs import token_logprobs
 from ppomax.train.pairs import Pair, stack
 
-WORTH_SHARING = 0.25
-"""Share of a data set's tokens that are second copies of a prompt, above which leaving them out
-was faster on a processor (measured, see docs/LOG.md)."""
+WORTH_SHARING = 0.2
+"""Share of the padded tokens that must go for a shared prompt to be faster on a processor, where
+the mask costs something (measured, see docs/LOG.md)."""
+LOOKED_AT = 100
+"""Steps whose padding decides."""
 SAME_SCORE = 0.01
 """Relative difference of a score that bf16 makes by rounding in another order."""
 
@@ -39,6 +41,14 @@ def width(pair: Pair, *, share_prompts: bool) -> int:
     if share_prompts:
         return pair.tokens - pair.num_prompt
     return 2 * max(len(pair.chosen.ids), len(pair.rejected.ids))
+
+
+def plan_pairs(
+    pairs: Sequence[Pair], micro_tokens: int, here: World, *, share_prompts: bool
+) -> list[list[int]]:
+    """Micro-batches of whole pairs; see `plan_micro_batches`."""
+    widths = [width(pair, share_prompts=share_prompts) for pair in pairs]
+    return plan_micro_batches(widths, micro_tokens, here.size)
 
 
 def forward_pairs(
@@ -106,18 +116,23 @@ def _logprobs(
 
 
 def settle_sharing(
-    asked: bool | None, model: ScalarModel, pairs: Sequence[Pair], pad: int, here: World
+    asked: bool | None,
+    model: ScalarModel,
+    steps: Sequence[Sequence[Pair]],
+    micro_tokens: int,
+    pad: int,
+    here: World,
 ) -> bool:
     """Whether prompts are shared: as asked, or where it pays and the architecture allows it.
 
     Raises:
         ConfigError: asked for, and the model scores a pair otherwise then.
     """
-    saved = sum(pair.num_prompt for pair in pairs) / sum(pair.tokens for pair in pairs)
-    if asked is None and (here.device.type != "cpu" or saved < WORTH_SHARING):
+    if asked is None and not _pays(steps[:LOOKED_AT], micro_tokens, here):
         return False
     if asked is False:
         return False
+    pairs = (pair for step in steps for pair in step)
     longest = max(pairs, key=lambda p: width(p, share_prompts=False))  # attention has windows
     try:
         gap = _sharing_error(model, longest, pad, here)
@@ -136,6 +151,21 @@ def settle_sharing(
         "setting reward.share_prompts: this model scores a pair otherwise when its answers share "
         f"the prompt (by {gap:.2g}, relative); set it to false"
     )
+
+
+def _pays(steps: Sequence[Sequence[Pair]], micro_tokens: int, here: World) -> bool:
+    """Whether sharing saves enough padded tokens, on a processor."""
+    if here.device.type != "cpu":
+        return False
+    apart, shared = (
+        sum(
+            len(batch) * max(width(pairs[index], share_prompts=share) for index in batch)
+            for pairs in steps
+            for batch in plan_pairs(pairs, micro_tokens, here, share_prompts=share)
+        )
+        for share in (False, True)
+    )
+    return shared <= (1 - WORTH_SHARING) * apart
 
 
 @torch.no_grad()

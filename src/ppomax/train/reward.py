@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ppomax.data.batching import plan_micro_batches
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World, gather
 from ppomax.errors import TrainingError
@@ -24,7 +23,7 @@ from ppomax.models.lora import add_lora
 from ppomax.train.ensemble import train_members
 from ppomax.train.loop import StageRun, Trainable, check_positions, opened
 from ppomax.train.micro_batches import autocast, rank_micro_batches
-from ppomax.train.pair_forward import PairOutput, forward_pairs, settle_sharing, width
+from ppomax.train.pair_forward import PairOutput, forward_pairs, plan_pairs, settle_sharing
 from ppomax.train.pairs import Pair
 from ppomax.train.reward_card import export
 from ppomax.train.reward_data import RewardConfig, load_data
@@ -67,7 +66,8 @@ def _train(config: RewardConfig, here: World, run: StageRun) -> Path:
     state = run.restore([reward])
     pad = int(tokenizer.pad_token_id)
     with autocast(here, config.compute_dtype):
-        share = settle_sharing(config.share_prompts, model, data.train, pad, here)
+        steps = [[data.train[index] for index in step] for step in data.steps]
+        share = settle_sharing(config.share_prompts, model, steps, config.micro_tokens, pad, here)
     config = config.model_copy(update={"share_prompts": share})
     if state is None:
         run.set_aside(data.bad, data.notes)
@@ -114,7 +114,9 @@ def train_step(
     imitate = config.lm_coef > 0
     sums = MetricSums()
     lost: list[str] = []
-    for indices, weight in run.watched(rank_micro_batches(_plan(pairs, config, here), here)):
+    share_prompts = bool(config.share_prompts)
+    plan = plan_pairs(pairs, config.micro_tokens, here, share_prompts=share_prompts)
+    for indices, weight in run.watched(rank_micro_batches(plan, here)):
         part = [pairs[index] for index in indices]
         with autocast(here, config.compute_dtype):
             output = forward_pairs(
@@ -123,7 +125,7 @@ def train_step(
                 pad,
                 here,
                 imitate=imitate,
-                share_prompts=bool(config.share_prompts),
+                share_prompts=share_prompts,
             )
             losses = step_losses(output, part, config, num_pairs, num_tokens)
         lost += _not_finite(output, part)
@@ -224,11 +226,6 @@ def _stop_if_lost(names: list[str], step: int) -> None:
             f"reward model: a score in step {step} is not finite, pair {names[0]}; the last "
             "checkpoint is good. Look at the pair, lower the learning rate or set dtype float32"
         )
-
-
-def _plan(pairs: Sequence[Pair], config: RewardConfig, here: World) -> list[list[int]]:
-    widths = [width(pair, share_prompts=bool(config.share_prompts)) for pair in pairs]
-    return plan_micro_batches(widths, config.micro_tokens, here.size)
 
 
 def evaluate(chosen: Tensor, rejected: Tensor) -> dict[str, float]:

@@ -46,8 +46,8 @@ class RewardConfig(SupervisedSettings):
     Ours, after Coste et al. 2023 (2310.02743)."""
     share_prompts: bool | None = None
     """Compute a pair's prompt once, behind it both answers: no result changes beyond rounding. Null
-    does so on a processor where it saves a quarter of the tokens (`benchmarks/shared_prompts.py`;
-    not measured on GPUs) and the model takes the mask that it needs."""
+    does so on a processor where it saves a fifth of the padded tokens
+    (`benchmarks/shared_prompts.py`; not measured on GPUs) and the model takes the mask it needs."""
     optim: OptimSettings = OptimSettings(lr=5e-6, schedule="inverse_sqrt", warmup=0.1)
     """The paper's 5e-6 is for 7B; small models need more."""
 

@@ -12,7 +12,7 @@ from ppomax.errors import ModelError
 from ppomax.models.heads import ScalarModel
 from ppomax.models.language import LanguageModel
 from ppomax.train.micro_batches import Watched, autocast, table_of
-from ppomax.train.pair_forward import forward_pairs, width
+from ppomax.train.pair_forward import forward_pairs, plan_pairs
 from ppomax.train.pairs import Pair
 from ppomax.train.settings import ComputeSettings
 
@@ -99,8 +99,7 @@ def _score_shared(
             found = forward_pairs(model, part, pad, here, imitate=False, share_prompts=True)
         return torch.stack([found.chosen, found.rejected], dim=1).float()
 
-    widths = [width(pair, share_prompts=True) for pair in pairs]
-    plan = plan_micro_batches(widths, config.micro_tokens, here.size)
+    plan = plan_pairs(pairs, config.micro_tokens, here, share_prompts=True)
     return table_of((len(pairs), 2), plan, read, here, watched=watched).T
 
 
