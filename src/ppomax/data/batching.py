@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-OVERHEAD = 32
+OVERHEAD = 16
 """A micro-batch costs, beside its tokens, about what this share of its budget does (measured, see
 docs/LOG.md): cutting a batch once more has to save more padding than that."""
 
