@@ -67,10 +67,11 @@ def test_a_permutation_is_uniform():
 def test_a_plan_worked_by_hand():
     # longest first: 9, 7, 4, 4, 2; two of 7 would be 14 > 12, and 3 x 4 = 12 fits with the 2
     assert plan_micro_batches([4, 9, 2, 7, 4], 12) == [[1], [3], [0, 4], [2]]
-    # an overhead of 2: one batch is 5 x 10 + 2, the two are 3 x 10 + 2 + 2 x 9 + 2 = 52 as well
-    assert plan_micro_batches([10, 10, 10, 9, 9], 2 * OVERHEAD) == [[0, 1, 2, 3, 4]]
-    assert plan_micro_batches([10, 10, 10, 8, 9], 2 * OVERHEAD) == [[0, 1, 2, 4, 3]]
-    assert plan_micro_batches([10, 10, 10, 8, 8], 2 * OVERHEAD) == [[0, 1, 2], [3, 4]]
+    # of a budget of 64 a micro-batch costs 4: all in one 5 x 10 + 4; cut after the third
+    # 3 x 10 + 4 + 2 x 9 + 4 = 56, with 8 for 9 as much as in one, 54, with 7 less, 52
+    assert plan_micro_batches([10, 10, 10, 9, 9], 64) == [[0, 1, 2, 3, 4]]
+    assert plan_micro_batches([10, 10, 8, 10, 8], 64) == [[0, 1, 3, 2, 4]]
+    assert plan_micro_batches([10, 10, 7, 10, 7], 64) == [[0, 1, 3], [2, 4]]
 
 
 @settings(max_examples=200)
