@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 OVERHEAD = 16
-"""A micro-batch costs, beside its tokens, about what this share of its budget does (measured, see
+"""A micro-batch counts, beside its tokens, as one part in so many of its budget (measured, see
 docs/LOG.md): cutting a batch once more has to save more padding than that."""
 
 
