@@ -559,6 +559,9 @@ def test_prompts_are_shared_where_it_pays_and_never_where_the_model_cannot(
     long, short = pairs("Why is it so? " * 9, "So."), pairs("Why?", "Because it is so. " * 9)
     assert settle_sharing(None, model, long, 10, 3, here)
     assert not settle_sharing(None, model, short, 10, 3, here)
+    prompt = (Message(role="user", content="Why?"),)
+    uneven = PreferenceRow("a", prompt, "Because it is so. " * 9, "So.")  # padding, not prompt
+    assert settle_sharing(None, model, [[encode_pair(uneven, template, 500)]], 10, 3, here)
     assert settle_sharing(True, model, short, 10, 3, here)
     assert not settle_sharing(False, model, long, 10, 3, here)
     plain = pair_forward._layout
