@@ -1,5 +1,6 @@
 """The reward stage against its formula, under any micro-batches, to a preference it can learn."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -15,13 +16,13 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from ppomax.data.template import ChatTemplate
+from ppomax.data.template import ChatTemplate, Encoded
 from ppomax.distributed import World
 from ppomax.errors import ConfigError, DataError, ModelError
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
 from ppomax.train import pair_forward, reward
-from ppomax.train.pair_forward import plan_pairs, settle_sharing
-from ppomax.train.pairs import encode_pair, stack
+from ppomax.train.pair_forward import forward_pairs, plan_pairs, settle_sharing
+from ppomax.train.pairs import Pair, encode_pair, stack
 from ppomax.train.probes import probe_messages
 from ppomax.train.reward import RewardConfig, load_data, train_reward
 from ppomax.train.settings import StageSettings
@@ -587,6 +588,32 @@ def test_prompts_are_shared_where_it_pays_and_never_where_the_model_cannot(
     assert not settle_sharing(None, model, long, 10, 3, here)
     with pytest.raises(ConfigError, match=r"share_prompts: this model scores a pair otherwise"):
         train_reward(small("reward", tmp_path / "run", {"share_prompts": True}))
+
+
+def test_bf16_rounding_does_not_hide_that_prompts_can_be_shared(monkeypatch):
+    here = World(0, 1, torch.device("cpu"))
+    model = load_reward_model("tiny")
+    rounded = copy.deepcopy(model).bfloat16()
+    answers = [
+        Encoded(list(range(9, 29)) + [token] * 7, [False] * 20 + [True] * 7) for token in (5, 6)
+    ]
+    steps = [[Pair(PreferenceRow("a", (), "", ""), *answers)]]
+    with torch.no_grad():
+        model.score.weight.mul_(300)
+        score = forward_pairs(model, steps[0], 3, here, imitate=False, share_prompts=False).chosen
+        model.offset = float(score)  # a score near 0 whose parts are large: rounding shows
+    plain = pair_forward._layout
+
+    def blind(*given):
+        return plain(*given)[0], None
+
+    for same in (model, rounded):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert settle_sharing(True, same, steps, 10, 3, here)
+            with monkeypatch.context() as patch:
+                patch.setattr(pair_forward, "_layout", blind)
+                with pytest.raises(ConfigError, match="scores a pair otherwise"):
+                    settle_sharing(True, same, steps, 10, 3, here)
 
 
 @pytest.mark.slow

@@ -23,8 +23,8 @@ WORTH_SHARING = 0.2
 the mask costs something (measured, see docs/LOG.md)."""
 LOOKED_AT = 100
 """Steps whose padding decides."""
-SAME_SCORE = 0.01
-"""Relative difference of a score that bf16 makes by rounding in another order."""
+SAME_SCORE = {torch.float32: 0.001, torch.bfloat16: 0.1}
+"""Relative difference of a score that rounding in another order can make, by dtype of weights."""
 
 
 class PairOutput(NamedTuple):
@@ -143,7 +143,7 @@ def settle_sharing(
             "setting reward.share_prompts: this model does not take the mask that a shared prompt "
             f"needs ({type(error).__name__}: {str(error).partition(chr(10))[0]}); set it to false"
         ) from error
-    if gap <= SAME_SCORE:
+    if gap <= SAME_SCORE[_exact_dtype(model)]:
         return True
     if asked is None:
         return False
@@ -170,10 +170,21 @@ def _pays(steps: Sequence[Sequence[Pair]], micro_tokens: int, here: World) -> bo
 
 @torch.no_grad()
 def _sharing_error(model: ScalarModel, pair: Pair, pad: int, here: World) -> float:
-    """How far apart the two ways are, as a share of the score: a model may ignore the mask."""
-    apart, shared = (
-        forward_pairs(model, [pair], pad, here, imitate=False, share_prompts=share)
-        for share in (False, True)
-    )
+    """How far apart the two ways are, as a share of the score: a model may ignore the mask.
+
+    Read in float32 where the weights are: bf16 products alone move a score by several hundredths.
+    """
+    dtype = _exact_dtype(model)
+    with torch.autocast(here.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        apart, shared = (
+            forward_pairs(model, [pair], pad, here, imitate=False, share_prompts=share)
+            for share in (False, True)
+        )
     gaps = [(apart.chosen - shared.chosen).abs(), (apart.rejected - shared.rejected).abs()]
     return float(torch.cat(gaps).max()) / max(1.0, float(apart.chosen.abs()))
+
+
+def _exact_dtype(model: ScalarModel) -> torch.dtype:
+    """float32 where every weight is (adapters may stand on a bf16 model), else bfloat16."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    return torch.float32 if dtypes == {torch.float32} else torch.bfloat16
