@@ -27,6 +27,7 @@ from transformers import (
 
 from ppomax.data.template import ChatTemplate, settle_template
 from ppomax.errors import ModelError
+from ppomax.models.attention import use_grouped_attention
 from ppomax.models.ensembles import members
 from ppomax.models.export import generation_config
 from ppomax.models.folders import quiet
@@ -319,6 +320,7 @@ def _load_model(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    use_grouped_attention(model)
     result: PreTrainedModel = model.eval()
     return result
 
