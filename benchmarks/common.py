@@ -46,6 +46,7 @@ def machine():
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
+        "allocator": os.environ.get("GLIBC_TUNABLES"),
         "python": platform.python_version(),
         **versions(),
     }

@@ -131,12 +131,19 @@ def _fits(
     )
 
 
+def causal_mask(
+    heads: Float[Tensor, "batch heads sequence dim"],
+) -> Float[Tensor, "1 1 sequence sequence"]:
+    """Additive, in the dtype of the heads: what comes later is hidden."""
+    length = heads.shape[2]
+    hidden = torch.ones(1, 1, length, length, dtype=torch.bool).triu_(1)
+    return heads.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+
+
 def _additive(mask: Tensor | None, like: Tensor) -> Tensor:
     """The mask in the dtype of the scores; causal where none is given."""
-    length = like.shape[2]
     if mask is None:
-        hidden = torch.ones(1, 1, length, length, dtype=torch.bool).triu_(1)
-        return like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        return causal_mask(like)
     if mask.dtype == torch.bool:
         return like.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
     return mask.clamp(min=torch.finfo(like.dtype).min).to(like.dtype)
