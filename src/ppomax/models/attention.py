@@ -7,7 +7,7 @@ PyTorch's fused kernel is slow in bfloat16 at the lengths of dialogues, its back
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -16,13 +16,19 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "ppomax-grouped"
 """Under which `transformers` knows it."""
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen3", "smollm3"})
+"""Architectures that attend so: tried, and their scores stay small enough to be rounded to bf16
+(those of SmolLM2 below 60), which the kernel does not do. Some of the others choose their masks by
+the name `sdpa`."""
 LONGEST = 512
 """Tokens; the square of scores is written to memory, and longer ones cost more than they save."""
+MOST_SCORES = 2**25
+"""Of all rows and heads of a call: 64 MB in bfloat16, and backward holds three such at once."""
 
 
 def use_grouped_attention(model: PreTrainedModel) -> None:
-    """Let a model that has `sdpa` attend this way where it is faster; no export names it."""
-    if model.config._attn_implementation == "sdpa":
+    """Let a model attend this way where it is known to be right and faster; no export names it."""
+    if model.config.model_type in MODEL_TYPES:
         model.set_attn_implementation(NAME)
 
 
@@ -30,15 +36,16 @@ def grouped_attention(
     q: Float[Tensor, "batch heads sequence dim"],
     k: Float[Tensor, "batch groups sequence dim"],
     v: Float[Tensor, "batch groups sequence dim"],
-    mask: Float[Tensor, "#batch 1 sequence sequence"],
+    mask: Shaped[Tensor, "#batch 1 sequence sequence"] | None,
     scale: float,
 ) -> Float[Tensor, "batch heads sequence dim"]:
     """softmax(scale q k' + mask) v, the keys and values of a group shared by its query heads.
 
-    Nothing of the size sequence x sequence is kept for backward: it computes the scores again.
+    Heads and mask alone are kept for backward, which computes the scores again.
 
     Args:
-        mask: additive; minus infinity hides a key, and every query sees one at least.
+        mask: additive, or true where a query sees a key; a query that sees none gets the mean
+            value. None: every token sees itself and those before it.
     """
     mixed: Tensor = _Grouped.apply(q, k, v, mask, scale)  # type: ignore[no-untyped-call]
     return mixed
@@ -49,18 +56,36 @@ def _stacked(heads: Tensor, groups: int) -> Tensor:
     return heads.reshape(len(heads) * groups, -1, heads.shape[-1])
 
 
-def _shares(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
+def _additive(mask: Tensor | None, like: Tensor) -> Tensor:
+    """The mask in the dtype of the scores, its lowest finite number where nothing is seen."""
+    lowest = torch.finfo(like.dtype).min
+    if mask is None:
+        length = like.shape[2]
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=like.device).tril_()
+    if mask.dtype == torch.bool:
+        return like.new_zeros(mask.shape).masked_fill_(~mask, lowest)
+    return mask.clamp(min=lowest).to(like.dtype)
+
+
+def _shares(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Softmax of the scores, stacked: [batch * groups, heads / groups * sequence, sequence]."""
     batch, groups, length, _ = k.shape
     rows, keys = _stacked(q, groups), _stacked(k, groups).mT
     scores = torch.baddbmm(q.new_empty(()), rows, keys, beta=0, alpha=scale)
-    scores.view(batch, -1, length, length).add_(mask)
+    scores.view(batch, -1, length, length).add_(_additive(mask, q))
     return torch.softmax(scores, -1)
 
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:  # noqa: ANN401 - autograd's
+    def forward(
+        ctx: Any,  # noqa: ANN401 - autograd's
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v, mask)
         ctx.scale = scale
         return torch.bmm(_shares(q, k, mask, scale), _stacked(v, k.shape[1])).view(q.shape)
@@ -99,9 +124,8 @@ def _attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest
         )
     q, k, v = (part.to(torch.bfloat16) for part in (query, key, value))
-    mask = _additive(attention_mask, q)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    return grouped_attention(q, k, v, mask, scale).transpose(1, 2).contiguous(), None
+    return grouped_attention(q, k, v, attention_mask, scale).transpose(1, 2).contiguous(), None
 
 
 def _fits(
@@ -121,32 +145,15 @@ def _fits(
         bf16
         and query.device.type == "cpu"
         and 1 < length <= LONGEST
+        and query.shape[:2].numel() * length**2 <= MOST_SCORES
         and key.shape[2] == length
         and key.shape == value.shape
         and query.shape[1] % key.shape[1] == 0
         and (mask is None or mask.shape[1:] == (1, length, length))
         and not dropout
-        and not any(rest.get(name) for name in ("softcap", "output_attentions", "cache"))
-        and rest.get("position_bias") is None
+        and not rest.get("output_attentions")
+        and all(rest.get(name) is None for name in ("softcap", "cache", "position_bias"))
     )
-
-
-def causal_mask(
-    heads: Float[Tensor, "batch heads sequence dim"],
-) -> Float[Tensor, "1 1 sequence sequence"]:
-    """Additive, in the dtype of the heads: what comes later is hidden."""
-    length = heads.shape[2]
-    hidden = torch.ones(1, 1, length, length, dtype=torch.bool).triu_(1)
-    return heads.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-
-
-def _additive(mask: Tensor | None, like: Tensor) -> Tensor:
-    """The mask in the dtype of the scores; causal where none is given."""
-    if mask is None:
-        return causal_mask(like)
-    if mask.dtype == torch.bool:
-        return like.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
-    return mask.clamp(min=torch.finfo(like.dtype).min).to(like.dtype)
 
 
 AttentionInterface.register(NAME, _attend)

@@ -88,12 +88,14 @@ def load_policy(
     *,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """A causal language model on the CPU, in eval mode, ready for training.
 
     Args:
         dtype: of the weights; fp32 for anything that is trained.
+        attn_implementation: a name that `transformers` knows; None takes `sdpa`, and where
+            that is slow our own (models/attention.py).
 
     Raises:
         ModelError: it cannot be found or read, is no causal language model, or computes its
@@ -128,7 +130,7 @@ def load_reward_model(
     init_from_lm: bool | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
 ) -> ScalarModel:
     """A reward model from a sequence-classification folder, or a fresh one on a language model.
 
@@ -191,7 +193,7 @@ def load_value_model(
     init_from_lm: bool | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
 ) -> ScalarModel:
     """A critic: a reward model with its head (the paper's start), or a fresh head on a policy.
 
@@ -292,7 +294,7 @@ def _load_model(
     *,
     dtype: torch.dtype,
     trust_remote_code: bool,
-    attn_implementation: str,
+    attn_implementation: str | None,
 ) -> PreTrainedModel:
     try:
         with quiet():
@@ -301,7 +303,7 @@ def _load_model(
                 config=config,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
-                attn_implementation=attn_implementation,
+                attn_implementation=attn_implementation or "sdpa",
                 use_safetensors=True,
                 output_loading_info=True,
             )
@@ -320,7 +322,8 @@ def _load_model(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    use_grouped_attention(model)
+    if attn_implementation is None:
+        use_grouped_attention(model)
     result: PreTrainedModel = model.eval()
     return result
 
