@@ -1,6 +1,6 @@
 """One PPO iteration of ppomax against one of TRL: time, share of the matrix rate, memory.
 
-    python benchmarks/ppo_iteration.py [--dtype float32] [--rounds 5] [--alone] [--env DIR]
+    python benchmarks/ppo_iteration.py [--dtype float32] [--rounds 5] [--against …] [--alone]
 
 The same model (SmolLM2-135M) as policy, reference, critic and reward model, the same prompts (16 of
 36 tokens, from a list in ppomax_worker.py), 64 new tokens for each, one epoch, one optimizer step
@@ -117,6 +117,12 @@ def main():
     parser.add_argument("--micro-tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--env", type=Path, help="an environment that has TRL")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        choices=["float32", "bfloat16"],
+        help="TRL's weights; with bfloat16 both, which need 28 GB: on less, one and then --add",
+    )
     parser.add_argument("--alone", action="store_true", help="ppomax only")
     parser.add_argument("--add", action="store_true", help="to the rounds in the result file")
     given = parser.parse_args()
@@ -137,8 +143,11 @@ def main():
         if not given.alone:
             python = trl_environment(given.env)
             trl = [python, HERE / "trl_ppo.py", *both, "--ids", ids, "--dtype"]
-            commands["trl fp32"] = [*trl, "float32"]
-            if given.dtype == "bfloat16":
+            both_dtypes = ["float32", "bfloat16"] if given.dtype == "bfloat16" else ["float32"]
+            against = given.against or both_dtypes
+            if "float32" in against:
+                commands["trl fp32"] = [*trl, "float32"]
+            if "bfloat16" in against:
                 commands["trl bf16 weights"] = [*trl, "bfloat16"]
         with workers(**commands) as running:
             rate = matmul_rate(
@@ -150,7 +159,7 @@ def main():
         installed = {worker.name: worker.ready for worker in running.values()}
     before = read_result(name) if given.add else None
     for who, one in (before or {"found": {}})["found"].items():
-        answers[who] = one["rows"] + answers[who]
+        answers[who] = one["rows"] + answers.get(who, [])
         rate["best"] = max(rate["best"], before["rate"]["best"])
     found = report(answers, flops, rate)
     for line in table(found, rate):
