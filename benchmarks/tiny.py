@@ -47,7 +47,7 @@ def main():
     found = report(answers, flops, rate)
     mine, plain = found["ppomax"], found["plain"]
     ratio = plain["seconds"]["median"] / mine["seconds"]["median"]
-    print(f"tiny model: ppomax does {ratio:.2f} iterations for one of the plain loop (float32)")
+    print(f"tiny model: ppomax does {ratio:.2f} iterations for one of the plain float32 loop")
     for name, one in found.items():
         parts = ", ".join(f"{phase} {one[phase]['median'] * 1e3:.0f}" for phase in PHASES)
         print(f"{name}: {text(one['seconds'], digits=3)}; ms: {parts}")
@@ -58,7 +58,7 @@ def main():
     for one in found.values():
         del one["rows"]
     values = {"sizes": sizes, "ratio": ratio, "flops": flops, "rate": rate, "found": found}
-    write_result("tiny", {**values, "iterations_per_s": per_second})
+    write_result(f"tiny_{given.dtype}", {**values, "iterations_per_s": per_second})
 
 
 if __name__ == "__main__":
