@@ -227,7 +227,7 @@ class NativeEngine:
             q = q.reshape(heads, -1, self.head_dim)
             scores = torch.bmm(q, keys.view(-1, *keys.shape[2:])[:heads, :, :span])
             scores.view(count, -1, span).add_(mask)
-            shares = scores.softmax(-1)
+            shares = scores.softmax(-1, dtype=torch.float32).to(self.dtype)
             mixed = torch.bmm(shares, values.view(-1, *values.shape[2:])[:heads, :span])
             x = self._finish(layer, x, mixed.view(count, -1))
         return self._logits(x)
