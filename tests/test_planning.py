@@ -9,6 +9,7 @@ from ppomax import footprint, planning
 from ppomax.data.batching import collate
 from ppomax.errors import ConfigError, ModelError
 from ppomax.models.language import LanguageModel
+from ppomax.models.lean import use_lean_blocks
 from ppomax.models.load import load_policy
 from ppomax.models.lora import LoraSettings, add_lora
 from ppomax.models.tiny import tiny_model
@@ -140,11 +141,14 @@ def kept_for_backward(model, tokens, compute):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("shape", [{}, {"kv_heads": 1}, {"intermediate": 512}, {"layers": 9}])
-def test_what_layers_keep_for_backward_is_what_autograd_holds(compute, shape):
+def test_what_layers_keep_for_backward_is_what_autograd_holds(compute, shape, lean):
     sizes = {"vocab_size": 64, "hidden_size": 64, "heads": 4, "kv_heads": 2, "intermediate": 160}
     sizes = {**sizes, "layers": 6, **shape}
     model = LanguageModel(tiny_model(**sizes))
+    if lean:
+        use_lean_blocks(model.lm)
     size = Size(
         parameters=sum(p.numel() for p in model.parameters()),
         embedding=64 * 64,
@@ -154,6 +158,7 @@ def test_what_layers_keep_for_backward_is_what_autograd_holds(compute, shape):
         vocab=64,
         q_width=64,
         intermediate=sizes["intermediate"],
+        lean=lean,
     )
     few, many = (kept_for_backward(model, tokens, compute) for tokens in (100, 300))
     per_token = footprint.kept_bytes(size, compute) * sizes["layers"]

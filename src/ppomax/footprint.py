@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ppomax.errors import ModelError
+from ppomax.models.lean import is_lean, use_lean_blocks
 from ppomax.models.load import positions_of
 from ppomax.models.logprobs import chunk_elements
 from ppomax.models.lora import LoraSettings
@@ -33,6 +34,8 @@ class Size:
     intermediate: int
     positions: int | None = None
     """Longest sequence it can read, where its config says."""
+    lean: bool = False
+    """Whether its blocks keep less for backward (models/lean.py)."""
 
 
 def model_size(name: str, *, trust_remote_code: bool = False) -> Size:
@@ -45,6 +48,7 @@ def model_size(name: str, *, trust_remote_code: bool = False) -> Size:
         config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        use_lean_blocks(model)
     except (OSError, ValueError) as error:
         first = str(error).partition("\n")[0]
         raise ModelError(f"model {name!r}: its config cannot be read ({first[:200]})") from None
@@ -61,6 +65,7 @@ def model_size(name: str, *, trust_remote_code: bool = False) -> Size:
         intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocab=config.vocab_size,
         positions=positions_of(config),
+        lean=is_lean(model),
     )
 
 
@@ -92,7 +97,11 @@ def kept_bytes(shape: Size, compute: torch.dtype) -> int:
     In fp32 inputs and normalised inputs of both norms; in the compute dtype queries, keys, values,
     mixed values, gate, its activation, up, their product, and the inputs of the matrix products:
     one tensor for q, k, v and one for gate and up, but under autocast each product casts its own.
+    Lean blocks keep no normalised input, no activation and one cast for all.
     """
+    if shape.lean:
+        products = 2 * shape.hidden + 2 * shape.q_width + shape.kv_width + 3 * shape.intermediate
+        return 8 * shape.hidden + compute.itemsize * products
     inputs = 2 if compute == torch.float32 else 5
     products = inputs * shape.hidden + 2 * shape.q_width + shape.kv_width + 4 * shape.intermediate
     return 16 * shape.hidden + compute.itemsize * products

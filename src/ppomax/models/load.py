@@ -32,6 +32,7 @@ from ppomax.models.ensembles import members
 from ppomax.models.export import generation_config
 from ppomax.models.folders import quiet
 from ppomax.models.heads import LM_HEAD_FILE, ScalarModel, hidden_states, output_weight, set_pad
+from ppomax.models.lean import use_lean_blocks
 from ppomax.models.names import SHORT_NAMES, resolve
 
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
@@ -324,6 +325,7 @@ def _load_model(
             module.p = 0.0
     if attn_implementation is None:
         use_grouped_attention(model)
+    use_lean_blocks(model)
     result: PreTrainedModel = model.eval()
     return result
 
