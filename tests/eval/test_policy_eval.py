@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from ppomax.errors import ConfigError, DataError
 from ppomax.eval import policy
 from ppomax.eval.policy import evaluate_policy
+from ppomax.eval.statistics import paired_difference
 from ppomax.models.load import load_policy, load_reward_model
 from ppomax.rollout import Rollout
 from ppomax.train.reward import train_reward
@@ -21,6 +22,7 @@ FIELDS = {
     "baseline",
     "policy",
     "num_prompts",
+    "samples_per_prompt",
     "kl_ref_k1",
     "kl_ref_k3",
     "scorer",
@@ -158,9 +160,43 @@ def test_equal_replies_tie_whatever_rounding_made_of_their_scores():
 
     scorer = policy.ScorerConfig(model="m")
     one, two = answers([[5], [6], [7]]), answers([[5], [6], [8]])
-    found = policy.compare_scores(scorer, [1.0, 2.0, 3.0], [1.0 + 1e-6, 2.0, 4.0], one, two)
+    found = policy.compare_scores(scorer, [1.0, 2.0, 3.0], [1.0 + 1e-6, 2.0, 4.0], one, two, 1)
     assert (found["win"], found["tie"], found["lose"]) == (1, 2, 0)
     assert found["difference"] == pytest.approx(1 / 3)
+
+
+def test_replies_to_one_prompt_count_as_their_mean():
+    def answers(replies):
+        rollout = Rollout([[1]] * 6, replies, [[0.0]] * 6, [True] * 6)
+        return policy.Answers(rollout, ["a"] * 6, 1.0, torch.zeros(6, 1), torch.ones(6, 1))
+
+    one = answers([[1], [2], [3], [4], [5], [6]])
+    two = answers([[1], [2], [3], [9], [9], [9]])
+    sft, ppo = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [7.0, 7.0, 7.0, 6.0, 1.0, 9.0]
+    found = policy.compare_scores(policy.ScorerConfig(model="m"), sft, ppo, one, two, 2)
+    # prompts: replies equal, so a tie; 3.5 against (3 + 6) / 2; 5.5 against 5
+    assert (found["win"], found["tie"], found["lose"]) == (1, 1, 1)
+    assert (found["sft_mean"], found["ppo_mean"]) == (3.5, pytest.approx((1.5 + 4.5 + 5) / 3))
+    expected = paired_difference([1.5, 4.5, 5.0], [1.5, 3.5, 5.5])
+    assert found["ci95"] == list(expected.interval)
+
+
+@pytest.mark.slow
+def test_more_replies_to_a_prompt_leave_its_first_as_it_was(judged, other, monkeypatch):
+    seen = []
+    plain = policy.answer
+    monkeypatch.setattr(policy, "answer", lambda *args: seen.append(plain(*args)) or seen[-1])
+    one = judged({"policy": other})
+    three = judged({"policy": other, "samples_per_prompt": 3}, "three")
+    assert [len(found.texts) for found in seen] == [8, 8, 24, 24]
+    assert [found.texts[::3] for found in seen[2:]] == [found.texts for found in seen[:2]]
+    assert len(set(seen[2].texts[:3])) > 1
+    assert (three["num_prompts"], three["samples_per_prompt"]) == (8, 3)
+    assert len(three["scores"]["sft"]) == sum(group["n"] for group in three["by"]) == 8
+    for before, now in zip(one["samples"], three["samples"], strict=True):
+        assert (now["id"], now["sft"], now["ppo"]) == (before["id"], before["sft"], before["ppo"])
+        assert now["sft_score"] == pytest.approx(before["sft_score"], abs=1e-5)
+    assert three["scores"]["ppo"] != pytest.approx(one["scores"]["ppo"], abs=1e-3)
 
 
 def test_several_scorers_and_none(judged, small_reward):

@@ -6,6 +6,7 @@ second one that PPO never saw is `held-out`.
 
 import gc
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,13 @@ from ppomax.types import PromptRow
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """One model's replies to all prompts, with both models' log-probs of them at temperature 1."""
+    """One model's replies to all prompts, those to one prompt together, and their log-probs."""
 
     rollout: Rollout
     texts: list[str]
     perplexity: float
     logprobs: torch.Tensor
+    """[replies, response] at temperature 1, under the model itself."""
     mask: torch.Tensor
 
 
@@ -100,32 +102,34 @@ def compare(config: EvalConfig, here: World) -> dict[str, Any]:
         for name in ("k1", "k3")
     }
     del sft, ppo
-    scorers, scores = [], {}
+    scorers, scores, each = [], {}, config.samples_per_prompt
     for scorer in config.scorers:
         tell(here, f"{scorer.name} scores both")
         of_sft, of_ppo = (
             score_replies(scorer, answers, template, config, here, trunk)
             for answers in (sft_answers, ppo_answers)
         )
-        scorers.append(compare_scores(scorer, of_sft, of_ppo, sft_answers, ppo_answers))
+        scorers.append(compare_scores(scorer, of_sft, of_ppo, sft_answers, ppo_answers, each))
         scores[scorer.name] = {"sft": of_sft, "ppo": of_ppo}
     del trunk
     gc.collect()  # models in a trunk hold on to each other
     first = scores[config.scorers[0].name] if config.scorers else {"sft": [], "ppo": []}
+    of_prompts = {name: prompt_means(found, each) for name, found in first.items()}
     return {
         "kind": "policy",
         "baseline": "sft",
         "policy": "ppo",
         "num_prompts": len(rows),
+        "samples_per_prompt": each,
         **kl,
         "scorer": {"name": config.scorers[0].name, "role": config.scorers[0].role}
         if config.scorers
         else None,
         "scorers": scorers,
         "policies": {"sft": describe(sft_answers), "ppo": describe(ppo_answers)},
-        "by": by_group(rows, first),
-        "samples": samples(rows, sft_answers, ppo_answers, first, config.samples),
-        "scores": first,
+        "by": by_group(rows, of_prompts),
+        "samples": samples(rows, sft_answers, ppo_answers, first, config),
+        "scores": of_prompts,
         "sampling": config.sampling.model_dump(mode="json"),
         "repeated_prompts": repeated,
         **(judge_and_ask(config, rows, sft_answers, ppo_answers) if here.is_main else {}),
@@ -144,7 +148,9 @@ def judge_and_ask(
     """What judges and questions say, where the settings name any; for one rank."""
     found: dict[str, Any] = {}
     if config.judges:
-        pairs = {"ppo": pairs_of(rows, {"sft": sft.texts, "ppo": ppo.texts})}
+        texts = {"sft": sft.texts, "ppo": ppo.texts}
+        each = config.samples_per_prompt
+        pairs = {"ppo": pairs_of(rows, {name: found[::each] for name, found in texts.items()})}
         rubrics = load_rubrics(config.rubrics)
         found |= judged_record(pairs, config.judges, rubrics, config.out, seed=config.seed, say=say)
     if config.capability:
@@ -213,12 +219,16 @@ def answer(
     config: EvalConfig,
     here: World,
 ) -> Answers:
-    """One reply per prompt; a prompt's seed is the same for both models."""
+    """Replies to each prompt in turn; their seeds are the same for both models."""
     engine = build_engine(config.engine, model.lm, template, here, config.compute_dtype)
-    seeds = [derived_seed(config.seed, "eval", row.id, index) for index, row in enumerate(rows)]
-    mine = here.share(list(range(len(rows))))
-    local = engine.generate([prompts[i] for i in mine], config.sampling, [seeds[i] for i in mine])
-    rollout = merge_rollouts(gather(local, here), len(rows))
+    asked, seeds = [], []
+    for index, row in enumerate(rows):
+        for nth in range(config.samples_per_prompt):
+            asked.append(prompts[index])
+            seeds.append(derived_seed(config.seed, "eval", row.id, index, *([nth] if nth else [])))
+    mine = here.share(list(range(len(asked))))
+    local = engine.generate([asked[i] for i in mine], config.sampling, [seeds[i] for i in mine])
+    rollout = merge_rollouts(gather(local, here), len(asked))
     logprobs = logprobs_of(model, rollout, template, config, here)
     mask = response_mask(rollout, here.device)
     perplexity = float(masked_mean(-logprobs, mask).exp())
@@ -274,13 +284,20 @@ def compare_scores(
     ppo: list[float],
     sft_answers: Answers,
     ppo_answers: Answers,
+    each: int,
 ) -> dict[str, Any]:
-    """Paired difference and win/tie/lose of one scorer; equal replies tie despite rounding."""
+    """Paired difference and win/tie/lose of one scorer; equal replies tie despite rounding.
+
+    Args:
+        sft: a score for each reply; those to one prompt count as their mean.
+        each: replies to a prompt.
+    """
     same = [
         a == b
         for a, b in zip(sft_answers.rollout.responses, ppo_answers.rollout.responses, strict=True)
     ]
     ppo = [s if equal else p for s, p, equal in zip(sft, ppo, same, strict=True)]
+    sft, ppo = prompt_means(sft, each), prompt_means(ppo, each)
     difference = paired_difference(ppo, sft)
     counts = win_tie_lose(ppo, sft)
     total = counts.win + counts.tie + counts.lose
@@ -297,6 +314,11 @@ def compare_scores(
         "win_rate": counts.win_rate,
         "win_ci95": list(wilson_interval(counts.win + counts.tie / 2, total)),
     }
+
+
+def prompt_means(scores: list[float], each: int) -> list[float]:
+    """One number for each prompt: the mean over its `each` replies, which stand together."""
+    return [statistics.fmean(scores[i : i + each]) for i in range(0, len(scores), each)]
 
 
 def describe(answers: Answers) -> dict[str, float]:
@@ -327,11 +349,16 @@ def by_group(rows: list[PromptRow], scores: dict[str, list[float]]) -> list[dict
 
 
 def samples(
-    rows: list[PromptRow], sft: Answers, ppo: Answers, scores: dict[str, list[float]], count: int
+    rows: list[PromptRow],
+    sft: Answers,
+    ppo: Answers,
+    scores: dict[str, list[float]],
+    config: EvalConfig,
 ) -> list[dict[str, Any]]:
-    """The first prompts with both replies."""
+    """The first prompts with the first reply of both models."""
     result = []
-    for index, row in enumerate(rows[:count]):
+    for nth, row in enumerate(rows[: config.samples]):
+        index = nth * config.samples_per_prompt
         record: dict[str, Any] = {
             "id": row.id,
             "prompt": list(row.messages),

@@ -44,6 +44,9 @@ class EvalConfig(ComputeSettings):
     """Take only the prompts of `data` that the training stages hold out with this share."""
     limit: int | None = Field(None, ge=1)
     """At most this many prompts."""
+    samples_per_prompt: int = Field(1, ge=1)
+    """Replies of each model to every prompt. Scores are compared by their means: most of what two
+    single replies differ by is chance. Judges see the first."""
     scorers: list[ScorerConfig] = []
     """`ppomax run` puts the run's own reward model first, as the proxy."""
     sampling: SamplingParams = PAPER_SAMPLING

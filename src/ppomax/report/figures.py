@@ -160,7 +160,9 @@ def score_histogram(label: str, report: Mapping[str, Any]) -> Figure | None:
     high = max(float(values.max()) for _, values in sets)
     edges = np.linspace(low, high if high > low else low + 1, 31)
     counted = [(name, np.histogram(values, edges)[0].tolist(), edges) for name, values in sets]
-    parts = [f"{name} mean {number(float(v.mean()))} over {len(v):,} replies" for name, v in sets]
+    each = as_number(report.get("samples_per_prompt")) or 1
+    what = "replies" if each == 1 else f"prompts, means of {number(each)} replies"
+    parts = [f"{name} mean {number(float(v.mean()))} over {len(v):,} {what}" for name, v in sets]
     title = "Scores of replies" + (f", {label}" if label else "")
     return histograms(f"scores-{label}", title, "score", counted, f"{title}: {'; '.join(parts)}.")
 

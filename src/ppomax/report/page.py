@@ -276,6 +276,7 @@ def _evaluation(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": name,
         "num_prompts": as_number(report.get("num_prompts")),
+        "each": as_number(report.get("samples_per_prompt")) or 1,
         "scorers": evaluation.scorer_rows(report),
         "policies": evaluation.policy_rows(report),
         "groups": evaluation.group_rows(report),
