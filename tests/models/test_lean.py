@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config, Qwen3ForCausalLM
 
 from ppomax.models.heads import hidden_states
 from ppomax.models.lean import GatedMLP, Norm, is_lean, rms_norm, swiglu, use_lean_blocks
@@ -160,12 +160,17 @@ def test_a_reward_model_has_them_and_what_is_not_known_keeps_its_own():
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32}
     config = Qwen3Config(vocab_size=64, intermediate_size=64, num_key_value_heads=1, **sizes)
     model = Qwen3ForCausalLM(config)
-    own = type(model.model.layers[0].input_layernorm)
-    own.__name__, name = "OtherRMSNorm", own.__name__
-    try:
+    block = model.model.layers[0]
+    for part in (block, block.input_layernorm):  # a block, or a norm, from elsewhere
+        own = type(part)
+        part.__class__ = type("Other" + own.__name__, (own,), {})
         use_lean_blocks(model)
-        assert not found_in(model, Norm)
-    finally:
-        own.__name__ = name
+        part.__class__ = own
+        assert not isinstance(block.input_layernorm, Norm)
+    model = Qwen3ForCausalLM(config)
+    model.config = PreTrainedConfig()  # a composite one keeps the activation elsewhere
+    use_lean_blocks(model)
+    assert not is_lean(model)
+    model = Qwen3ForCausalLM(config)
     use_lean_blocks(model)
     assert len(found_in(model, Norm)) == 2  # those of queries and keys are no linear layer's

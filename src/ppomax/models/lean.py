@@ -59,14 +59,17 @@ class GatedMLP(nn.Module):
 
 
 def use_lean_blocks(model: PreTrainedModel) -> None:
-    """Put both into every block where the model's own are known ones."""
+    """Put both into every block of `transformers`' own whose norms and MLP are known ones."""
+    silu = getattr(model.config.get_text_config(), "hidden_act", None) == "silu"
     for block in decoder_blocks(model):
+        if not _known(block, "DecoderLayer"):
+            continue
         for name in READ_BY_LINEAR:
             norm = getattr(block, name, None)
             if _known(norm, "RMSNorm"):
                 setattr(block, name, Norm(norm))
         mlp = getattr(block, "mlp", None)
-        if _known(mlp, "MLP") and model.config.hidden_act == "silu":
+        if silu and _known(mlp, "MLP"):
             block.mlp = GatedMLP(mlp)
 
 
