@@ -16,6 +16,7 @@ from ppomax.models.load import load_policy, load_reward_model
 from ppomax.rollout import Rollout
 from ppomax.train.reward import train_reward
 from ppomax.train.sft import train_sft
+from ppomax.types import PromptRow
 
 FIELDS = {
     "kind",
@@ -183,20 +184,37 @@ def test_replies_to_one_prompt_count_as_their_mean():
 
 @pytest.mark.slow
 def test_more_replies_to_a_prompt_leave_its_first_as_it_was(judged, other, monkeypatch):
-    seen = []
-    plain = policy.answer
+    seen, seeded = [], []
+    plain, seed_of = policy.answer, policy.derived_seed
     monkeypatch.setattr(policy, "answer", lambda *args: seen.append(plain(*args)) or seen[-1])
+    monkeypatch.setattr(policy, "derived_seed", lambda *a: seeded.append(a) or seed_of(*a))
     one = judged({"policy": other})
+    assert {len(key) for key in seeded} == {4}  # seeds of before there were several replies
     three = judged({"policy": other, "samples_per_prompt": 3}, "three")
     assert [len(found.texts) for found in seen] == [8, 8, 24, 24]
     assert [found.texts[::3] for found in seen[2:]] == [found.texts for found in seen[:2]]
     assert len(set(seen[2].texts[:3])) > 1
     assert (three["num_prompts"], three["samples_per_prompt"]) == (8, 3)
     assert len(three["scores"]["sft"]) == sum(group["n"] for group in three["by"]) == 8
+    gains = sum(group["n"] * group["difference"] for group in three["by"])
+    assert gains / 8 == pytest.approx(three["scorers"][0]["difference"], abs=1e-4)
     for before, now in zip(one["samples"], three["samples"], strict=True):
         assert (now["id"], now["sft"], now["ppo"]) == (before["id"], before["sft"], before["ppo"])
         assert now["sft_score"] == pytest.approx(before["sft_score"], abs=1e-5)
     assert three["scores"]["ppo"] != pytest.approx(one["scores"]["ppo"], abs=1e-3)
+
+
+def test_judges_see_the_first_reply_to_each_prompt(small, tmp_path, monkeypatch):
+    handed = []
+    monkeypatch.setattr(policy, "judged_record", lambda pairs, *_, **__: handed.append(pairs) or {})
+    rows = [PromptRow(str(i), ({"role": "user", "content": f"p{i}"},)) for i in range(2)]
+    one, two = (
+        policy.Answers(None, [f"{name}{i}" for i in range(6)], 1.0, None, None) for name in "ab"
+    )
+    changes = {"judges": ["callable:judge:fn"], "samples_per_prompt": 3}
+    policy.judge_and_ask(small("eval", tmp_path, changes), rows, one, two)
+    found = [(pair.a.response, pair.b.response) for pair in handed[0]["ppo"]]
+    assert found == [("a0", "b0"), ("a3", "b3")]
 
 
 def test_several_scorers_and_none(judged, small_reward):

@@ -44,8 +44,9 @@ def test_a_norm_s_values_and_gradients_are_those_of_the_formula(dtype, seed, row
     exact = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     wanted = by_hand(*exact, eps)
     assert found.dtype == dtype
-    rounding = torch.finfo(dtype).eps
-    torch.testing.assert_close(found.double(), wanted, rtol=4 * rounding, atol=1e-6)
+    rounding = 0.51 if dtype == torch.bfloat16 else 4.0  # half a unit: rounded once, at the end
+    rtol = rounding * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), wanted, rtol=rtol, atol=1e-6)
     gradients = torch.autograd.grad(found, (x, weight), gradient.to(dtype))
     for one, two in zip(
         gradients, torch.autograd.grad(wanted, exact, gradient.double()), strict=True
@@ -102,6 +103,9 @@ def pair(tmp_path_factory):
     """A loaded model, and its export as plain `transformers` reads it, attention alike."""
     folder = tmp_path_factory.mktemp("model")
     model = load_policy("tiny")
+    generator = torch.Generator().manual_seed(0)
+    for norm in found_in(model, Norm):  # as trained ones are: not all 1
+        norm.weight.data = torch.rand(norm.weight.shape, generator=generator) + 0.5
     model.save_pretrained(folder)
     plain = AutoModelForCausalLM.from_pretrained(folder)
     plain.set_attn_implementation(model.config._attn_implementation)

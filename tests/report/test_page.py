@@ -17,6 +17,7 @@ from ppomax.errors import ConfigError
 from ppomax.eval.preference import evaluate_pairs
 from ppomax.report import write_preference_report, write_report
 from ppomax.report.drawing import Line, curves, thin
+from ppomax.report.figures import score_histogram
 from ppomax.report.page import MAX_BYTES, labels
 from ppomax.report.text import clip, duration, number, visible
 
@@ -498,3 +499,9 @@ def test_a_legend_lies_inside_its_figure():
     tops = [float(text.get("y")) for text in texts if text.text in {"first", "second"}]
     assert len(tops) == 2
     assert min(tops) > 9  # the height of a letter
+
+
+@pytest.mark.parametrize(("each", "said"), [(None, "2 replies"), (3, "2 prompts, means of 3")])
+def test_scores_that_are_means_of_several_replies_are_said_to_be(each, said):
+    report = {"scores": {"sft": [0.0, 1.0]}} | ({"samples_per_prompt": each} if each else {})
+    assert f"over {said}" in score_histogram("", report).alt

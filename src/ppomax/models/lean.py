@@ -2,7 +2,7 @@
 
 There every step of a norm is kept, its fp32 output is cast anew for each linear layer that reads
 it, and the activation of the gate stands beside what it was made from. Forward is the same to the
-bit; of SmolLM2's 40 KB a token and block 11 are saved in bfloat16.
+bit; of SmolLM2's 30 KB a token and block 11 are saved in bfloat16.
 """
 
 from typing import Any
