@@ -288,6 +288,7 @@ NEUTRAL = {
     "engine.slots": {"engine": {"slots": 2}},
     "engine.kind": {"engine": {"kind": "transformers"}},
     "engine.cuda_graphs": {"engine": {"cuda_graphs": False}},
+    "engine.kernels": {"engine": {"kernels": False}},
     "threads": {"threads": torch.get_num_threads()},
     "deterministic": {"deterministic": True},
     "optim.spike_z": {"optim": {"spike_z": 6.0}},

@@ -23,7 +23,15 @@ from ppomax.distributed import World
 from ppomax.models.language import LanguageModel
 from ppomax.models.lora import Factors, LoraSettings, add_lora, merged_copy
 from ppomax.models.tiny import tiny_tokenizer
-from ppomax.rollout import EngineSettings, SamplingParams, build_engine, graphs, native, sampling
+from ppomax.rollout import (
+    EngineSettings,
+    SamplingParams,
+    build_engine,
+    graphs,
+    kernels,
+    native,
+    sampling,
+)
 from ppomax.rollout.graphs import StepGraphs
 from ppomax.rollout.native import NativeEngine, supports
 from ppomax.rollout.product import pack
@@ -774,6 +782,45 @@ def test_a_packed_product_is_its_layers_side_by_side_with_their_updates():
     torch.testing.assert_close(product(x), torch.cat(parts, -1))
     plain = pack(["b"], state, factors, torch.device("cpu"), torch.float32)
     assert plain.down is None
+
+
+# --- compiled kernels and PyTorch's operations
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    kernels.library.cache_clear()
+    yield
+    kernels.library.cache_clear()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_kernels_say_what_pytorchs_operations_say(name):
+    if isinstance(kernels.library(), str):
+        pytest.skip(kernels.library())
+    model, prompts, seeds = make(name), prompts_of(20), seeds_of(20)
+    params = SamplingParams(max_new_tokens=24)
+    with_them = engine_of(model, slots=7)
+    plain = build_engine(
+        EngineSettings(slots=7, kernels=False), model, TEMPLATE, ALONE, torch.float32
+    )
+    assert with_them.kernels is not None
+    assert plain.kernels is None
+    assert plain.note is None
+    expected, found = (engine.generate(prompts, params, seeds) for engine in (plain, with_them))
+    assert found.responses == expected.responses
+    assert found.finished == expected.finished
+    for ours, theirs in zip(found.logprobs, expected.logprobs, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_without_a_compiler_the_engine_says_so_and_answers(no_compiler):
+    engine = engine_of(make("llama"))
+    assert "no C++ compiler" in engine.note
+    rollout = engine.generate(prompts_of(3), SamplingParams(max_new_tokens=4), seeds_of(3))
+    assert all(rollout.responses)
 
 
 # --- settings

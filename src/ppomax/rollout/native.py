@@ -19,7 +19,8 @@ from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World
 from ppomax.rollout.engine import EngineSettings, Rollout, check_prompts
 from ppomax.rollout.graphs import Found, StepGraphs
-from ppomax.rollout.sampling import Draft, SamplingParams, draft, sample, settle
+from ppomax.rollout.kernels import RUN, Kernels, library
+from ppomax.rollout.sampling import Draft, SamplingParams, Search, draft, look, sample, settle
 from ppomax.rollout.stops import StopStrings
 from ppomax.rollout.weights import Layer, Weights, take_weights
 
@@ -72,15 +73,13 @@ class Cache:
     values: list[Tensor]
     """[slots, kv_heads, length, dim]"""
     cos: Tensor
-    """[length, 1, dim]"""
+    """[length, 1, dim]; keys and values may have room for a few positions more."""
     sin: Tensor
     """The same, negative where a rotation subtracts."""
 
 
 class NativeEngine:
     """See the module's docstring; `Engine` is the protocol."""
-
-    note: str | None = None
 
     def __init__(
         self,
@@ -90,6 +89,7 @@ class NativeEngine:
         world: World,
         dtype: torch.dtype,
     ) -> None:
+        self.note: str | None = None
         config: Any = model.config  # each architecture's config has fields of its own
         self.settings, self.template = settings, template
         self.device, self.dtype = world.device, dtype
@@ -103,13 +103,22 @@ class NativeEngine:
         self.inv_freq: Tensor = rotary.inv_freq.to(self.device, torch.float32)
         self.rope_scale = float(rotary.attention_scaling)
         self.stops = StopStrings(template)
+        self.kernels: Kernels | None = None
+        self.search: Search = look
+        if settings.kernels and self.device.type == "cpu":
+            found = library()
+            if isinstance(found, str):
+                self.note = f"decoding with PyTorch's operations, more slowly: {found}"
+            else:
+                self.kernels = Kernels(found, dtype)
+                self.search = self.kernels.most_likely
         self.sync(model)
 
     def sync(self, model: PreTrainedModel) -> None:
         """Take a copy of the model's present weights; the copy before is let go first."""
         self.release()
         self.weights: Weights = take_weights(
-            model, self.heads, self.kv_heads, self.device, self.dtype
+            model, self.heads, self.kv_heads, self.device, self.dtype, self.kernels
         )
 
     def release(self) -> None:
@@ -143,11 +152,18 @@ class NativeEngine:
             mixed: what attention read, [tokens, heads * dim].
         """
         x += layer.out(mixed)
-        gate, up = layer.gate_up(self._norm(x, layer.mlp_norm)).chunk(2, -1)
-        x += layer.down(F.silu(gate).mul_(up))
+        x += layer.down(self._swiglu(layer.gate_up(self._norm(x, layer.mlp_norm))))
         return x
 
+    def _swiglu(self, gate_up: Tensor) -> Tensor:
+        if self.kernels is not None:
+            return self.kernels.swiglu(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.kernels is not None:
+            return self.kernels.norm(x, None, weight, self.eps)
         return F.rms_norm(x, (self.hidden,), weight, self.eps).to(self.dtype)
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -196,7 +212,7 @@ class NativeEngine:
             logits = self._decode(tokens, positions, span, cache)
             if params.repetition_penalty is not None:
                 return logits  # what it counts grows from step to step
-            return draft(logits, seeds, steps, params)
+            return draft(logits, seeds, steps, params, self.search)
 
         if self.device.type == "cuda" and self.settings.cuda_graphs:
             return StepGraphs(step, slots, cache.cos.shape[0], self.device)
@@ -210,6 +226,8 @@ class NativeEngine:
             positions: where they go, [n].
             span: positions of the cache to attend to; those beyond a slot's own are masked.
         """
+        if self.kernels is not None:
+            return self._decode_compiled(self.kernels, tokens, positions, cache)
         count = len(tokens)
         heads = count * self.kv_heads
         rows = torch.arange(count, device=self.device)
@@ -231,6 +249,21 @@ class NativeEngine:
             mixed = torch.bmm(shares, values.view(-1, *values.shape[2:])[:heads, :span])
             x = self._finish(layer, x, mixed.view(count, -1))
         return self._logits(x)
+
+    def _decode_compiled(
+        self, kernels: Kernels, tokens: Tensor, positions: Tensor, cache: Cache
+    ) -> Tensor:
+        """The same; what each slot attends to ends at its own position."""
+        weights, eps = self.weights, self.eps
+        x, added = F.embedding(tokens, weights.embedding).float(), None
+        positions = positions.contiguous()
+        turns = cache.cos, cache.sin
+        for layer, keys, values in zip(weights.layers, cache.keys, cache.values, strict=True):
+            qkv = layer.qkv(kernels.norm(x, added, layer.attention_norm, eps))
+            mixed = kernels.attend(qkv, layer.qk_norm, turns, positions, keys, values, eps)
+            normed = kernels.norm(x, layer.out(mixed), layer.mlp_norm, eps)
+            added = layer.down(kernels.swiglu(layer.gate_up(normed)))
+        return weights.head(kernels.norm(x, added, weights.final_norm, eps)).float()
 
     @torch.no_grad()
     def generate(
@@ -267,7 +300,8 @@ class NativeEngine:
         angles = torch.arange(length, device=self.device)[:, None, None].float() * self.inv_freq
         cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
         turns = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-        return Cache(room(self.head_dim, length), room(length, self.head_dim), *turns)
+        ample = -(-length // RUN) * RUN
+        return Cache(room(self.head_dim, ample), room(ample, self.head_dim), *turns)
 
     def _run(
         self,
@@ -325,7 +359,8 @@ class NativeEngine:
         if isinstance(found, Draft):
             draw = settle(found, seeds, steps, params)
         else:
-            draw = sample(found, seeds, steps, params, self._past(replies, params))
+            past = self._past(replies, params)
+            draw = sample(found, seeds, steps, params, past, self.search)
         for reply, token, logprob in zip(
             replies, draw.tokens.tolist(), draw.logprobs.tolist(), strict=True
         ):

@@ -1,14 +1,16 @@
 """A linear layer of the native engine, packed for the processor, with its adapters beside it."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ppomax.models.lora import Factors
+from ppomax.rollout.kernels import Kernels
 
 ROWS = 32
 """Rows of a typical decoding step, for which oneDNN chooses its layout; any number may come."""
@@ -25,14 +27,12 @@ class Product:
     bias: Tensor | None = None
     down: Tensor | None = None
     up: Tensor | None = None
+    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
+    """x W + b, for weights as they lie in `weight`."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
-        result: Tensor
-        if self.weight.is_mkldnn:
-            result = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        else:
-            result = F.linear(x, self.weight, self.bias)
+        """[rows, in] to [rows, out]."""
+        result = self.multiply(x, self.weight, self.bias)
         if self.down is None or self.up is None:
             return result
         return result + F.linear(F.linear(x, self.down), self.up)
@@ -44,12 +44,14 @@ def pack(
     factors: Mapping[str, Factors],
     device: torch.device,
     dtype: torch.dtype,
+    kernels: Kernels | None = None,
 ) -> Product:
     """Layers that read the same input as one, outputs in their order. Always a copy.
 
     Args:
         names: of the layers, without `.weight`; all of them have a bias or none has.
         factors: of the layers with adapters.
+        kernels: compiled ones, if there are any; else oneDNN's where `packs` says so.
     """
 
     def joined(kind: str) -> Tensor:
@@ -57,12 +59,17 @@ def pack(
 
     weight = joined("weight")
     height = len(weight)
-    if packs(device, dtype):
+    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
+    packed = kernels.pack(weight) if kernels is not None else None
+    if kernels is not None and packed is not None:
+        weight, multiply = packed, partial(kernels.product, height)
+    elif packs(device, dtype):
         weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+        multiply = _onednn
     bias = joined("bias") if f"{names[0]}.bias" in state else None
     found = [(at, factors[name]) for at, name in enumerate(names) if name in factors]
     if not found:
-        return Product(weight, bias)
+        return Product(weight, bias, multiply=multiply)
     ends = torch.tensor([len(state[f"{name}.weight"]) for name in names]).cumsum(0).tolist()
     rank = sum(len(factor.down) for _, factor in found)
     up, taken = torch.zeros(height, rank, dtype=dtype, device=device), 0
@@ -71,7 +78,12 @@ def pack(
         up[ends[at] - own : ends[at], taken : taken + width] = factor.up.to(device, dtype)
         taken += width
     down = torch.cat([factor.down.to(device, dtype) for _, factor in found])
-    return Product(weight, bias, down, up)
+    return Product(weight, bias, down, up, multiply)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return result
 
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:

@@ -7,6 +7,7 @@ as one Gumbel variable of its total mass, which keeps the draw exact without sor
 vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import torch
@@ -81,12 +82,30 @@ class Draft(NamedTuple):
     """Of the mass beyond the candidates, likewise."""
 
 
+class Likely(NamedTuple):
+    """The largest logits, largest first, and what all of them sum to."""
+
+    values: Float[Tensor, "batch candidates"]
+    ids: Int[Tensor, "batch candidates"]
+    normaliser: Float[Tensor, " batch"]
+    """Log of the sum of all exponentials."""
+
+
+def look(logits: Float[Tensor, "batch vocab"], count: int) -> Likely:
+    """The `count` most likely tokens of each reply, with PyTorch's operations."""
+    return Likely(*most_likely(logits, count), logits.logsumexp(1))
+
+
+Search = Callable[[Tensor, int], Likely]
+
+
 def sample(
     logits: Float[Tensor, "batch vocab"],
     seeds: Int[Tensor, " batch"],
     steps: Int[Tensor, " batch"],
     params: SamplingParams,
     generated: Int[Tensor, "batch past"] | None = None,
+    search: Search = look,
 ) -> Draw:
     """Draw the next token of each reply.
 
@@ -95,10 +114,11 @@ def sample(
         seeds: one 63-bit seed per reply.
         steps: index of the token to draw within its reply.
         generated: earlier tokens of each reply for the repetition penalty; -1 where there is none.
+        search: what finds the most likely tokens.
     """
     if params.repetition_penalty is not None and generated is not None:
         logits = penalise(logits, generated, params.repetition_penalty)
-    return settle(draft(logits, seeds, steps, params), seeds, steps, params)
+    return settle(draft(logits, seeds, steps, params, search), seeds, steps, params)
 
 
 def draft(
@@ -106,6 +126,7 @@ def draft(
     seeds: Int[Tensor, " batch"],
     steps: Int[Tensor, " batch"],
     params: SamplingParams,
+    search: Search = look,
 ) -> Draft:
     """Draw among the candidates: the part whose kernels do not hang on what is drawn.
 
@@ -122,8 +143,7 @@ def draft(
     count = min(CANDIDATES, logits.shape[1])
     if params.top_k is not None:
         count = max(1, min(params.top_k, logits.shape[1]))
-    values, ids = most_likely(logits, count)
-    normaliser = logits.logsumexp(1)
+    values, ids, normaliser = search(logits, count)
     if params.top_p is None and params.min_p is None and params.top_k is None:
         return _draft_plain(logits, values, ids, normaliser, seeds, steps)
     keep = _nucleus(values, normaliser, params)

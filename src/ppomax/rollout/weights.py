@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ppomax.distributed import full_state
 from ppomax.models.lora import Factors, effective_state_dict, split_state_dict
+from ppomax.rollout.kernels import Kernels
 from ppomax.rollout.product import Product, pack, packs
 
 
@@ -37,7 +38,12 @@ class Weights:
 
 @torch.no_grad()
 def take_weights(
-    model: PreTrainedModel, heads: int, kv_heads: int, device: torch.device, dtype: torch.dtype
+    model: PreTrainedModel,
+    heads: int,
+    kv_heads: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernels: Kernels | None = None,
 ) -> Weights:
     """The model's present weights, gathered where sharded (collective then).
 
@@ -56,7 +62,7 @@ def take_weights(
     prefix = embedding.removesuffix("embed_tokens.weight")
 
     def product(*names: str) -> Product:
-        return pack([f"{prefix}{name}" for name in names], state, factors, device, dtype)
+        return pack([f"{prefix}{name}" for name in names], state, factors, device, dtype, kernels)
 
     def norm(name: str) -> Tensor:
         return state[f"{prefix}{name}.weight"].to(device, torch.float32, copy=True)
@@ -84,9 +90,9 @@ def take_weights(
     ]
     table = state[embedding].to(device, dtype, copy=True)
     tied = bool(model.config.tie_word_embeddings)
-    if tied and not packs(device, dtype):
+    if tied and kernels is None and not packs(device, dtype):
         head = Product(table)
     else:
         name = embedding.removesuffix(".weight") if tied else "lm_head"
-        head = pack([name], state, {}, device, dtype)
+        head = pack([name], state, {}, device, dtype, kernels)
     return Weights(table, layers, norm("norm"), head)

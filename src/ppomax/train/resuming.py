@@ -21,6 +21,7 @@ HARMLESS = (
     "log",
     "engine.slots",
     "engine.cuda_graphs",
+    "engine.kernels",
     "licence",
 )
 """Settings of a stage that may change when it is resumed: what is learned stays the same, up to

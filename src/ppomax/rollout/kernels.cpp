@@ -1,0 +1,485 @@
+// The parts of a decoding step: products with few rows, and in one pass each what lies between them.
+//
+// kernels.py builds this with the C++ compiler it finds and calls it by address. Threads are
+// OpenMP's, those PyTorch's own operations run on. T is the compute type, float or bf16; sums are
+// float, rounded to T where PyTorch's operations round. A row's numbers depend on no other row.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+// Where a processor multiplies tiles of bf16 (AMX), oneDNN's products are the faster ones.
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#define BF16_PRODUCTS
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int64_t WIDE = 16;  // floats handled at once; the compiler splits them as it must
+constexpr int64_t GROUP = 4;  // query heads that read a key together
+
+typedef float Floats __attribute__((vector_size(WIDE * 4)));
+typedef uint32_t Words __attribute__((vector_size(WIDE * 4)));
+typedef uint16_t Halves __attribute__((vector_size(WIDE * 2)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+  uint32_t word = uint32_t(x.bits) << 16;
+  float result;
+  std::memcpy(&result, &word, 4);
+  return result;
+}
+
+inline void narrow(float x, float& out) { out = x; }
+inline void narrow(float x, bf16& out) {  // to nearest, ties to even; a NaN stays one
+  uint32_t word;
+  std::memcpy(&word, &x, 4);
+  uint32_t rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
+  out.bits = uint16_t(x == x ? rounded : 0x7FC0);
+}
+
+template <class T>
+inline float round_to(float x) {
+  T rounded;
+  narrow(x, rounded);
+  return widen(rounded);
+}
+
+inline Floats load(const float* from) {
+  Floats result;
+  std::memcpy(&result, from, sizeof result);
+  return result;
+}
+inline Floats load(const bf16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  Words words = __builtin_convertvector(halves, Words) << 16;
+  return (Floats)words;
+}
+
+// Asks for memory that will be read soon; beyond what is there nothing happens.
+inline void fetch(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64)
+    __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
+}
+
+// e^x for x <= 88, to 2 units in the last place (Cephes' polynomial); 1e-38 below -87
+inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  float whole = std::floor(x * 1.44269504f + 0.5f);
+  float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  float sum = 1.9875691500e-4f;
+  sum = sum * rest + 1.3981999507e-3f;
+  sum = sum * rest + 8.3334519073e-3f;
+  sum = sum * rest + 4.1665795894e-2f;
+  sum = sum * rest + 1.6666665459e-1f;
+  sum = sum * rest + 5.0000001201e-1f;
+  sum = sum * rest * rest + rest + 1.0f;
+  int32_t word = (int32_t(whole) + 127) << 23;
+  float power;
+  std::memcpy(&power, &word, 4);
+  return sum * power;
+}
+
+// --- norm -----------------------------------------------------------------------------------
+
+template <class T>
+void norm(float* stream, const T* added, const float* weight, T* out, int64_t rows, int64_t width,
+          float eps, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < rows; row++) {
+    float* x = stream + row * width;
+    if (added) {
+      const T* more = added + row * width;
+      for (int64_t i = 0; i < width; i++) x[i] += widen(more[i]);
+    }
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < width; i++) squares += x[i] * x[i];
+    float scale = 1.0f / std::sqrt(squares / float(width) + eps);
+    T* result = out + row * width;
+    for (int64_t i = 0; i < width; i++) narrow(x[i] * scale * weight[i], result[i]);
+  }
+}
+
+// --- SwiGLU ---------------------------------------------------------------------------------
+
+template <class T>
+inline float silu(float x) {
+  return round_to<T>(x / (1.0f + exponential(std::min(-x, 87.0f))));
+}
+
+template <class T>
+void swiglu(const T* gate_up, T* out, int64_t rows, int64_t width, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < rows; row++) {
+    const T *gate = gate_up + row * 2 * width, *up = gate + width;
+    T* result = out + row * width;
+    for (int64_t i = 0; i < width; i++)
+      narrow(silu<T>(widen(gate[i])) * widen(up[i]), result[i]);
+  }
+}
+
+// --- products -------------------------------------------------------------------------------
+
+// ROWS x COLUMNS sums stay in registers while their inputs pass by; PANEL outputs are packed
+// together, [panels][inputs / DEPTH][PANEL][DEPTH], so that weights are read in one stream.
+#ifdef __AVX512F__
+constexpr int64_t LANES = 16, ROWS = 8, COLUMNS = 3;
+#else
+constexpr int64_t LANES = 8, ROWS = 6, COLUMNS = 2;
+#endif
+constexpr int64_t PANEL = LANES * COLUMNS;
+constexpr int64_t LINES = PANEL * 4 / 64;  // cache lines of one step
+
+typedef float Lanes __attribute__((vector_size(LANES * 4)));
+
+template <class T>
+struct Unit;
+
+template <>
+struct Unit<float> {
+  static constexpr int64_t DEPTH = 1;
+  typedef Lanes Weights;
+  typedef float Input;
+  static Weights load(const float* from) {
+    Weights result;
+    std::memcpy(&result, from, sizeof result);
+    return result;
+  }
+  static Input input(const float* from) { return *from; }
+  static Lanes add(Lanes sum, Input x, Weights w) { return sum + x * w; }
+};
+
+#ifdef BF16_PRODUCTS
+template <>
+struct Unit<bf16> {
+  static constexpr int64_t DEPTH = 2;
+  typedef __m512bh Weights;
+  typedef __m512bh Input;
+  static Weights load(const bf16* from) { return (__m512bh)_mm512_loadu_si512(from); }
+  static Input input(const bf16* from) {
+    int32_t pair;
+    std::memcpy(&pair, from, 4);
+    return (__m512bh)_mm512_set1_epi32(pair);
+  }
+  static Lanes add(Lanes sum, Input x, Weights w) {
+    return (Lanes)_mm512_dpbf16_ps((__m512)sum, x, w);
+  }
+};
+#endif
+
+// R rows times one panel. Meanwhile `lines` cache lines a step of what comes next are fetched.
+template <class T, int R>
+inline void tile(const T* x, const T* panel, int64_t inputs, const char* ahead, int lines,
+                 float (*out)[PANEL]) {
+  constexpr int64_t DEPTH = Unit<T>::DEPTH;
+  Lanes sum[R][COLUMNS] = {};
+  for (int64_t k = 0; k < inputs / DEPTH; k++) {
+    typename Unit<T>::Weights weights[COLUMNS];
+    for (int c = 0; c < COLUMNS; c++)
+      weights[c] = Unit<T>::load(panel + (k * COLUMNS + c) * LANES * DEPTH);
+    for (int line = 0; line < lines; line++)
+      __builtin_prefetch(ahead + (k * LINES + line) * 64, 0, 2);
+    for (int r = 0; r < R; r++) {
+      typename Unit<T>::Input input = Unit<T>::input(x + r * inputs + k * DEPTH);
+      for (int c = 0; c < COLUMNS; c++) sum[r][c] = Unit<T>::add(sum[r][c], input, weights[c]);
+    }
+  }
+  for (int r = 0; r < R; r++) std::memcpy(out[r], sum[r], sizeof sum[r]);
+}
+
+template <class T, int R = ROWS>
+inline void tile_of(int64_t rows, const T* x, const T* panel, int64_t inputs, const char* ahead,
+                    int lines, float (*out)[PANEL]) {
+  if constexpr (R > 0) {
+    if (rows == R)
+      tile<T, R>(x, panel, inputs, ahead, lines, out);
+    else
+      tile_of<T, R - 1>(rows, x, panel, inputs, ahead, lines, out);
+  }
+}
+
+// Rows from block b on times one panel, while the block's share of the panel that comes next is
+// fetched. A block alone fetches nothing: it reads a panel as fast as it comes.
+template <class T>
+inline void block(int64_t b, const T* x, int64_t rows, const T* panel, const T* next,
+                  int64_t inputs, float (*sum)[PANEL]) {
+  const int64_t blocks = (rows + ROWS - 1) / ROWS, takers = std::min(blocks, LINES);
+  const int64_t share = b * LINES / takers, count = std::min(ROWS, rows - b * ROWS);
+  const char* ahead = reinterpret_cast<const char*>(next) + share * 64;
+  const T* from = x + b * ROWS * inputs;
+  switch (blocks == 1 || b >= takers ? 0 : (b + 1) * LINES / takers - share) {
+    case 0: tile_of(count, from, panel, inputs, ahead, 0, sum); break;
+    case 1: tile_of(count, from, panel, inputs, ahead, 1, sum); break;
+    default: tile_of(count, from, panel, inputs, ahead, 2, sum);
+  }
+}
+
+template <class T>
+void product(const T* x, const T* packed, const T* bias, T* out, int64_t rows, int64_t inputs,
+             int64_t outputs, int threads) {
+  const int64_t panels = (outputs + PANEL - 1) / PANEL, size = inputs * PANEL;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t p = 0; p < panels; p++) {
+    const T *panel = packed + p * size, *next = p + 1 < panels ? panel + size : panel;
+    const int64_t first = p * PANEL, width = std::min(PANEL, outputs - first);
+    float offset[PANEL] = {}, sum[ROWS][PANEL];
+    if (bias)
+      for (int64_t c = 0; c < width; c++) offset[c] = widen(bias[first + c]);
+    for (int64_t row = 0; row < rows; row += ROWS) {
+      block(row / ROWS, x, rows, panel, next, inputs, sum);
+      for (int64_t r = 0; r < std::min(ROWS, rows - row); r++) {
+        T* to = out + (row + r) * outputs + first;
+        T rounded[PANEL];
+        for (int64_t c = 0; c < PANEL; c++) narrow(sum[r][c] + offset[c], rounded[c]);
+        std::memcpy(to, rounded, width * sizeof(T));
+      }
+    }
+  }
+}
+
+// --- attention ------------------------------------------------------------------------------
+
+struct Shape {
+  int64_t slots, heads, kv_heads, dim, length;  // length: of the cache, a multiple of 2 * WIDE
+};
+
+// A head, normalised by itself where there are weights for that, and rotated.
+template <class T>
+inline void rotate(const T* from, const float* weight, const float* cos, const float* sin,
+                   int64_t dim, float eps, float scale, float* out, float* scratch) {
+  float own = 1;
+  if (weight) {
+    float squares = 0;
+    for (int64_t i = 0; i < dim; i++) squares += widen(from[i]) * widen(from[i]);
+    own = 1.0f / std::sqrt(squares / float(dim) + eps);
+  }
+  for (int64_t i = 0; i < dim; i++)
+    scratch[i] = weight ? widen(from[i]) * own * weight[i] : widen(from[i]);
+  int64_t half = dim / 2;
+  for (int64_t i = 0; i < half; i++) {
+    float low = scratch[i], high = scratch[half + i];
+    out[i] = round_to<T>((low * cos[i] + high * sin[i]) * scale);
+    out[half + i] = round_to<T>((high * cos[half + i] + low * sin[half + i]) * scale);
+  }
+}
+
+// scores[g][t] = sum_d queries[g][d] keys[d][t], for G heads and all positions below `span`,
+// rounded up to whole tiles (what lies beyond is never used). The next text's keys are fetched.
+template <class T, int G>
+inline void score(const float* queries, const T* keys, float* scores, int64_t dim, int64_t length,
+                  int64_t span) {
+  for (int64_t t = 0; t < span; t += 2 * WIDE) {
+    Floats sum[G][2] = {};
+    for (int64_t d = 0; d < dim; d++) {
+      const T* row = keys + d * length + t;
+      fetch(row + dim * length, 2 * WIDE * sizeof(T));
+      Floats first = load(row), second = load(row + WIDE);
+      for (int g = 0; g < G; g++) {
+        sum[g][0] += queries[g * dim + d] * first;
+        sum[g][1] += queries[g * dim + d] * second;
+      }
+    }
+    for (int g = 0; g < G; g++) std::memcpy(scores + g * length + t, sum[g], sizeof sum[g]);
+  }
+}
+
+// out[g][d] = sum_t shares[g][t] values[t][d] / total[g], for V * WIDE values of d; fetches as above.
+template <class T, int G, int V>
+inline void mix(const float* shares, const float* total, const T* values, T* out, int64_t dim,
+                int64_t length, int64_t span) {
+  Floats sum[G][V] = {};
+  for (int64_t t = 0; t < span; t++) {
+    Floats value[V];
+    fetch(values + (length + t) * dim, V * WIDE * sizeof(T));
+    for (int v = 0; v < V; v++) value[v] = load(values + t * dim + v * WIDE);
+    for (int g = 0; g < G; g++)
+      for (int v = 0; v < V; v++) sum[g][v] += shares[g * length + t] * value[v];
+  }
+  for (int g = 0; g < G; g++)
+    for (int v = 0; v < V; v++)
+      for (int64_t i = 0; i < WIDE; i++)
+        narrow(sum[g][v][i] / total[g], out[g * dim + v * WIDE + i]);
+}
+
+// G query heads that share keys, one text.
+template <class T, int G>
+void heads(const float* queries, const T* keys, const T* values, T* out, float* scores, int64_t dim,
+           int64_t length, int64_t span) {
+  score<T, G>(queries, keys, scores, dim, length, span);
+  float total[G];
+  for (int g = 0; g < G; g++) {
+    float *row = scores + g * length, top = row[0], sum = 0;
+#pragma omp simd reduction(max : top)
+    for (int64_t t = 0; t < span; t++) top = std::max(top, row[t]);
+#pragma omp simd reduction(+ : sum)
+    for (int64_t t = 0; t < span; t++) {
+      row[t] = exponential(row[t] - top);
+      sum += row[t];
+    }
+    total[g] = sum;
+  }
+  int64_t d = 0;
+  for (; d + 4 * WIDE <= dim; d += 4 * WIDE)
+    mix<T, G, 4>(scores, total, values + d, out + d, dim, length, span);
+  for (; d + WIDE <= dim; d += WIDE)
+    mix<T, G, 1>(scores, total, values + d, out + d, dim, length, span);
+  for (; d < dim; d++)
+    for (int g = 0; g < G; g++) {
+      float sum = 0;
+      for (int64_t t = 0; t < span; t++) sum += scores[g * length + t] * widen(values[t * dim + d]);
+      narrow(sum / total[g], out[g * dim + d]);
+    }
+}
+
+template <class T>
+void attend(const T* qkv, const float* qk_norm, const float* cos, const float* sin,
+            const int64_t* positions, T* keys, T* values, T* out, const Shape& shape, float eps,
+            int threads) {
+  const auto [slots, all, kv_heads, dim, length] = shape;
+  const int64_t shared = all / kv_heads, width = (all + 2 * kv_heads) * dim;
+  const float scale = 1.0f / std::sqrt(float(dim));
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> room(GROUP * length + (shared + 2) * dim);
+    float *scores = room.data(), *queries = scores + GROUP * length, *key = queries + shared * dim,
+          *scratch = key + dim;
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < slots * kv_heads; item++) {
+      const int64_t slot = item / kv_heads, head = item % kv_heads, at = positions[slot];
+      const T* row = qkv + slot * width;
+      const float *turn_cos = cos + at * dim, *turn_sin = sin + at * dim;
+      T *own_keys = keys + item * dim * length, *own_values = values + item * dim * length;
+      const float* key_norm = qk_norm ? qk_norm + (all + head) * dim : nullptr;
+      rotate(row + (all + head) * dim, key_norm, turn_cos, turn_sin, dim, eps, 1.0f, key, scratch);
+      for (int64_t d = 0; d < dim; d++) narrow(key[d], own_keys[d * length + at]);
+      std::memcpy(own_values + at * dim, row + (all + kv_heads + head) * dim, dim * sizeof(T));
+      for (int64_t g = 0; g < shared; g++) {
+        const int64_t query = head * shared + g;
+        rotate(row + query * dim, qk_norm ? qk_norm + query * dim : nullptr, turn_cos, turn_sin,
+               dim, eps, scale, queries + g * dim, scratch);
+      }
+      for (int64_t g = 0; g < shared; g += GROUP) {
+        T* into = out + (slot * all + head * shared + g) * dim;
+        const float* from = queries + g * dim;
+        const int64_t span = at + 1;
+        switch (std::min(GROUP, shared - g)) {
+          case 1: heads<T, 1>(from, own_keys, own_values, into, scores, dim, length, span); break;
+          case 2: heads<T, 2>(from, own_keys, own_values, into, scores, dim, length, span); break;
+          case 3: heads<T, 3>(from, own_keys, own_values, into, scores, dim, length, span); break;
+          default: heads<T, 4>(from, own_keys, own_values, into, scores, dim, length, span);
+        }
+      }
+    }
+  }
+}
+
+// --- the most likely tokens -----------------------------------------------------------------
+
+// A float's bits as a number in its order; a positive NaN is above all, as for PyTorch's topk.
+inline int32_t rank_of(float x) {
+  int32_t word;
+  std::memcpy(&word, &x, 4);
+  return word ^ ((word >> 31) & 0x7FFFFFFF);
+}
+
+// The `count` largest logits of each row, largest first and of equals the first, and the log of the
+// sum of all exponentials. The vocabulary is cut into runs, entry i of run j at i * runs + j: no
+// logit below the count-th largest of the runs' maxima can be among them.
+void find_most_likely(const float* logits, float* values, int64_t* ids, float* normaliser,
+                      int64_t rows, int64_t vocab, int64_t count, int threads) {
+  constexpr int64_t RUN = 16;
+  const int64_t runs = vocab / RUN;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<int32_t> best(runs), sorted(runs);
+    std::vector<uint64_t> found;
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+      const float* x = logits + row * vocab;
+      float top = x[0], sum = 0;
+#pragma omp simd reduction(max : top)
+      for (int64_t i = 0; i < vocab; i++) top = std::max(top, x[i]);
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < vocab; i++) sum += exponential(x[i] - top);
+      normaliser[row] = top + std::log(sum);
+
+      found.clear();
+      auto take = [&](int64_t at, int32_t rank) {
+        found.push_back(uint64_t(uint32_t(rank) ^ 0x80000000u) << 32 | uint32_t(~at));
+      };
+      if (runs < count) {
+        for (int64_t i = 0; i < vocab; i++) take(i, rank_of(x[i]));
+      } else {
+        for (int64_t j = 0; j < runs; j++) best[j] = rank_of(x[j]);
+        for (int64_t i = 1; i < RUN; i++)
+          for (int64_t j = 0; j < runs; j++) best[j] = std::max(best[j], rank_of(x[i * runs + j]));
+        sorted = best;
+        auto last = sorted.begin() + count - 1;
+        std::nth_element(sorted.begin(), last, sorted.end(), std::greater<int32_t>());
+        const int32_t least = *last;
+        for (int64_t j = 0; j < runs; j++)
+          if (best[j] >= least)
+            for (int64_t i = j; i < RUN * runs; i += runs)
+              if (rank_of(x[i]) >= least) take(i, rank_of(x[i]));
+        for (int64_t i = RUN * runs; i < vocab; i++) take(i, rank_of(x[i]));
+      }
+      auto end = found.begin() + count;
+      if (end < found.end())
+        std::nth_element(found.begin(), end, found.end(), std::greater<uint64_t>());
+      std::sort(found.begin(), end, std::greater<uint64_t>());
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t at = uint32_t(~found[i]);
+        ids[row * count + i] = at;
+        values[row * count + i] = x[at];
+      }
+    }
+  }
+}
+
+}  // namespace
+
+#define EXPORT(NAME, T)                                                                            \
+  void norm_##NAME(float* stream, const T* added, const float* weight, T* out, int64_t rows,       \
+                   int64_t width, float eps, int threads) {                                        \
+    norm(stream, added, weight, out, rows, width, eps, threads);                                   \
+  }                                                                                                \
+  void swiglu_##NAME(const T* gate_up, T* out, int64_t rows, int64_t width, int threads) {         \
+    swiglu(gate_up, out, rows, width, threads);                                                    \
+  }                                                                                                \
+  void attend_##NAME(const T* qkv, const float* qk_norm, const float* cos, const float* sin,       \
+                     const int64_t* positions, T* keys, T* values, T* out, int64_t slots,          \
+                     int64_t heads, int64_t kv_heads, int64_t dim, int64_t length, float eps,      \
+                     int threads) {                                                                \
+    attend(qkv, qk_norm, cos, sin, positions, keys, values, out,                                   \
+           Shape{slots, heads, kv_heads, dim, length}, eps, threads);                              \
+  }
+
+#define EXPORT_PRODUCT(NAME, T)                                                                    \
+  int64_t panel_##NAME() { return PANEL; }                                                         \
+  void product_##NAME(const T* x, const T* packed, const T* bias, T* out, int64_t rows,            \
+                      int64_t inputs, int64_t outputs, int threads) {                              \
+    product(x, packed, bias, out, rows, inputs, outputs, threads);                                 \
+  }
+
+extern "C" {
+void most_likely(const float* logits, float* values, int64_t* ids, float* normaliser, int64_t rows,
+                 int64_t vocab, int64_t count, int threads) {
+  find_most_likely(logits, values, ids, normaliser, rows, vocab, count, threads);
+}
+EXPORT(float32, float)
+EXPORT(bfloat16, bf16)
+EXPORT_PRODUCT(float32, float)
+#ifdef BF16_PRODUCTS
+EXPORT_PRODUCT(bfloat16, bf16)
+#endif
+}

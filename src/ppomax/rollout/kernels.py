@@ -1,0 +1,212 @@
+"""The compiled parts of a decoding step: kernels.cpp, built once for this processor.
+
+On a processor the small operations between a step's matrix products, a dozen passes over memory in
+each block, take half as long as the products. Each part here is one pass. Where no C++ compiler is
+found the native engine does the same with PyTorch's operations.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppomax.models.pull import cache_dir
+from ppomax.rollout.sampling import Likely
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fopenmp", "-shared", "-fPIC"),
+)
+PATIENCE_SECONDS = 120
+SIGNATURES = {
+    "norm": "pppp nn f i",
+    "swiglu": "pp nn i",
+    "attend": "pppp pppp nnnnn f i",
+    "product": "pppp nnn i",
+    "most_likely": "pppp nnn i",
+}
+"""Pointers, numbers, floats and threads, in the order of kernels.cpp."""
+ALIKE = {"most_likely"}
+"""The same for every compute dtype."""
+RUN = 32
+"""Positions whose keys are read together: a cache holds a multiple of it."""
+
+
+@cache
+def library() -> ctypes.CDLL | str:
+    """The compiled kernels, or why there are none."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
+    if compiler is None:
+        return "no C++ compiler (c++, g++ or clang++) is found"
+    try:
+        return ctypes.CDLL(str(build(compiler, cache_dir(os.environ) / "kernels")))
+    except subprocess.CalledProcessError as failed:
+        said = (failed.stderr.strip().splitlines() or [f"exit status {failed.returncode}"])[0]
+        return f"{compiler} does not build them: {said}"
+    except (OSError, subprocess.TimeoutExpired) as failed:
+        return f"{compiler} does not build them: {failed}"
+
+
+def build(compiler: str, folder: Path) -> Path:
+    """The shared library for this compiler and this processor, built where it is not there yet.
+
+    Raises:
+        subprocess.CalledProcessError: the compiler fails.
+        subprocess.TimeoutExpired: or takes minutes.
+        OSError: the folder cannot be written to.
+    """
+
+    def run(*arguments: str) -> str:
+        command = [compiler, *FLAGS, *arguments]
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+        ).stdout
+
+    macros = run("-dM", "-E", "-x", "c++", os.devnull)  # tell compiler, version and processor
+    told = SOURCE.read_bytes() + " ".join(FLAGS).encode() + macros.encode()
+    built = folder / f"{hashlib.sha256(told).hexdigest()[:16]}.so"
+    if not built.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            fresh = Path(place) / built.name
+            run("-o", str(fresh), str(SOURCE))
+            fresh.replace(built)
+    return built
+
+
+class Kernels:
+    """The library's functions for one compute dtype, on tensors of the CPU that lie in one piece.
+
+    Residual streams, norms and rotations are fp32, all else is in the compute dtype.
+    """
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        kinds = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
+        self.dtype = dtype
+        kind = str(dtype).removeprefix("torch.")
+        for name, signature in SIGNATURES.items():
+            function = getattr(library, name if name in ALIKE else f"{name}_{kind}", None)
+            if function is not None:
+                function.argtypes = [kinds[letter] for letter in signature.replace(" ", "")]
+                function.restype = None
+            setattr(self, f"_{name}", function)
+        self.panel = int(getattr(library, f"panel_{kind}")()) if self._product else 0
+        """Outputs of a product that are packed together; 0 where kernels.cpp has none for this
+        processor: its bf16 units are none that it knows, or oneDNN makes more of them."""
+
+    def norm(self, stream: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        """RMSNorm of the stream, to which `added` is added in place first; [tokens, hidden].
+
+        Args:
+            stream: [tokens, hidden].
+            added: the same in the compute dtype.
+            weight: [hidden].
+        """
+        out = torch.empty(stream.shape, dtype=self.dtype)
+        self._norm(_at(stream), _at(added), _at(weight), _at(out), *stream.shape, eps, _threads())
+        return out
+
+    def pack(self, weight: Tensor) -> Tensor | None:
+        """[outputs, inputs] as `product` reads it, a copy; None where it cannot.
+
+        In panels of outputs, [panels, inputs / depth, panel, depth], the last filled up with zeros.
+        """
+        outputs, inputs = weight.shape
+        depth = 1 if self.dtype == torch.float32 else 2
+        if not self.panel or inputs % depth:
+            return None
+        panels = -(-outputs // self.panel)
+        padded = weight.new_zeros(panels * self.panel, inputs, dtype=self.dtype)
+        padded[:outputs] = weight
+        return padded.view(panels, self.panel, -1, depth).transpose(1, 2).contiguous()
+
+    def product(self, outputs: int, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        """X W + b, [rows, outputs].
+
+        Args:
+            x: [rows, inputs].
+            packed: of `pack`.
+            bias: [outputs].
+        """
+        out = torch.empty(len(x), outputs, dtype=self.dtype)
+        given = (x, packed, bias, out)
+        self._product(*map(_at, given), *x.shape, outputs, _threads())
+        return out
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up, [tokens, width], from both side by side, [tokens, 2 width]."""
+        rows, width = len(gate_up), gate_up.shape[1] // 2
+        out = torch.empty(rows, width, dtype=self.dtype)
+        self._swiglu(_at(gate_up), _at(out), rows, width, _threads())
+        return out
+
+    def attend(
+        self,
+        qkv: Tensor,
+        qk_norm: Tensor | None,
+        turns: tuple[Tensor, Tensor],
+        positions: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        eps: float,
+    ) -> Tensor:
+        """Write each slot's new key and value to the cache and read it so far; [n, heads * dim].
+
+        Args:
+            qkv: queries, keys and values side by side, not rotated yet,
+                [n, (heads + 2 kv_heads) * dim].
+            qk_norm: weights of the norm of each query and key head, [heads + kv_heads, dim].
+            turns: cosines, and sines that are negative where a rotation subtracts,
+                [length, 1, dim].
+            positions: of each slot's new token, [n].
+            keys: [slots, kv_heads, dim, length], the length a multiple of `RUN`.
+            values: [slots, kv_heads, length, dim].
+        """
+        count, width = qkv.shape
+        _, kv_heads, dim, length = keys.shape
+        heads = width // dim - 2 * kv_heads
+        out = torch.empty(count, heads * dim, dtype=self.dtype)
+        given = (qkv, qk_norm, *turns, positions, keys, values, out)
+        self._attend(*map(_at, given), count, heads, kv_heads, dim, length, eps, _threads())
+        return out
+
+    def most_likely(self, logits: Tensor, count: int) -> Likely:
+        """As `sampling.look`; equals come in the order of their ids.
+
+        Args:
+            logits: fp32, [batch, vocab].
+        """
+        batch, vocab = logits.shape
+        values, normaliser = torch.empty(batch, count), torch.empty(batch)
+        ids = torch.empty(batch, count, dtype=torch.long)
+        given = (logits.contiguous(), values, ids, normaliser)
+        self._most_likely(*map(_at, given), batch, vocab, count, _threads())
+        return Likely(values, ids, normaliser)
+
+    _norm: Any
+    _swiglu: Any
+    _attend: Any
+    _product: Any
+    _most_likely: Any
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    """The address of its first element."""
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
