@@ -34,7 +34,7 @@ from ppomax.rollout import (
 )
 from ppomax.rollout.graphs import StepGraphs
 from ppomax.rollout.native import NativeEngine, supports
-from ppomax.rollout.product import pack
+from ppomax.rollout.product import Product, pack
 from ppomax.rollout.transformers_engine import TransformersEngine
 
 CPU = torch.device("cpu")
@@ -113,8 +113,9 @@ def seeds_of(count, name="reply"):
     return [derived_seed(name, index) for index in range(count)]
 
 
-def engine_of(model, kind="native", slots=64, dtype=torch.float32, template=TEMPLATE):
-    return build_engine(EngineSettings(kind=kind, slots=slots), model, template, ALONE, dtype)
+def engine_of(model, kind="native", slots=64, dtype=torch.float32, template=TEMPLATE, **settings):
+    settings = EngineSettings(kind=kind, slots=slots, **settings)
+    return build_engine(settings, model, template, ALONE, dtype)
 
 
 def teacher_forced(model, rollout, temperature=1.0):
@@ -384,7 +385,7 @@ def test_steps_of_fixed_shape_give_the_same_replies(monkeypatch, slots, params):
     monkeypatch.setattr(graphs, "SPAN", 8)
     monkeypatch.setattr(sampling, "CANDIDATES", 16)
     model, prompts, seeds = make("llama"), prompts_of(24), seeds_of(24)
-    engine, made = engine_of(model, slots=slots), []
+    engine, made = engine_of(model, slots=slots, kernels=False), []  # as it is on CUDA
     before = engine.generate(prompts, params, seeds)
     plain = engine._stepper
 
@@ -520,20 +521,22 @@ def test_replies_to_one_prompt_are_those_of_prompts_computed_one_by_one(slots, p
     assert len({tuple(reply) for reply in shared.responses}) > 20
 
 
-def test_a_prompt_shared_by_replies_that_start_together_is_computed_once(monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_prompt_shared_by_replies_that_start_together_is_computed_once(monkeypatch, compiled):
     counted = []
-    whole = NativeEngine._finish
+    multiplied = Product.__call__
 
-    def finish(self, layer, x, mixed):
+    def count(self, x):
         counted.append(len(x))
-        return whole(self, layer, x, mixed)
+        return multiplied(self, x)
 
-    monkeypatch.setattr(NativeEngine, "_finish", finish)
+    monkeypatch.setattr(Product, "__call__", count)
     few = prompts_of(4, low=5)
     params = SamplingParams(max_new_tokens=2)
-    engine_of(make("llama")).generate([few[i % 4] for i in range(12)], params, seeds_of(12))
-    assert counted[:2] == [sum(map(len, few))] * 2, "no padding, no second copy"
-    assert set(counted[2:]) <= {*range(1, 13)}
+    engine = engine_of(make("llama"), kernels=compiled)
+    engine.generate([few[i % 4] for i in range(12)], params, seeds_of(12))
+    assert counted[:8] == [sum(map(len, few))] * 8, "no padding, no second copy"
+    assert set(counted[8:]) <= {*range(1, 13)}
 
 
 @pytest.mark.slow
@@ -746,7 +749,7 @@ def test_in_bf16_the_native_engine_keeps_a_young_update_that_merging_would_round
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 2e-3)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 4e-3)
     gaps = []
     for engine, trainer in ((base, base), (model, model), (merged_copy(model), model)):
         rollout = engine_of(engine, dtype=torch.bfloat16).generate(
@@ -758,7 +761,7 @@ def test_in_bf16_the_native_engine_keeps_a_young_update_that_merging_would_round
         gaps.append(float((found - wanted).abs().mean()))
     rounding, beside, merged = gaps
     assert beside < 1.15 * rounding
-    assert merged > 1.25 * rounding
+    assert merged > 1.3 * rounding
 
 
 def test_a_packed_product_is_its_layers_side_by_side_with_their_updates():
@@ -796,6 +799,26 @@ def no_compiler(monkeypatch, tmp_path):
     kernels.library.cache_clear()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_compiled_kernels_a_reply_is_the_same_to_the_bit_in_any_company(name, dtype):
+    found = kernels.library()
+    if isinstance(found, str) or not kernels.Kernels(found, dtype).panel:
+        pytest.skip("no compiled products here")
+    prompts, seeds = prompts_of(60), seeds_of(60)
+    prompts[40:] = prompts[:20]  # some share one
+    model, params = make(name), SamplingParams(max_new_tokens=40)
+    expected = engine_of(model, slots=64, dtype=dtype).generate(prompts, params, seeds)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist()
+    for slots in (1, 7, 64):
+        turned = engine_of(model, slots=slots, dtype=dtype).generate(
+            [prompts[i] for i in order], params, [seeds[i] for i in order]
+        )
+        assert turned.responses == [expected.responses[i] for i in order]
+        assert turned.logprobs == [expected.logprobs[i] for i in order]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_compiled_kernels_say_what_pytorchs_operations_say(name):
     if isinstance(kernels.library(), str):
@@ -803,9 +826,7 @@ def test_compiled_kernels_say_what_pytorchs_operations_say(name):
     model, prompts, seeds = make(name), prompts_of(20), seeds_of(20)
     params = SamplingParams(max_new_tokens=24)
     with_them = engine_of(model, slots=7)
-    plain = build_engine(
-        EngineSettings(slots=7, kernels=False), model, TEMPLATE, ALONE, torch.float32
-    )
+    plain = engine_of(model, slots=7, kernels=False)
     assert with_them.kernels is not None
     assert plain.kernels is None
     assert plain.note is None

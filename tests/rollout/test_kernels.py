@@ -93,12 +93,13 @@ def attention(dtype, slots, heads, kv_heads, dim, positions, normed=False, sprea
         "qk_norm": 1 + randn(heads + kv_heads, dim, seed=1) if normed else None,
         "turns": (torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)),
         "positions": torch.tensor(positions),
+        "slots": None,
         "keys": randn(slots + 1, kv_heads, dim, length, seed=2, dtype=dtype),
         "values": randn(slots + 1, kv_heads, length, dim, seed=3, dtype=dtype),
     }
 
 
-def attended(qkv, qk_norm, turns, positions, keys, values, heads):
+def attended(qkv, qk_norm, turns, positions, slots, keys, values, heads):
     """The same in float64, slot by slot and head by head; rounds what the cache and products do."""
     dtype, (_, kv_heads, dim, _) = qkv.dtype, keys.shape
     keys, values = keys.clone(), values.clone()

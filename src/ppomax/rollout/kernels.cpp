@@ -250,7 +250,7 @@ void product(const T* x, const T* packed, const T* bias, T* out, int64_t rows, i
 // --- attention ------------------------------------------------------------------------------
 
 struct Shape {
-  int64_t slots, heads, kv_heads, dim, length;  // length: of the cache, a multiple of 2 * WIDE
+  int64_t rows, heads, kv_heads, dim, length;  // length: of the cache, a multiple of 2 * WIDE
 };
 
 // A head, normalised by itself where there are weights for that, and rotated.
@@ -341,35 +341,49 @@ void heads(const float* queries, const T* keys, const T* values, T* out, float* 
     }
 }
 
+// Each row is a token of the text in slot `slots[row]`, at `positions[row]`; without `slots` row i
+// is slot i's. All keys and values are written before a row reads those of earlier rows.
 template <class T>
 void attend(const T* qkv, const float* qk_norm, const float* cos, const float* sin,
-            const int64_t* positions, T* keys, T* values, T* out, const Shape& shape, float eps,
-            int threads) {
-  const auto [slots, all, kv_heads, dim, length] = shape;
-  const int64_t shared = all / kv_heads, width = (all + 2 * kv_heads) * dim;
+            const int64_t* positions, const int64_t* slots, T* keys, T* values, T* out,
+            const Shape& shape, float eps, int threads) {
+  const auto [rows, all, kv_heads, dim, length] = shape;
+  const int64_t shared = all / kv_heads, width = (all + 2 * kv_heads) * dim, items = rows * kv_heads;
   const float scale = 1.0f / std::sqrt(float(dim));
+  // without slots an item reads what its own thread has written: the same share of both loops
+  const int64_t chunk = slots ? kv_heads : (items + threads - 1) / threads;
+  auto place = [&](int64_t item) {
+    const int64_t slot = slots ? slots[item / kv_heads] : item / kv_heads;
+    return (slot * kv_heads + item % kv_heads) * dim * length;
+  };
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> room(GROUP * length + (shared + 2) * dim);
     float *scores = room.data(), *queries = scores + GROUP * length, *key = queries + shared * dim,
           *scratch = key + dim;
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < slots * kv_heads; item++) {
-      const int64_t slot = item / kv_heads, head = item % kv_heads, at = positions[slot];
-      const T* row = qkv + slot * width;
-      const float *turn_cos = cos + at * dim, *turn_sin = sin + at * dim;
-      T *own_keys = keys + item * dim * length, *own_values = values + item * dim * length;
-      const float* key_norm = qk_norm ? qk_norm + (all + head) * dim : nullptr;
-      rotate(row + (all + head) * dim, key_norm, turn_cos, turn_sin, dim, eps, 1.0f, key, scratch);
-      for (int64_t d = 0; d < dim; d++) narrow(key[d], own_keys[d * length + at]);
-      std::memcpy(own_values + at * dim, row + (all + kv_heads + head) * dim, dim * sizeof(T));
-      for (int64_t g = 0; g < shared; g++) {
-        const int64_t query = head * shared + g;
-        rotate(row + query * dim, qk_norm ? qk_norm + query * dim : nullptr, turn_cos, turn_sin,
-               dim, eps, scale, queries + g * dim, scratch);
-      }
+#pragma omp for schedule(static, chunk) nowait
+    for (int64_t item = 0; item < items; item++) {
+      const int64_t row = item / kv_heads, head = all + item % kv_heads, at = positions[row];
+      const T* from = qkv + row * width + head * dim;
+      T* own = keys + place(item) + at;
+      rotate(from, qk_norm ? qk_norm + head * dim : nullptr, cos + at * dim, sin + at * dim, dim,
+             eps, 1.0f, key, scratch);
+      for (int64_t d = 0; d < dim; d++) narrow(key[d], own[d * length]);
+      std::memcpy(values + place(item) + at * dim, from + kv_heads * dim, dim * sizeof(T));
+    }
+    if (slots) {
+#pragma omp barrier
+    }
+#pragma omp for schedule(static, chunk)
+    for (int64_t item = 0; item < items; item++) {
+      const int64_t row = item / kv_heads, first = item % kv_heads * shared, at = positions[row];
+      const T *own_keys = keys + place(item), *own_values = values + place(item);
+      for (int64_t g = 0; g < shared; g++)
+        rotate(qkv + row * width + (first + g) * dim,
+               qk_norm ? qk_norm + (first + g) * dim : nullptr, cos + at * dim, sin + at * dim, dim,
+               eps, scale, queries + g * dim, scratch);
       for (int64_t g = 0; g < shared; g += GROUP) {
-        T* into = out + (slot * all + head * shared + g) * dim;
+        T* into = out + (row * all + first + g) * dim;
         const float* from = queries + g * dim;
         const int64_t span = at + 1;
         switch (std::min(GROUP, shared - g)) {
@@ -457,11 +471,11 @@ void find_most_likely(const float* logits, float* values, int64_t* ids, float* n
     swiglu(gate_up, out, rows, width, threads);                                                    \
   }                                                                                                \
   void attend_##NAME(const T* qkv, const float* qk_norm, const float* cos, const float* sin,       \
-                     const int64_t* positions, T* keys, T* values, T* out, int64_t slots,          \
-                     int64_t heads, int64_t kv_heads, int64_t dim, int64_t length, float eps,      \
-                     int threads) {                                                                \
-    attend(qkv, qk_norm, cos, sin, positions, keys, values, out,                                   \
-           Shape{slots, heads, kv_heads, dim, length}, eps, threads);                              \
+                     const int64_t* positions, const int64_t* slots, T* keys, T* values, T* out,   \
+                     int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim, int64_t length,   \
+                     float eps, int threads) {                                                     \
+    attend(qkv, qk_norm, cos, sin, positions, slots, keys, values, out,                            \
+           Shape{rows, heads, kv_heads, dim, length}, eps, threads);                               \
   }
 
 #define EXPORT_PRODUCT(NAME, T)                                                                    \

@@ -31,7 +31,7 @@ PATIENCE_SECONDS = 120
 SIGNATURES = {
     "norm": "pppp nn f i",
     "swiglu": "pp nn i",
-    "attend": "pppp pppp nnnnn f i",
+    "attend": "pppp ppppp nnnnn f i",
     "product": "pppp nnn i",
     "most_likely": "pppp nnn i",
 }
@@ -156,11 +156,12 @@ class Kernels:
         qk_norm: Tensor | None,
         turns: tuple[Tensor, Tensor],
         positions: Tensor,
+        slots: Tensor | None,
         keys: Tensor,
         values: Tensor,
         eps: float,
     ) -> Tensor:
-        """Write each slot's new key and value to the cache and read it so far; [n, heads * dim].
+        """Write each token's key and value to the cache, then read it so far; [n, heads * dim].
 
         Args:
             qkv: queries, keys and values side by side, not rotated yet,
@@ -168,7 +169,8 @@ class Kernels:
             qk_norm: weights of the norm of each query and key head, [heads + kv_heads, dim].
             turns: cosines, and sines that are negative where a rotation subtracts,
                 [length, 1, dim].
-            positions: of each slot's new token, [n].
+            positions: where each token stands in its text, [n].
+            slots: of its text, [n]; without them token i is of slot i.
             keys: [slots, kv_heads, dim, length], the length a multiple of `RUN`.
             values: [slots, kv_heads, length, dim].
         """
@@ -176,7 +178,7 @@ class Kernels:
         _, kv_heads, dim, length = keys.shape
         heads = width // dim - 2 * kv_heads
         out = torch.empty(count, heads * dim, dtype=self.dtype)
-        given = (qkv, qk_norm, *turns, positions, keys, values, out)
+        given = (qkv, qk_norm, *turns, positions, slots, keys, values, out)
         self._attend(*map(_at, given), count, heads, kv_heads, dim, length, eps, _threads())
         return out
 

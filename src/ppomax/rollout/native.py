@@ -152,14 +152,9 @@ class NativeEngine:
             mixed: what attention read, [tokens, heads * dim].
         """
         x += layer.out(mixed)
-        x += layer.down(self._swiglu(layer.gate_up(self._norm(x, layer.mlp_norm))))
+        gate, up = layer.gate_up(self._norm(x, layer.mlp_norm)).chunk(2, -1)
+        x += layer.down(F.silu(gate).mul_(up))
         return x
-
-    def _swiglu(self, gate_up: Tensor) -> Tensor:
-        if self.kernels is not None:
-            return self.kernels.swiglu(gate_up)
-        gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.kernels is not None:
@@ -172,17 +167,40 @@ class NativeEngine:
     def _prefill(self, replies: list[Reply], cache: Cache, first: int) -> Tensor:
         """Fill slots from `first` on with the prompts; next-token logits [replies, vocab].
 
-        Each distinct prompt is computed once. Only attention sees padding.
+        Each distinct prompt is computed once, in the slot of the first reply that has it.
         """
-        groups = {reply.group: reply.prompt for reply in replies}
-        place = {group: row for row, group in enumerate(groups)}
-        which = torch.tensor([place[reply.group] for reply in replies], device=self.device)
-        prompts = list(groups.values())
+        groups = [reply.group for reply in replies]
+        holders = [place for place, group in enumerate(groups) if group not in groups[:place]]
+        prompts = [replies[place].prompt for place in holders]
         lengths = torch.tensor([len(prompt) for prompt in prompts])
-        count, longest = len(prompts), int(lengths.max())
-        rows = torch.arange(count).repeat_interleave(lengths).to(self.device)
+        rows = torch.arange(len(prompts)).repeat_interleave(lengths).to(self.device)
         positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(self.device)
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
+        held = torch.tensor(holders, device=self.device)
+        if self.kernels is None:
+            x = self._read(ids, rows, positions, held + first, cache)
+        else:
+            x = self._read_compiled(self.kernels, ids, positions, (held + first)[rows], cache)
+        which = [holders.index(groups.index(group)) for group in groups]
+        if len(prompts) < len(replies):
+            slots = slice(first, first + len(replies))
+            for each in (*cache.keys, *cache.values):
+                each[slots] = each[(held + first)[which]]
+        return self._logits(x[(lengths.cumsum(0) - 1)[which].to(self.device)])
+
+    def _read(
+        self, ids: Tensor, rows: Tensor, positions: Tensor, slots: Tensor, cache: Cache
+    ) -> Tensor:
+        """Read whole prompts into the cache; the residual stream after them, [tokens, hidden].
+
+        Only attention sees padding.
+
+        Args:
+            rows: of each token's prompt.
+            positions: of each token in its prompt.
+            slots: of each prompt.
+        """
+        count, longest, shared = len(slots), int(positions.max()) + 1, self.heads // self.kv_heads
         x = F.embedding(ids, self.weights.embedding).float()
         cos, sin = cache.cos[positions], cache.sin[positions]
 
@@ -191,16 +209,14 @@ class NativeEngine:
             result[rows, :, positions] = flat
             return result
 
-        shared, slots = self.heads // self.kv_heads, slice(first, first + len(replies))
         for layer, keys, values in zip(self.weights.layers, cache.keys, cache.values, strict=True):
             q, k, v = map(padded, self._project(layer, x, cos, sin))
-            keys[slots, :, :, :longest] = k[which].transpose(2, 3)
-            values[slots, :, :longest] = v[which]
+            keys[slots, :, :, :longest] = k.transpose(2, 3)
+            values[slots, :, :longest] = v
             k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = self._finish(layer, x, mixed[rows, :, positions].flatten(1))
-        last = (lengths.cumsum(0) - 1).to(self.device)[which]
-        return self._logits(x[last])
+        return x
 
     def _stepper(
         self, slots: int, cache: Cache, params: SamplingParams
@@ -227,7 +243,8 @@ class NativeEngine:
             span: positions of the cache to attend to; those beyond a slot's own are masked.
         """
         if self.kernels is not None:
-            return self._decode_compiled(self.kernels, tokens, positions, cache)
+            x = self._read_compiled(self.kernels, tokens, positions.contiguous(), None, cache)
+            return self._logits(x)
         count = len(tokens)
         heads = count * self.kv_heads
         rows = torch.arange(count, device=self.device)
@@ -250,20 +267,22 @@ class NativeEngine:
             x = self._finish(layer, x, mixed.view(count, -1))
         return self._logits(x)
 
-    def _decode_compiled(
-        self, kernels: Kernels, tokens: Tensor, positions: Tensor, cache: Cache
+    def _read_compiled(
+        self, kernels: Kernels, ids: Tensor, positions: Tensor, slots: Tensor | None, cache: Cache
     ) -> Tensor:
-        """The same; what each slot attends to ends at its own position."""
-        weights, eps = self.weights, self.eps
-        x, added = F.embedding(tokens, weights.embedding).float(), None
-        positions = positions.contiguous()
-        turns = cache.cos, cache.sin
-        for layer, keys, values in zip(weights.layers, cache.keys, cache.values, strict=True):
+        """Read tokens into the cache, each attending to its text so far; the stream after them.
+
+        Args:
+            slots: of each token's text; without them token i is of slot i.
+        """
+        added, turns, eps = None, (cache.cos, cache.sin), self.eps
+        x = F.embedding(ids, self.weights.embedding).float()
+        for layer, keys, values in zip(self.weights.layers, cache.keys, cache.values, strict=True):
             qkv = layer.qkv(kernels.norm(x, added, layer.attention_norm, eps))
-            mixed = kernels.attend(qkv, layer.qk_norm, turns, positions, keys, values, eps)
+            mixed = kernels.attend(qkv, layer.qk_norm, turns, positions, slots, keys, values, eps)
             normed = kernels.norm(x, layer.out(mixed), layer.mlp_norm, eps)
             added = layer.down(kernels.swiglu(layer.gate_up(normed)))
-        return weights.head(kernels.norm(x, added, weights.final_norm, eps)).float()
+        return x if added is None else x.add_(added)
 
     @torch.no_grad()
     def generate(
