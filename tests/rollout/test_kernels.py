@@ -208,6 +208,18 @@ def test_a_product_is_that_of_float64(dtype, rows, inputs, outputs, offset):
 
 @compiled
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_are_a_products_numbers_in_fp32(dtype):
+    parts = Kernels(FOUND, dtype)
+    x, packed = randn(9, 64, dtype=dtype), parts.pack(randn(100, 64, seed=1, dtype=dtype))
+    if packed is None:
+        pytest.skip(f"this processor has no product in {dtype} of its own")
+    logits = parts.logits(100, x, packed, None)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, parts.product(100, x, packed, None).float())
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_of_a_product_is_the_same_to_the_bit_beside_any_others(dtype):
     parts = Kernels(FOUND, dtype)
     x, packed = randn(40, 64, dtype=dtype), parts.pack(randn(100, 64, seed=1, dtype=dtype))

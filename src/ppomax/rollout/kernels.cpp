@@ -224,8 +224,9 @@ inline void block(int64_t b, const T* x, int64_t rows, const T* panel, const T* 
   }
 }
 
-template <class T>
-void product(const T* x, const T* packed, const T* bias, T* out, int64_t rows, int64_t inputs,
+// x W + b, rounded to T; kept as O, T or float.
+template <class T, class O>
+void product(const T* x, const T* packed, const T* bias, O* out, int64_t rows, int64_t inputs,
              int64_t outputs, int threads) {
   const int64_t panels = (outputs + PANEL - 1) / PANEL, size = inputs * PANEL;
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -238,10 +239,9 @@ void product(const T* x, const T* packed, const T* bias, T* out, int64_t rows, i
     for (int64_t row = 0; row < rows; row += ROWS) {
       block(row / ROWS, x, rows, panel, next, inputs, sum);
       for (int64_t r = 0; r < std::min(ROWS, rows - row); r++) {
-        T* to = out + (row + r) * outputs + first;
-        T rounded[PANEL];
-        for (int64_t c = 0; c < PANEL; c++) narrow(sum[r][c] + offset[c], rounded[c]);
-        std::memcpy(to, rounded, width * sizeof(T));
+        O rounded[PANEL];
+        for (int64_t c = 0; c < PANEL; c++) narrow(round_to<T>(sum[r][c] + offset[c]), rounded[c]);
+        std::memcpy(out + (row + r) * outputs + first, rounded, width * sizeof(O));
       }
     }
   }
@@ -351,7 +351,7 @@ void attend(const T* qkv, const float* qk_norm, const float* cos, const float* s
   const int64_t shared = all / kv_heads, width = (all + 2 * kv_heads) * dim, items = rows * kv_heads;
   const float scale = 1.0f / std::sqrt(float(dim));
   // without slots an item reads what its own thread has written: the same share of both loops
-  const int64_t chunk = slots ? kv_heads : (items + threads - 1) / threads;
+  const int64_t chunk = slots ? kv_heads : items / threads + 1;
   auto place = [&](int64_t item) {
     const int64_t slot = slots ? slots[item / kv_heads] : item / kv_heads;
     return (slot * kv_heads + item % kv_heads) * dim * length;
@@ -482,6 +482,10 @@ void find_most_likely(const float* logits, float* values, int64_t* ids, float* n
   int64_t panel_##NAME() { return PANEL; }                                                         \
   void product_##NAME(const T* x, const T* packed, const T* bias, T* out, int64_t rows,            \
                       int64_t inputs, int64_t outputs, int threads) {                              \
+    product(x, packed, bias, out, rows, inputs, outputs, threads);                                 \
+  }                                                                                                \
+  void logits_##NAME(const T* x, const T* packed, const T* bias, float* out, int64_t rows,         \
+                     int64_t inputs, int64_t outputs, int threads) {                               \
     product(x, packed, bias, out, rows, inputs, outputs, threads);                                 \
   }
 

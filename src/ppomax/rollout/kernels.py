@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ SIGNATURES = {
     "swiglu": "pp nn i",
     "attend": "pppp ppppp nnnnn f i",
     "product": "pppp nnn i",
+    "logits": "pppp nnn i",
     "most_likely": "pppp nnn i",
 }
 """Pointers, numbers, floats and threads, in the order of kernels.cpp."""
@@ -138,9 +140,23 @@ class Kernels:
             packed: of `pack`.
             bias: [outputs].
         """
-        out = torch.empty(len(x), outputs, dtype=self.dtype)
-        given = (x, packed, bias, out)
-        self._product(*map(_at, given), *x.shape, outputs, _threads())
+        return self._multiplied(self._product, self.dtype, outputs, x, packed, bias)
+
+    def logits(self, outputs: int, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        """The same, rounded as `product` rounds and kept in fp32."""
+        return self._multiplied(self._logits, torch.float32, outputs, x, packed, bias)
+
+    def _multiplied(
+        self,
+        function: Callable[..., None],
+        dtype: torch.dtype,
+        outputs: int,
+        x: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        out = torch.empty(len(x), outputs, dtype=dtype)
+        function(*map(_at, (x, packed, bias, out)), *x.shape, outputs, _threads())
         return out
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
@@ -176,6 +192,7 @@ class Kernels:
         """
         count, width = qkv.shape
         _, kv_heads, dim, length = keys.shape
+        assert length % RUN == 0
         heads = width // dim - 2 * kv_heads
         out = torch.empty(count, heads * dim, dtype=self.dtype)
         given = (qkv, qk_norm, *turns, positions, slots, keys, values, out)
@@ -199,6 +216,7 @@ class Kernels:
     _swiglu: Any
     _attend: Any
     _product: Any
+    _logits: Any
     _most_likely: Any
 
 

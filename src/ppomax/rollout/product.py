@@ -45,6 +45,8 @@ def pack(
     device: torch.device,
     dtype: torch.dtype,
     kernels: Kernels | None = None,
+    *,
+    logits: bool = False,
 ) -> Product:
     """Layers that read the same input as one, outputs in their order. Always a copy.
 
@@ -52,6 +54,7 @@ def pack(
         names: of the layers, without `.weight`; all of them have a bias or none has.
         factors: of the layers with adapters.
         kernels: compiled ones, if there are any; else oneDNN's where `packs` says so.
+        logits: what comes out is read in fp32; it may come so at once.
     """
 
     def joined(kind: str) -> Tensor:
@@ -62,7 +65,7 @@ def pack(
     multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
     packed = kernels.pack(weight) if kernels is not None else None
     if kernels is not None and packed is not None:
-        weight, multiply = packed, partial(kernels.product, height)
+        weight, multiply = packed, partial(kernels.logits if logits else kernels.product, height)
     elif packs(device, dtype):
         weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
         multiply = _onednn

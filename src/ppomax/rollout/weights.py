@@ -94,5 +94,5 @@ def take_weights(
         head = Product(table)
     else:
         name = embedding.removesuffix(".weight") if tied else "lm_head"
-        head = pack([name], state, {}, device, dtype, kernels)
+        head = pack([name], state, {}, device, dtype, kernels, logits=True)
     return Weights(table, layers, norm("norm"), head)
