@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ppomax.rollout import kernels
-from ppomax.rollout.kernels import RUN, Kernels, build, library
+from ppomax.rollout.kernels import TILE, Kernels, build, library
 
 FOUND = library()
 compiled = pytest.mark.skipif(isinstance(FOUND, str), reason=f"no compiled kernels: {FOUND}")
@@ -85,7 +85,7 @@ def test_a_number_that_is_none_stays_one(dtype):
 
 def attention(dtype, slots, heads, kv_heads, dim, positions, normed=False, spread=1.0):
     """What `attend` takes; the cache holds more slots and positions than are used."""
-    length = -(-(max(positions) + 1) // RUN) * RUN
+    length = -(-(max(positions) + 1) // TILE) * TILE
     angles = torch.arange(length)[:, None, None] / 10 ** torch.linspace(0, 2, dim // 2)
     cos, sin = angles.cos(), angles.sin()
     return {
@@ -104,8 +104,9 @@ def attended(qkv, qk_norm, turns, positions, slots, keys, values, heads):
     dtype, (_, kv_heads, dim, _) = qkv.dtype, keys.shape
     keys, values = keys.clone(), values.clone()
     rows = []
-    for slot, at in enumerate(positions.tolist()):
-        parts = qkv[slot].double().view(-1, dim)
+    for row, at in enumerate(positions.tolist()):
+        slot = row if slots is None else int(slots[row])
+        parts = qkv[row].double().view(-1, dim)
 
         def turned(index, scale, parts=parts, at=at):
             x = parts[index]
@@ -138,6 +139,29 @@ def test_attention_is_that_of_float64_and_fills_the_cache(dtype, heads, kv_heads
     given = attention(dtype, len(positions), heads, kv_heads, dim, positions, normed)
     expected, keys, values = attended(**given, heads=heads)
     found = Kernels(FOUND, dtype).attend(*given.values(), EPS)
+    exact = dtype == torch.float32
+    torch.testing.assert_close(
+        found.double(), expected, rtol=1e-5 if exact else 2**-7, atol=1e-5 if exact else 2**-8
+    )
+    torch.testing.assert_close(given["keys"], keys, rtol=1e-6 if exact else 2**-7, atol=1e-6)
+    assert torch.equal(given["values"], values)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_whole_texts_are_read_into_any_slots_each_token_seeing_those_before_it(dtype):
+    lengths, homes = [70, 33, 1, 32], [2, 0, 3, 1]
+    positions = [at for length in lengths for at in range(length)]
+    given = attention(dtype, len(positions), 6, 2, 24, positions)
+    given["keys"], given["values"] = given["keys"][:4].clone(), given["values"][:4].clone()
+    given["slots"] = torch.tensor(homes).repeat_interleave(torch.tensor(lengths))
+    expected, keys, values = attended(**given, heads=6)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)  # tokens of one text are of several threads
+        found = Kernels(FOUND, dtype).attend(*given.values(), EPS)
+    finally:
+        torch.set_num_threads(threads)
     exact = dtype == torch.float32
     torch.testing.assert_close(
         found.double(), expected, rtol=1e-5 if exact else 2**-7, atol=1e-5 if exact else 2**-8
@@ -256,6 +280,25 @@ def test_the_most_likely_are_those_of_a_whole_sort(vocab, count):
 
 
 @compiled
+def test_a_long_tail_counts_beside_a_token_that_is_nearly_certain():
+    logits = torch.full((2, 151_936), -16.8)
+    logits[0, 0] = logits[1, 77_777] = 0.0
+    _, _, normaliser = Kernels(FOUND, torch.float32).most_likely(logits, 256)
+    torch.testing.assert_close(normaliser.double(), logits.double().logsumexp(1), rtol=0, atol=2e-6)
+
+
+@compiled
+def test_what_lies_in_pieces_or_does_not_fit_is_refused():
+    parts = Kernels(FOUND, torch.float32)
+    with pytest.raises(ValueError, match="one piece"):
+        parts.swiglu(randn(8, 6).T)
+    given = attention(torch.float32, 2, 2, 1, 16, [3, 0])
+    given["keys"] = given["keys"][..., :30].contiguous()
+    with pytest.raises(ValueError, match="30 positions"):
+        parts.attend(*given.values(), EPS)
+
+
+@compiled
 def test_the_search_survives_what_is_no_number():
     logits = randn(3, 4096)
     logits[0, 7], logits[1] = float("nan"), float("nan")
@@ -280,7 +323,7 @@ def anew():
 
 def test_a_compiler_that_fails_is_named_with_its_first_line(anew, monkeypatch, tmp_path):
     broken = tmp_path / "broken++"
-    broken.write_text("#!/bin/sh\necho 'no such flag' >&2\nexit 1\n")
+    broken.write_text("#!/bin/sh\necho 'In a file:' >&2\necho 'error: no such flag' >&2\nexit 1\n")
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(broken))
     said = library()
@@ -293,6 +336,18 @@ def test_a_folder_that_cannot_be_written_is_no_error(anew, monkeypatch, tmp_path
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PPOMAX_CACHE", str(tmp_path / "file"))
     assert "does not build them" in library()
+
+
+@compiled
+def test_a_library_that_is_broken_is_no_error(anew, monkeypatch, tmp_path):
+    monkeypatch.setenv("PPOMAX_CACHE", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    compiler = next(filter(None, map(shutil.which, kernels.COMPILERS)))
+    built = build(compiler, tmp_path / "kernels")
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"broken")
+    broken.replace(built)
+    assert "cannot be loaded" in library()
 
 
 @compiled

@@ -28,8 +28,9 @@ class EngineSettings(Settings):
     """On CUDA the native engine records its decoding steps and replays them: the same kernels, one
     launch a step."""
     kernels: bool = True
-    """On the CPU the native engine decodes with kernels of its own, built once by the C++ compiler
-    it finds; without one it uses PyTorch's operations, more slowly, and says so."""
+    """On the CPU the native engine reads and writes with kernels of its own, built once (in the
+    cache folder) by the C++ compiler it finds; without one it uses PyTorch's operations, more
+    slowly, and says so."""
 
 
 @dataclass(frozen=True, slots=True)

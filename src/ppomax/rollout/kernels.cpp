@@ -1,7 +1,7 @@
-// The parts of a decoding step: products with few rows, and in one pass each what lies between them.
+// The parts of a block as the engine reads it: products, and in one pass each what lies between.
 //
 // kernels.py builds this with the C++ compiler it finds and calls it by address. Threads are
-// OpenMP's, those PyTorch's own operations run on. T is the compute type, float or bf16; sums are
+// OpenMP's; built with gcc, those PyTorch's own operations run on. T is the compute type, float or bf16; sums are
 // float, rounded to T where PyTorch's operations round. A row's numbers depend on no other row.
 
 #include <algorithm>
@@ -19,12 +19,18 @@
 
 namespace {
 
-constexpr int64_t WIDE = 16;  // floats handled at once; the compiler splits them as it must
+// Lanes of a register: wider vectors would be kept in memory.
+#ifdef __AVX512F__
+constexpr int64_t LANES = 16;
+#else
+constexpr int64_t LANES = 8;
+#endif
 constexpr int64_t GROUP = 4;  // query heads that read a key together
+constexpr int64_t TILE = 32;  // positions read together; kernels.py rounds a cache's length to it
 
-typedef float Floats __attribute__((vector_size(WIDE * 4)));
-typedef uint32_t Words __attribute__((vector_size(WIDE * 4)));
-typedef uint16_t Halves __attribute__((vector_size(WIDE * 2)));
+typedef float Lanes __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 
 struct bf16 {
   uint16_t bits;
@@ -53,16 +59,16 @@ inline float round_to(float x) {
   return widen(rounded);
 }
 
-inline Floats load(const float* from) {
-  Floats result;
+inline Lanes load(const float* from) {
+  Lanes result;
   std::memcpy(&result, from, sizeof result);
   return result;
 }
-inline Floats load(const bf16* from) {
+inline Lanes load(const bf16* from) {
   Halves halves;
   std::memcpy(&halves, from, sizeof halves);
   Words words = __builtin_convertvector(halves, Words) << 16;
-  return (Floats)words;
+  return (Lanes)words;
 }
 
 // Asks for memory that will be read soon; beyond what is there nothing happens.
@@ -83,7 +89,7 @@ inline float exponential(float x) {
   sum = sum * rest + 1.6666665459e-1f;
   sum = sum * rest + 5.0000001201e-1f;
   sum = sum * rest * rest + rest + 1.0f;
-  int32_t word = (int32_t(whole) + 127) << 23;
+  uint32_t word = uint32_t(int32_t(whole) + 127) << 23;
   float power;
   std::memcpy(&power, &word, 4);
   return sum * power;
@@ -133,14 +139,12 @@ void swiglu(const T* gate_up, T* out, int64_t rows, int64_t width, int threads) 
 // ROWS x COLUMNS sums stay in registers while their inputs pass by; PANEL outputs are packed
 // together, [panels][inputs / DEPTH][PANEL][DEPTH], so that weights are read in one stream.
 #ifdef __AVX512F__
-constexpr int64_t LANES = 16, ROWS = 8, COLUMNS = 3;
+constexpr int64_t ROWS = 8, COLUMNS = 3;
 #else
-constexpr int64_t LANES = 8, ROWS = 6, COLUMNS = 2;
+constexpr int64_t ROWS = 6, COLUMNS = 2;
 #endif
 constexpr int64_t PANEL = LANES * COLUMNS;
 constexpr int64_t LINES = PANEL * 4 / 64;  // cache lines of one step
-
-typedef float Lanes __attribute__((vector_size(LANES * 4)));
 
 template <class T>
 struct Unit;
@@ -150,11 +154,7 @@ struct Unit<float> {
   static constexpr int64_t DEPTH = 1;
   typedef Lanes Weights;
   typedef float Input;
-  static Weights load(const float* from) {
-    Weights result;
-    std::memcpy(&result, from, sizeof result);
-    return result;
-  }
+  static Weights read(const float* from) { return load(from); }
   static Input input(const float* from) { return *from; }
   static Lanes add(Lanes sum, Input x, Weights w) { return sum + x * w; }
 };
@@ -165,7 +165,7 @@ struct Unit<bf16> {
   static constexpr int64_t DEPTH = 2;
   typedef __m512bh Weights;
   typedef __m512bh Input;
-  static Weights load(const bf16* from) { return (__m512bh)_mm512_loadu_si512(from); }
+  static Weights read(const bf16* from) { return (__m512bh)_mm512_loadu_si512(from); }
   static Input input(const bf16* from) {
     int32_t pair;
     std::memcpy(&pair, from, 4);
@@ -186,7 +186,7 @@ inline void tile(const T* x, const T* panel, int64_t inputs, const char* ahead, 
   for (int64_t k = 0; k < inputs / DEPTH; k++) {
     typename Unit<T>::Weights weights[COLUMNS];
     for (int c = 0; c < COLUMNS; c++)
-      weights[c] = Unit<T>::load(panel + (k * COLUMNS + c) * LANES * DEPTH);
+      weights[c] = Unit<T>::read(panel + (k * COLUMNS + c) * LANES * DEPTH);
     for (int line = 0; line < lines; line++)
       __builtin_prefetch(ahead + (k * LINES + line) * 64, 0, 2);
     for (int r = 0; r < R; r++) {
@@ -250,7 +250,7 @@ void product(const T* x, const T* packed, const T* bias, O* out, int64_t rows, i
 // --- attention ------------------------------------------------------------------------------
 
 struct Shape {
-  int64_t rows, heads, kv_heads, dim, length;  // length: of the cache, a multiple of 2 * WIDE
+  int64_t rows, heads, kv_heads, dim, length;  // length: of the cache, a multiple of TILE
 };
 
 // A head, normalised by itself where there are weights for that, and rotated.
@@ -278,12 +278,14 @@ inline void rotate(const T* from, const float* weight, const float* cos, const f
 template <class T, int G>
 inline void score(const float* queries, const T* keys, float* scores, int64_t dim, int64_t length,
                   int64_t span) {
-  for (int64_t t = 0; t < span; t += 2 * WIDE) {
-    Floats sum[G][2] = {};
+  constexpr int64_t STEP = 2 * LANES;
+  static_assert(TILE % STEP == 0);
+  for (int64_t t = 0; t < span; t += STEP) {
+    Lanes sum[G][2] = {};
     for (int64_t d = 0; d < dim; d++) {
       const T* row = keys + d * length + t;
-      fetch(row + dim * length, 2 * WIDE * sizeof(T));
-      Floats first = load(row), second = load(row + WIDE);
+      fetch(row + dim * length, STEP * sizeof(T));
+      Lanes first = load(row), second = load(row + LANES);
       for (int g = 0; g < G; g++) {
         sum[g][0] += queries[g * dim + d] * first;
         sum[g][1] += queries[g * dim + d] * second;
@@ -293,22 +295,22 @@ inline void score(const float* queries, const T* keys, float* scores, int64_t di
   }
 }
 
-// out[g][d] = sum_t shares[g][t] values[t][d] / total[g], for V * WIDE values of d; fetches as above.
+// out[g][d] = sum_t shares[g][t] values[t][d] / total[g], for V * LANES values of d; fetches as above.
 template <class T, int G, int V>
 inline void mix(const float* shares, const float* total, const T* values, T* out, int64_t dim,
                 int64_t length, int64_t span) {
-  Floats sum[G][V] = {};
+  Lanes sum[G][V] = {};
   for (int64_t t = 0; t < span; t++) {
-    Floats value[V];
-    fetch(values + (length + t) * dim, V * WIDE * sizeof(T));
-    for (int v = 0; v < V; v++) value[v] = load(values + t * dim + v * WIDE);
+    Lanes value[V];
+    fetch(values + (length + t) * dim, V * LANES * sizeof(T));
+    for (int v = 0; v < V; v++) value[v] = load(values + t * dim + v * LANES);
     for (int g = 0; g < G; g++)
       for (int v = 0; v < V; v++) sum[g][v] += shares[g * length + t] * value[v];
   }
   for (int g = 0; g < G; g++)
     for (int v = 0; v < V; v++)
-      for (int64_t i = 0; i < WIDE; i++)
-        narrow(sum[g][v][i] / total[g], out[g * dim + v * WIDE + i]);
+      for (int64_t i = 0; i < LANES; i++)
+        narrow(sum[g][v][i] / total[g], out[g * dim + v * LANES + i]);
 }
 
 // G query heads that share keys, one text.
@@ -329,9 +331,10 @@ void heads(const float* queries, const T* keys, const T* values, T* out, float* 
     total[g] = sum;
   }
   int64_t d = 0;
-  for (; d + 4 * WIDE <= dim; d += 4 * WIDE)
-    mix<T, G, 4>(scores, total, values + d, out + d, dim, length, span);
-  for (; d + WIDE <= dim; d += WIDE)
+  constexpr int V = LANES == 16 ? 4 : 2;  // with G, sums that fit the registers
+  for (; d + V * LANES <= dim; d += V * LANES)
+    mix<T, G, V>(scores, total, values + d, out + d, dim, length, span);
+  for (; d + LANES <= dim; d += LANES)
     mix<T, G, 1>(scores, total, values + d, out + d, dim, length, span);
   for (; d < dim; d++)
     for (int g = 0; g < G; g++) {
@@ -347,8 +350,9 @@ template <class T>
 void attend(const T* qkv, const float* qk_norm, const float* cos, const float* sin,
             const int64_t* positions, const int64_t* slots, T* keys, T* values, T* out,
             const Shape& shape, float eps, int threads) {
-  const auto [rows, all, kv_heads, dim, length] = shape;
-  const int64_t shared = all / kv_heads, width = (all + 2 * kv_heads) * dim, items = rows * kv_heads;
+  const int64_t all = shape.heads, kv_heads = shape.kv_heads, dim = shape.dim;
+  const int64_t length = shape.length, items = shape.rows * kv_heads;
+  const int64_t shared = all / kv_heads, width = (all + 2 * kv_heads) * dim;
   const float scale = 1.0f / std::sqrt(float(dim));
   // without slots an item reads what its own thread has written: the same share of both loops
   const int64_t chunk = slots ? kv_heads : items / threads + 1;
@@ -399,11 +403,11 @@ void attend(const T* qkv, const float* qk_norm, const float* cos, const float* s
 
 // --- the most likely tokens -----------------------------------------------------------------
 
-// A float's bits as a number in its order; a positive NaN is above all, as for PyTorch's topk.
+// A float's bits as a number in its order; NaNs are above or below all, by their sign.
 inline int32_t rank_of(float x) {
   int32_t word;
   std::memcpy(&word, &x, 4);
-  return word ^ ((word >> 31) & 0x7FFFFFFF);
+  return word ^ (word < 0 ? 0x7FFFFFFF : 0);
 }
 
 // The `count` largest logits of each row, largest first and of equals the first, and the log of the
@@ -411,7 +415,7 @@ inline int32_t rank_of(float x) {
 // logit below the count-th largest of the runs' maxima can be among them.
 void find_most_likely(const float* logits, float* values, int64_t* ids, float* normaliser,
                       int64_t rows, int64_t vocab, int64_t count, int threads) {
-  constexpr int64_t RUN = 16;
+  constexpr int64_t RUN = 16, PART = 128;
   const int64_t runs = vocab / RUN;
 #pragma omp parallel num_threads(threads)
   {
@@ -420,12 +424,18 @@ void find_most_likely(const float* logits, float* values, int64_t* ids, float* n
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
       const float* x = logits + row * vocab;
-      float top = x[0], sum = 0;
+      float top = x[0];
 #pragma omp simd reduction(max : top)
       for (int64_t i = 0; i < vocab; i++) top = std::max(top, x[i]);
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < vocab; i++) sum += exponential(x[i] - top);
-      normaliser[row] = top + std::log(sum);
+      double sum = 0;  // one of floats would lose a long tail beside the largest
+      for (int64_t first = 0; first < vocab; first += PART) {
+        float part = 0;
+#pragma omp simd reduction(+ : part)
+        for (int64_t i = first; i < std::min(first + PART, vocab); i++)
+          part += exponential(x[i] - top);
+        sum += part;
+      }
+      normaliser[row] = float(top + std::log(sum));
 
       found.clear();
       auto take = [&](int64_t at, int32_t rank) {

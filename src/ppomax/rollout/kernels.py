@@ -1,17 +1,19 @@
-"""The compiled parts of a decoding step: kernels.cpp, built once for this processor.
+"""The compiled parts of a block: kernels.cpp, built once for this processor.
 
-On a processor the small operations between a step's matrix products, a dozen passes over memory in
-each block, take half as long as the products. Each part here is one pass. Where no C++ compiler is
-found the native engine does the same with PyTorch's operations.
+On a processor the small operations between a decoding step's matrix products, a dozen passes over
+memory in each block, take as long as the products, and products of few rows reach two thirds of
+what the processor can. Where no C++ compiler is found the native engine uses PyTorch's operations.
 """
 
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ SIGNATURES = {
 """Pointers, numbers, floats and threads, in the order of kernels.cpp."""
 ALIKE = {"most_likely"}
 """The same for every compute dtype."""
-RUN = 32
+TILE = 32
 """Positions whose keys are read together: a cache holds a multiple of it."""
 
 
@@ -51,12 +53,17 @@ def library() -> ctypes.CDLL | str:
     if compiler is None:
         return "no C++ compiler (c++, g++ or clang++) is found"
     try:
-        return ctypes.CDLL(str(build(compiler, cache_dir(os.environ) / "kernels")))
+        built = build(compiler, cache_dir(os.environ) / "kernels")
     except subprocess.CalledProcessError as failed:
-        said = (failed.stderr.strip().splitlines() or [f"exit status {failed.returncode}"])[0]
-        return f"{compiler} does not build them: {said}"
-    except (OSError, subprocess.TimeoutExpired) as failed:
+        lines = failed.stderr.strip().splitlines() or [f"exit status {failed.returncode}"]
+        told = next((line for line in lines if "error" in line), lines[0])
+        return f"{compiler} does not build them: {told}"
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as failed:  # no home: RuntimeError
         return f"{compiler} does not build them: {failed}"
+    try:
+        return ctypes.CDLL(str(built))
+    except OSError as failed:
+        return f"what {compiler} has built cannot be loaded (delete it to build anew): {failed}"
 
 
 def build(compiler: str, folder: Path) -> Path:
@@ -69,20 +76,26 @@ def build(compiler: str, folder: Path) -> Path:
     """
 
     def run(*arguments: str) -> str:
-        command = [compiler, *FLAGS, *arguments]
         return subprocess.run(
-            command, check=True, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+            [compiler, *FLAGS, *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PATIENCE_SECONDS,
+            env=os.environ | {"LC_ALL": "C"},
         ).stdout
 
     macros = run("-dM", "-E", "-x", "c++", os.devnull)  # tell compiler, version and processor
-    told = SOURCE.read_bytes() + " ".join(FLAGS).encode() + macros.encode()
+    told = SOURCE.read_bytes() + " ".join((*FLAGS, *platform.libc_ver(), macros)).encode()
     built = folder / f"{hashlib.sha256(told).hexdigest()[:16]}.so"
     if not built.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as place:
             fresh = Path(place) / built.name
             run("-o", str(fresh), str(SOURCE))
-            fresh.replace(built)
+            with suppress(FileExistsError):  # another process was first, and may use it already
+                built.hardlink_to(fresh)
     return built
 
 
@@ -114,7 +127,7 @@ class Kernels:
             added: the same in the compute dtype.
             weight: [hidden].
         """
-        out = torch.empty(stream.shape, dtype=self.dtype)
+        out = stream.new_empty(stream.shape, dtype=self.dtype)
         self._norm(_at(stream), _at(added), _at(weight), _at(out), *stream.shape, eps, _threads())
         return out
 
@@ -155,14 +168,14 @@ class Kernels:
         packed: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        out = torch.empty(len(x), outputs, dtype=dtype)
+        out = x.new_empty(len(x), outputs, dtype=dtype)
         function(*map(_at, (x, packed, bias, out)), *x.shape, outputs, _threads())
         return out
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up, [tokens, width], from both side by side, [tokens, 2 width]."""
         rows, width = len(gate_up), gate_up.shape[1] // 2
-        out = torch.empty(rows, width, dtype=self.dtype)
+        out = gate_up.new_empty(rows, width)
         self._swiglu(_at(gate_up), _at(out), rows, width, _threads())
         return out
 
@@ -187,14 +200,15 @@ class Kernels:
                 [length, 1, dim].
             positions: where each token stands in its text, [n].
             slots: of its text, [n]; without them token i is of slot i.
-            keys: [slots, kv_heads, dim, length], the length a multiple of `RUN`.
+            keys: [slots, kv_heads, dim, length], the length a multiple of `TILE`.
             values: [slots, kv_heads, length, dim].
         """
         count, width = qkv.shape
         _, kv_heads, dim, length = keys.shape
-        assert length % RUN == 0
+        if length % TILE or turns[0].shape[-1] != dim:
+            raise ValueError(f"a cache of {length} positions of {dim} numbers is not read")
         heads = width // dim - 2 * kv_heads
-        out = torch.empty(count, heads * dim, dtype=self.dtype)
+        out = qkv.new_empty(count, heads * dim)
         given = (qkv, qk_norm, *turns, positions, slots, keys, values, out)
         self._attend(*map(_at, given), count, heads, kv_heads, dim, length, eps, _threads())
         return out
@@ -206,8 +220,8 @@ class Kernels:
             logits: fp32, [batch, vocab].
         """
         batch, vocab = logits.shape
-        values, normaliser = torch.empty(batch, count), torch.empty(batch)
-        ids = torch.empty(batch, count, dtype=torch.long)
+        values, normaliser = logits.new_empty(batch, count), logits.new_empty(batch)
+        ids = logits.new_empty(batch, count, dtype=torch.long)
         given = (logits.contiguous(), values, ids, normaliser)
         self._most_likely(*map(_at, given), batch, vocab, count, _threads())
         return Likely(values, ids, normaliser)
@@ -224,7 +238,8 @@ def _at(tensor: Tensor | None) -> int | None:
     """The address of its first element."""
     if tensor is None:
         return None
-    assert tensor.is_contiguous()
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError("compiled kernels read tensors of the CPU that lie in one piece")
     return tensor.data_ptr()
 
 

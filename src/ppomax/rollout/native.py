@@ -19,7 +19,7 @@ from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World
 from ppomax.rollout.engine import EngineSettings, Rollout, check_prompts
 from ppomax.rollout.graphs import Found, StepGraphs
-from ppomax.rollout.kernels import RUN, Kernels, library
+from ppomax.rollout.kernels import TILE, Kernels, library
 from ppomax.rollout.sampling import Draft, SamplingParams, Search, draft, look, sample, settle
 from ppomax.rollout.stops import StopStrings
 from ppomax.rollout.weights import Layer, Weights, take_weights
@@ -183,9 +183,10 @@ class NativeEngine:
             x = self._read_compiled(self.kernels, ids, positions, (held + first)[rows], cache)
         which = [holders.index(groups.index(group)) for group in groups]
         if len(prompts) < len(replies):
-            slots = slice(first, first + len(replies))
-            for each in (*cache.keys, *cache.values):
-                each[slots] = each[(held + first)[which]]
+            slots, longest = slice(first, first + len(replies)), int(lengths.max())
+            for keys, values in zip(cache.keys, cache.values, strict=True):
+                for each in (keys[..., :longest], values[:, :, :longest]):
+                    each[slots] = each[(held + first)[which]]
         return self._logits(x[(lengths.cumsum(0) - 1)[which].to(self.device)])
 
     def _read(
@@ -319,7 +320,7 @@ class NativeEngine:
         angles = torch.arange(length, device=self.device)[:, None, None].float() * self.inv_freq
         cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
         turns = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-        ample = -(-length // RUN) * RUN
+        ample = -(-length // TILE) * TILE
         return Cache(room(self.head_dim, ample), room(ample, self.head_dim), *turns)
 
     def _run(

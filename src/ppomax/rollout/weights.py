@@ -90,7 +90,7 @@ def take_weights(
     ]
     table = state[embedding].to(device, dtype, copy=True)
     tied = bool(model.config.tie_word_embeddings)
-    if tied and kernels is None and not packs(device, dtype):
+    if tied and not (kernels and kernels.panel) and not packs(device, dtype):
         head = Product(table)
     else:
         name = embedding.removesuffix(".weight") if tied else "lm_head"

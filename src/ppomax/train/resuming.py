@@ -11,6 +11,8 @@ from ppomax import rundir
 from ppomax.config import Settings, dump, parse, read_yaml
 from ppomax.distributed import World
 from ppomax.errors import CheckpointError
+from ppomax.rollout import EngineSettings
+from ppomax.rollout.kernels import library
 from ppomax.train.settings import StageSettings
 
 HARMLESS = (
@@ -61,10 +63,13 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def environment(config: StageSettings, world: World) -> dict[str, str | int]:
     """What decides the last bits of a result beside settings and data; a checkpoint holds it."""
+    engine: EngineSettings | None = getattr(config, "engine", None)  # of stages that write replies
+    plain = engine is None or world.device.type != "cpu" or not engine.kernels
     return {
         "torch": torch.__version__,
         "device": world.device.type,
         "processor": _processor(world),
+        "decoding": "plain" if plain or isinstance(library(), str) else "compiled",
         "dtype": config.dtype,
         "ranks": world.size,
         "threads": torch.get_num_threads(),
