@@ -338,6 +338,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(anew, monkeypatch, tmp_path
     assert "does not build them" in library()
 
 
+@pytest.mark.slow
 @compiled
 def test_a_library_that_is_broken_is_no_error(anew, monkeypatch, tmp_path):
     monkeypatch.setenv("PPOMAX_CACHE", str(tmp_path))
@@ -350,6 +351,7 @@ def test_a_library_that_is_broken_is_no_error(anew, monkeypatch, tmp_path):
     assert "cannot be loaded" in library()
 
 
+@pytest.mark.slow
 @compiled
 def test_they_are_built_once_for_a_source_and_nothing_else_is_left(monkeypatch, tmp_path):
     compiler = next(filter(None, map(shutil.which, kernels.COMPILERS)))
