@@ -1,5 +1,6 @@
 import shutil
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -363,4 +364,11 @@ def test_they_are_built_once_for_a_source_and_nothing_else_is_left(monkeypatch, 
     other = tmp_path / "other.cpp"
     other.write_text(kernels.SOURCE.read_text() + "\n")
     monkeypatch.setattr(kernels, "SOURCE", other)
-    assert build(compiler, tmp_path) != first
+
+    def no_links(self, target):
+        raise PermissionError(1, "no links here")
+
+    monkeypatch.setattr(Path, "hardlink_to", no_links)
+    second = build(compiler, tmp_path)
+    assert second != first
+    assert second.exists()

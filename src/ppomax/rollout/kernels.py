@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -94,8 +93,12 @@ def build(compiler: str, folder: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as place:
             fresh = Path(place) / built.name
             run("-o", str(fresh), str(SOURCE))
-            with suppress(FileExistsError):  # another process was first, and may use it already
+            try:
                 built.hardlink_to(fresh)
+            except FileExistsError:
+                pass  # another process was first, and may use it already
+            except OSError:  # a file system without links
+                fresh.replace(built)
     return built
 
 
