@@ -128,6 +128,16 @@ def attended(qkv, qk_norm, turns, positions, slots, keys, values, heads):
     return torch.stack(rows).view(len(positions), heads * dim), keys, values
 
 
+def check(given, found, expected, keys, values):
+    """What was read, and the cache, to a few roundings of the compute dtype."""
+    exact = found.dtype == torch.float32
+    torch.testing.assert_close(
+        found.double(), expected, rtol=1e-5 if exact else 2**-7, atol=1e-5 if exact else 2**-8
+    )
+    torch.testing.assert_close(given["keys"], keys, rtol=1e-6 if exact else 2**-7, atol=1e-6)
+    assert torch.equal(given["values"], values)
+
+
 SHAPES = [(9, 3, 64), (4, 4, 16), (8, 2, 80), (4, 2, 12), (10, 2, 128), (8, 1, 8), (2, 1, 96)]
 
 
@@ -138,14 +148,8 @@ SHAPES = [(9, 3, 64), (4, 4, 16), (8, 2, 80), (4, 2, 12), (10, 2, 128), (8, 1, 8
 def test_attention_is_that_of_float64_and_fills_the_cache(dtype, heads, kv_heads, dim, normed):
     positions = [0, 1, 15, 31, 32, 70]
     given = attention(dtype, len(positions), heads, kv_heads, dim, positions, normed)
-    expected, keys, values = attended(**given, heads=heads)
-    found = Kernels(FOUND, dtype).attend(*given.values(), EPS)
-    exact = dtype == torch.float32
-    torch.testing.assert_close(
-        found.double(), expected, rtol=1e-5 if exact else 2**-7, atol=1e-5 if exact else 2**-8
-    )
-    torch.testing.assert_close(given["keys"], keys, rtol=1e-6 if exact else 2**-7, atol=1e-6)
-    assert torch.equal(given["values"], values)
+    expected = attended(**given, heads=heads)
+    check(given, Kernels(FOUND, dtype).attend(*given.values(), EPS), *expected)
 
 
 @compiled
@@ -156,19 +160,14 @@ def test_whole_texts_are_read_into_any_slots_each_token_seeing_those_before_it(d
     given = attention(dtype, len(positions), 6, 2, 24, positions)
     given["keys"], given["values"] = given["keys"][:4].clone(), given["values"][:4].clone()
     given["slots"] = torch.tensor(homes).repeat_interleave(torch.tensor(lengths))
-    expected, keys, values = attended(**given, heads=6)
+    expected = attended(**given, heads=6)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(4)  # tokens of one text are of several threads
         found = Kernels(FOUND, dtype).attend(*given.values(), EPS)
     finally:
         torch.set_num_threads(threads)
-    exact = dtype == torch.float32
-    torch.testing.assert_close(
-        found.double(), expected, rtol=1e-5 if exact else 2**-7, atol=1e-5 if exact else 2**-8
-    )
-    torch.testing.assert_close(given["keys"], keys, rtol=1e-6 if exact else 2**-7, atol=1e-6)
-    assert torch.equal(given["values"], values)
+    check(given, found, *expected)
 
 
 @compiled
