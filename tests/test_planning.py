@@ -8,6 +8,8 @@ import torch
 from ppomax import footprint, planning
 from ppomax.data.batching import collate
 from ppomax.errors import ConfigError, ModelError
+from ppomax.models.attention import use_grouped_attention
+from ppomax.models.fused import is_fused, use_fused_blocks
 from ppomax.models.language import LanguageModel
 from ppomax.models.lean import use_lean_blocks
 from ppomax.models.load import load_policy
@@ -141,14 +143,19 @@ def kept_for_backward(model, tokens, compute):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("kind", ["stock", "lean", "fused"])
 @pytest.mark.parametrize("shape", [{}, {"kv_heads": 1}, {"intermediate": 512}, {"layers": 9}])
-def test_what_layers_keep_for_backward_is_what_autograd_holds(compute, shape, lean):
+def test_what_layers_keep_for_backward_is_what_autograd_holds(compute, shape, kind):
     sizes = {"vocab_size": 64, "hidden_size": 64, "heads": 4, "kv_heads": 2, "intermediate": 160}
     sizes = {**sizes, "layers": 6, **shape}
     model = LanguageModel(tiny_model(**sizes))
-    if lean:
+    if kind != "stock":
         use_lean_blocks(model.lm)
+    if kind == "fused":
+        use_grouped_attention(model.lm)
+        use_fused_blocks(model.lm)
+        if not is_fused(model.lm):
+            pytest.skip("no compiled kernels")
     size = Size(
         parameters=sum(p.numel() for p in model.parameters()),
         embedding=64 * 64,
@@ -158,16 +165,22 @@ def test_what_layers_keep_for_backward_is_what_autograd_holds(compute, shape, le
         vocab=64,
         q_width=64,
         intermediate=sizes["intermediate"],
-        lean=lean,
+        lean=kind != "stock",
+        fused=kind == "fused",
     )
     few, many = (kept_for_backward(model, tokens, compute) for tokens in (100, 300))
     per_token = footprint.kept_bytes(size, compute) * sizes["layers"]
     assert (many - few) / 200 == pytest.approx(per_token, rel=0.08)  # the last norm, positions
     casts = 0 if compute == torch.float32 else 2 * (size.parameters - size.embedding)
+    casts = 0 if kind == "fused" else casts
     assert few == pytest.approx(100 * per_token + casts, rel=0.15)
     plan = footprint.activations_gb(100, size, compute, checkpointing=False) * footprint.GB
     gradients = 100 * footprint.kept_bytes(size, compute) + 4 * size.embedding
     logits = 20 * 64 * 100
+    if kind == "fused":
+        casts = 0 if compute == torch.float32 else 2 * (size.parameters - size.embedding)
+        casts //= size.layers
+        logits = compute.itemsize * (64 * 100 + 2 * size.embedding)
     assert plan == pytest.approx(footprint.HOLES * (100 * per_token + casts + gradients + logits))
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ppomax.errors import ModelError
+from ppomax.models.fused import is_fused, use_fused_blocks
 from ppomax.models.lean import is_lean, use_lean_blocks
 from ppomax.models.load import positions_of
 from ppomax.models.logprobs import chunk_elements
@@ -36,6 +37,8 @@ class Size:
     """Longest sequence it can read, where its config says."""
     lean: bool = False
     """Whether its blocks keep less for backward (models/lean.py)."""
+    fused: bool = False
+    """Whether they run as one operation, which keeps less still (models/fused.py)."""
 
 
 def model_size(name: str, *, trust_remote_code: bool = False) -> Size:
@@ -49,6 +52,7 @@ def model_size(name: str, *, trust_remote_code: bool = False) -> Size:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         use_lean_blocks(model)
+        use_fused_blocks(model)
     except (OSError, ValueError) as error:
         first = str(error).partition("\n")[0]
         raise ModelError(f"model {name!r}: its config cannot be read ({first[:200]})") from None
@@ -66,6 +70,7 @@ def model_size(name: str, *, trust_remote_code: bool = False) -> Size:
         vocab=config.vocab_size,
         positions=positions_of(config),
         lean=is_lean(model),
+        fused=is_fused(model) and not torch.cuda.is_available(),
     )
 
 
@@ -97,8 +102,12 @@ def kept_bytes(shape: Size, compute: torch.dtype) -> int:
     In fp32 inputs and normalised inputs of both norms; in the compute dtype queries, keys, values,
     mixed values, gate, its activation, up, their product, and the inputs of the matrix products:
     one tensor for q, k, v and one for gate and up, but under autocast each product casts its own.
-    Lean blocks keep no normalised input, no activation and one cast for all.
+    Lean blocks keep no normalised input, no activation and one cast for all; fused ones also make
+    the product again.
     """
+    if shape.fused:
+        products = 2 * shape.hidden + 2 * shape.q_width + shape.kv_width + 2 * shape.intermediate
+        return 8 * shape.hidden + compute.itemsize * products
     if shape.lean:
         products = 2 * shape.hidden + 2 * shape.q_width + shape.kv_width + 3 * shape.intermediate
         return 8 * shape.hidden + compute.itemsize * products
@@ -132,11 +141,15 @@ def activations_gb(
     layer, layers = kept_bytes(shape, compute), shape.layers - frozen
     held = layer * (layers + 1)
     casts = compute.itemsize * (shape.parameters - shape.embedding) * layers // shape.layers
+    if checkpointing or shape.fused:
+        casts //= max(1, layers)  # made anew in backward
     if checkpointing:
         held = 4 * shape.hidden * layers + 2 * layer  # the inputs; one layer is made anew
-        casts //= max(1, layers)
     once = (casts if compute != torch.float32 else 0) + (4 * shape.embedding if trained else 0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # backward holds a chunk's logits, slope and gradient, the last chunk's two, and a cast copy
-    logits = 5 * 4 * min(tokens * shape.vocab, chunk_elements(device))
+    if shape.fused:  # a chunk's logits, whose gradient takes their place; a cast copy, a product
+        most = min(tokens * shape.vocab, chunk_elements(device, compiled=True))
+        logits = compute.itemsize * (most + 2 * shape.embedding)
+    else:  # a chunk's logits, slope and gradient, the last chunk's two, and a cast copy
+        logits = 5 * 4 * min(tokens * shape.vocab, chunk_elements(device))
     return HOLES * (tokens * held + once + logits) / GB

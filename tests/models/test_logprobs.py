@@ -44,9 +44,25 @@ def both_gradients(states, weight, targets, temperature, on_logprobs, on_entropy
     return got, wanted
 
 
+@pytest.fixture(params=["compiled", "plain"], autouse=True, scope="module")
+def way(request):
+    """Every test twice: with the compiled kernels, and with PyTorch's operations."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "plain":
+            patch.setattr(module, "kernels_for", lambda dtype: None)
+        elif module.kernels_for(torch.float32) is None:
+            pytest.skip("no compiled kernels")
+        yield request.param
+
+
+def chunks_of(monkeypatch, elements):
+    for name in ("CHUNK_ELEMENTS", "COMPILED_CHUNK_ELEMENTS"):
+        monkeypatch.setattr(module, name, elements)
+
+
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 4 * VOCAB)  # 4 tokens at a time: 4, 4, 1
+    chunks_of(monkeypatch, 4 * VOCAB)  # 4 tokens at a time: 4, 4, 1
 
 
 # --- values
@@ -210,7 +226,7 @@ def test_chunks_change_no_value_and_no_gradient(monkeypatch, tokens):
     on_logprobs, on_entropy = torch.randn(2, tokens, generator=torch.Generator().manual_seed(1))
     whole = token_logprobs(states, weight, targets, temperature=0.7)
     one, wanted = both_gradients(states, weight, targets, 0.7, on_logprobs, on_entropy)
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 4 * VOCAB)
+    chunks_of(monkeypatch, 4 * VOCAB)
     parts = token_logprobs(states, weight, targets, temperature=0.7)
     for a, b in zip(parts, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -223,7 +239,7 @@ def test_chunks_change_no_value_and_no_gradient(monkeypatch, tokens):
 def test_a_vocabulary_larger_than_a_chunk_goes_token_by_token(monkeypatch):
     states, weight, targets = problem()
     whole = token_logprobs(states, weight, targets)
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", VOCAB - 1)
+    chunks_of(monkeypatch, VOCAB - 1)
     for a, b in zip(token_logprobs(states, weight, targets), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -241,8 +257,8 @@ def test_no_more_than_a_chunk_of_logits_is_ever_held(small_chunks, monkeypatch):
     sizes = []
     original = torch.mm
 
-    def watched(a, b):
-        result = original(a, b)
+    def watched(a, b, **rest):
+        result = original(a, b, **rest)
         sizes.append(result.numel())
         return result
 

@@ -20,6 +20,7 @@ from transformers import (
 from ppomax.data.batching import collate, derived_seed
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World
+from ppomax.models.compiled import library
 from ppomax.models.language import LanguageModel
 from ppomax.models.lora import Factors, LoraSettings, add_lora, merged_copy
 from ppomax.models.tiny import tiny_tokenizer
@@ -794,16 +795,16 @@ def test_a_packed_product_is_its_layers_side_by_side_with_their_updates():
 def no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    kernels.library.cache_clear()
+    library.cache_clear()
     yield
-    kernels.library.cache_clear()
+    library.cache_clear()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_with_compiled_kernels_a_reply_is_the_same_to_the_bit_in_any_company(name, dtype):
-    found = kernels.library()
+    found = library(kernels.SOURCE)
     if isinstance(found, str) or not kernels.Kernels(found, dtype).panel:
         pytest.skip("no compiled products here")
     prompts, seeds = prompts_of(60), seeds_of(60)
@@ -821,8 +822,8 @@ def test_with_compiled_kernels_a_reply_is_the_same_to_the_bit_in_any_company(nam
 
 @pytest.mark.parametrize("name", MODELS)
 def test_compiled_kernels_say_what_pytorchs_operations_say(name):
-    if isinstance(kernels.library(), str):
-        pytest.skip(kernels.library())
+    if isinstance(library(kernels.SOURCE), str):
+        pytest.skip(library(kernels.SOURCE))
     model, prompts, seeds = make(name), prompts_of(20), seeds_of(20)
     params = SamplingParams(max_new_tokens=24)
     with_them = engine_of(model, slots=7)

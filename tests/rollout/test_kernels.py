@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ppomax.rollout import kernels
-from ppomax.rollout.kernels import TILE, Kernels, build, library
+from ppomax.models import compiled as loader
+from ppomax.models.compiled import build, library
+from ppomax.rollout.kernels import SOURCE, TILE, Kernels
 
-FOUND = library()
+FOUND = library(SOURCE)
 compiled = pytest.mark.skipif(isinstance(FOUND, str), reason=f"no compiled kernels: {FOUND}")
 DTYPES = [torch.float32, torch.bfloat16]
 EPS = 1e-5
@@ -326,7 +327,7 @@ def test_a_compiler_that_fails_is_named_with_its_first_line(anew, monkeypatch, t
     broken.write_text("#!/bin/sh\necho 'In a file:' >&2\necho 'error: no such flag' >&2\nexit 1\n")
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(broken))
-    said = library()
+    said = library(SOURCE)
     assert str(broken) in said
     assert said.endswith("no such flag")
 
@@ -335,7 +336,7 @@ def test_a_compiler_that_fails_is_named_with_its_first_line(anew, monkeypatch, t
 def test_a_folder_that_cannot_be_written_is_no_error(anew, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PPOMAX_CACHE", str(tmp_path / "file"))
-    assert "does not build them" in library()
+    assert "does not build them" in library(SOURCE)
 
 
 @pytest.mark.slow
@@ -343,31 +344,30 @@ def test_a_folder_that_cannot_be_written_is_no_error(anew, monkeypatch, tmp_path
 def test_a_library_that_is_broken_is_no_error(anew, monkeypatch, tmp_path):
     monkeypatch.setenv("PPOMAX_CACHE", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    compiler = next(filter(None, map(shutil.which, kernels.COMPILERS)))
-    built = build(compiler, tmp_path / "kernels")
+    compiler = next(filter(None, map(shutil.which, loader.COMPILERS)))
+    built = build(compiler, SOURCE, tmp_path / "kernels")
     broken = tmp_path / "broken"
     broken.write_bytes(b"broken")
     broken.replace(built)
-    assert "cannot be loaded" in library()
+    assert "cannot be loaded" in library(SOURCE)
 
 
 @pytest.mark.slow
 @compiled
 def test_they_are_built_once_for_a_source_and_nothing_else_is_left(monkeypatch, tmp_path):
-    compiler = next(filter(None, map(shutil.which, kernels.COMPILERS)))
-    first = build(compiler, tmp_path)
+    compiler = next(filter(None, map(shutil.which, loader.COMPILERS)))
+    first = build(compiler, SOURCE, tmp_path)
     when = first.stat().st_mtime_ns
-    assert build(compiler, tmp_path) == first
+    assert build(compiler, SOURCE, tmp_path) == first
     assert first.stat().st_mtime_ns == when
     assert list(tmp_path.iterdir()) == [first]
     other = tmp_path / "other.cpp"
-    other.write_text(kernels.SOURCE.read_text() + "\n")
-    monkeypatch.setattr(kernels, "SOURCE", other)
+    other.write_text(SOURCE.read_text() + "\n")
 
     def no_links(self, target):
         raise PermissionError(1, "no links here")
 
     monkeypatch.setattr(Path, "hardlink_to", no_links)
-    second = build(compiler, tmp_path)
+    second = build(compiler, other, tmp_path)
     assert second != first
     assert second.exists()

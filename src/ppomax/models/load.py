@@ -31,6 +31,7 @@ from ppomax.models.attention import use_grouped_attention
 from ppomax.models.ensembles import members
 from ppomax.models.export import generation_config
 from ppomax.models.folders import quiet
+from ppomax.models.fused import use_fused_blocks
 from ppomax.models.heads import LM_HEAD_FILE, ScalarModel, hidden_states, output_weight, set_pad
 from ppomax.models.lean import use_lean_blocks
 from ppomax.models.names import SHORT_NAMES, resolve
@@ -326,6 +327,7 @@ def _load_model(
     if attn_implementation is None:
         use_grouped_attention(model)
     use_lean_blocks(model)
+    use_fused_blocks(model)
     result: PreTrainedModel = model.eval()
     return result
 

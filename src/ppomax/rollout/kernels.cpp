@@ -1,137 +1,26 @@
 // The parts of a block as the engine reads it: products, and in one pass each what lies between.
 //
-// kernels.py builds this with the C++ compiler it finds and calls it by address. Threads are
-// OpenMP's; built with gcc, those PyTorch's own operations run on. T is the compute type, float or bf16; sums are
-// float, rounded to T where PyTorch's operations round. A row's numbers depend on no other row.
+// T is as in compiled.h. A row's numbers depend on no other row.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <functional>
 #include <vector>
+
+#include "compiled.h"
 
 // Where a processor multiplies tiles of bf16 (AMX), oneDNN's products are the faster ones.
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 #define BF16_PRODUCTS
-#include <immintrin.h>
 #endif
 
 namespace {
 
-// Lanes of a register: wider vectors would be kept in memory.
-#ifdef __AVX512F__
-constexpr int64_t LANES = 16;
-#else
-constexpr int64_t LANES = 8;
-#endif
 constexpr int64_t GROUP = 4;  // query heads that read a key together
 constexpr int64_t TILE = 32;  // positions read together; kernels.py rounds a cache's length to it
-
-typedef float Lanes __attribute__((vector_size(LANES * 4)));
-typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
-typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
-
-struct bf16 {
-  uint16_t bits;
-};
-
-inline float widen(float x) { return x; }
-inline float widen(bf16 x) {
-  uint32_t word = uint32_t(x.bits) << 16;
-  float result;
-  std::memcpy(&result, &word, 4);
-  return result;
-}
-
-inline void narrow(float x, float& out) { out = x; }
-inline void narrow(float x, bf16& out) {  // to nearest, ties to even; a NaN stays one
-  uint32_t word;
-  std::memcpy(&word, &x, 4);
-  uint32_t rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
-  out.bits = uint16_t(x == x ? rounded : 0x7FC0);
-}
-
-template <class T>
-inline float round_to(float x) {
-  T rounded;
-  narrow(x, rounded);
-  return widen(rounded);
-}
-
-inline Lanes load(const float* from) {
-  Lanes result;
-  std::memcpy(&result, from, sizeof result);
-  return result;
-}
-inline Lanes load(const bf16* from) {
-  Halves halves;
-  std::memcpy(&halves, from, sizeof halves);
-  Words words = __builtin_convertvector(halves, Words) << 16;
-  return (Lanes)words;
-}
 
 // Asks for memory that will be read soon; beyond what is there nothing happens.
 inline void fetch(const void* from, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64)
     __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
-}
-
-// e^x for x <= 88, to 2 units in the last place (Cephes' polynomial); 1e-38 below -87
-inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  float whole = std::floor(x * 1.44269504f + 0.5f);
-  float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  float sum = 1.9875691500e-4f;
-  sum = sum * rest + 1.3981999507e-3f;
-  sum = sum * rest + 8.3334519073e-3f;
-  sum = sum * rest + 4.1665795894e-2f;
-  sum = sum * rest + 1.6666665459e-1f;
-  sum = sum * rest + 5.0000001201e-1f;
-  sum = sum * rest * rest + rest + 1.0f;
-  uint32_t word = uint32_t(int32_t(whole) + 127) << 23;
-  float power;
-  std::memcpy(&power, &word, 4);
-  return sum * power;
-}
-
-// --- norm -----------------------------------------------------------------------------------
-
-template <class T>
-void norm(float* stream, const T* added, const float* weight, T* out, int64_t rows, int64_t width,
-          float eps, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t row = 0; row < rows; row++) {
-    float* x = stream + row * width;
-    if (added) {
-      const T* more = added + row * width;
-      for (int64_t i = 0; i < width; i++) x[i] += widen(more[i]);
-    }
-    float squares = 0;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t i = 0; i < width; i++) squares += x[i] * x[i];
-    float scale = 1.0f / std::sqrt(squares / float(width) + eps);
-    T* result = out + row * width;
-    for (int64_t i = 0; i < width; i++) narrow(x[i] * scale * weight[i], result[i]);
-  }
-}
-
-// --- SwiGLU ---------------------------------------------------------------------------------
-
-template <class T>
-inline float silu(float x) {
-  return round_to<T>(x / (1.0f + exponential(std::min(-x, 87.0f))));
-}
-
-template <class T>
-void swiglu(const T* gate_up, T* out, int64_t rows, int64_t width, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t row = 0; row < rows; row++) {
-    const T *gate = gate_up + row * 2 * width, *up = gate + width;
-    T* result = out + row * width;
-    for (int64_t i = 0; i < width; i++)
-      narrow(silu<T>(widen(gate[i])) * widen(up[i]), result[i]);
-  }
 }
 
 // --- products -------------------------------------------------------------------------------
@@ -475,7 +364,7 @@ void find_most_likely(const float* logits, float* values, int64_t* ids, float* n
 #define EXPORT(NAME, T)                                                                            \
   void norm_##NAME(float* stream, const T* added, const float* weight, T* out, int64_t rows,       \
                    int64_t width, float eps, int threads) {                                        \
-    norm(stream, added, weight, out, rows, width, eps, threads);                                   \
+    norm(stream, added, weight, stream, out, rows, width, eps, threads);                           \
   }                                                                                                \
   void swiglu_##NAME(const T* gate_up, T* out, int64_t rows, int64_t width, int threads) {         \
     swiglu(gate_up, out, rows, width, threads);                                                    \

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World
+from ppomax.models.compiled import library
 from ppomax.rollout.engine import EngineSettings, Rollout, check_prompts
 from ppomax.rollout.graphs import Found, StepGraphs
-from ppomax.rollout.kernels import TILE, Kernels, library
+from ppomax.rollout.kernels import SOURCE, TILE, Kernels
 from ppomax.rollout.sampling import Draft, SamplingParams, Search, draft, look, sample, settle
 from ppomax.rollout.stops import StopStrings
 from ppomax.rollout.weights import Layer, Weights, take_weights
@@ -106,7 +107,7 @@ class NativeEngine:
         self.kernels: Kernels | None = None
         self.search: Search = look
         if settings.kernels and self.device.type == "cpu":
-            found = library()
+            found = library(SOURCE)
             if isinstance(found, str):
                 self.note = f"decoding with PyTorch's operations, more slowly: {found}"
             else:

@@ -11,8 +11,10 @@ from ppomax import rundir
 from ppomax.config import Settings, dump, parse, read_yaml
 from ppomax.distributed import World
 from ppomax.errors import CheckpointError
+from ppomax.models import kernels as training
+from ppomax.models.compiled import library
 from ppomax.rollout import EngineSettings
-from ppomax.rollout.kernels import library
+from ppomax.rollout import kernels as decoding
 from ppomax.train.settings import StageSettings
 
 HARMLESS = (
@@ -64,17 +66,22 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def environment(config: StageSettings, world: World) -> dict[str, str | int]:
     """What decides the last bits of a result beside settings and data; a checkpoint holds it."""
     engine: EngineSettings | None = getattr(config, "engine", None)  # of stages that write replies
-    plain = engine is None or world.device.type != "cpu" or not engine.kernels
+    cpu = world.device.type == "cpu"
     return {
         "torch": torch.__version__,
         "device": world.device.type,
         "processor": _processor(world),
-        "decoding": "plain" if plain or isinstance(library(), str) else "compiled",
+        "decoding": _built(decoding.SOURCE, cpu and engine is not None and engine.kernels),
+        "training": _built(training.SOURCE, cpu),
         "dtype": config.dtype,
         "ranks": world.size,
         "threads": torch.get_num_threads(),
         "micro_tokens": config.micro_tokens,
     }
+
+
+def _built(source: Path, used: bool) -> str:
+    return "compiled" if used and not isinstance(library(source), str) else "plain"
 
 
 def _processor(world: World) -> str:

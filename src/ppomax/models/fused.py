@@ -1,0 +1,242 @@
+"""A Llama block in training as one operation: its products, and compiled kernels between them.
+
+What `transformers` computes, with the same rounding in bf16 but for the sums of norms and softmax.
+Kept for backward are the residual stream, both normed inputs, heads before and after they are
+mixed, gate and up; backward casts weights, and computes shares and the MLP's product, again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from ppomax.models.attention import LONGEST, MOST_SCORES, NAME
+from ppomax.models.blocks import decoder_blocks
+from ppomax.models.kernels import Kernels, Turns, kernels_for
+from ppomax.models.lean import GatedMLP, Norm
+
+FAMILIES = ("LlamaDecoderLayer", "MistralDecoderLayer")
+"""Whose heads are rotated and mixed with nothing in between."""
+
+
+def use_fused_blocks(model: PreTrainedModel) -> None:
+    """Let blocks with lean parts, of a known family, run as one operation wherever they can.
+
+    Their class becomes a subclass of what it was, so that names, hooks, checkpointing and sharding
+    stay; calls that are not plain training go to the class it had.
+    """
+    for block in decoder_blocks(model):
+        if type(block).__name__ in FAMILIES and isinstance(getattr(block, "mlp", None), GatedMLP):
+            kind: Any = type(block)
+            block.__class__ = _fused(kind)
+
+
+def is_fused(model: PreTrainedModel) -> bool:
+    """Whether its blocks are of a known family, and there are kernels for them."""
+    known = any(isinstance(block, _Fused) for block in decoder_blocks(model))
+    return known and kernels_for(torch.float32) is not None
+
+
+class _Fused:
+    """Marks the subclasses."""
+
+
+@cache
+def _fused(family: Any) -> Any:  # noqa: ANN401 - each architecture's class
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        layout = None if args else _layout(self, hidden_states, kwargs)
+        if layout is None:
+            return family.forward(self, hidden_states, *args, **kwargs)
+        weights = [part.weight for part in _parts(self)]
+        return _Block.apply(layout, hidden_states, *weights)  # type: ignore[no-untyped-call]
+
+    return type(
+        family.__name__, (_Fused, family), {"forward": forward, "__module__": family.__module__}
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a batch is read."""
+
+    kernels: Kernels
+    heads: int
+    kv_heads: int
+    scale: float
+    turns: Turns
+    attention_eps: float
+    mlp_eps: float
+
+
+def _parts(block: Any) -> tuple[Any, ...]:  # noqa: ANN401 - each architecture's class
+    """What has weights, in the order of the operation."""
+    attention, mlp = block.self_attn, block.mlp
+    return (
+        *(block.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj),
+        *(attention.o_proj, block.post_attention_layernorm),
+        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+    )
+
+
+def _layout(block: Any, x: Tensor, rest: dict[str, Any]) -> Layout | None:  # noqa: ANN401
+    """How to read this batch; None where it is not plain causal text on a processor."""
+    attention = block.self_attn
+    turns: tuple[Tensor, ...] = rest.get("position_embeddings") or ()
+    config = attention.config
+    heads = int(config.num_attention_heads)
+    plain = (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and 1 < x.shape[1] <= LONGEST
+        and x.shape[0] * heads * x.shape[1] ** 2 <= MOST_SCORES
+        and len(turns) == 2
+        and all(turn.dtype == torch.float32 for turn in turns)
+        and rest.get("attention_mask") is None
+        and rest.get("past_key_values") is None
+        and not rest.get("output_attentions")
+        and config._attn_implementation == NAME
+    )
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
+    if not plain or not _is_plain(block, dtype):
+        return None
+    kernels = kernels_for(dtype)
+    if kernels is None:
+        return None
+    return Layout(
+        kernels,
+        heads,
+        int(config.num_key_value_heads),
+        float(attention.scaling),
+        Turns(*(turn.contiguous() for turn in turns)),
+        block.input_layernorm.variance_epsilon,
+        block.post_attention_layernorm.variance_epsilon,
+    )
+
+
+def _is_plain(block: Any, dtype: torch.dtype) -> bool:  # noqa: ANN401 - each architecture's class
+    """Whether weights are all there is to its parts, fp32 or in the compute dtype.
+
+    No adapter, no bias, no hook.
+    """
+    for part in _parts(block):
+        kind = type(part)
+        if not (kind is Norm or (kind is nn.Linear and part.bias is None)):
+            return False
+        if part.weight.dtype not in (torch.float32, dtype):
+            return False
+        if part._forward_hooks or part._forward_pre_hooks:
+            return False
+    inner = (block.self_attn, block.mlp)
+    return not any(part._forward_hooks or part._forward_pre_hooks for part in inner)
+
+
+def _side_by_side(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Matrices below one another in the compute dtype."""
+    if len(weights) == 1:
+        return weights[0].to(dtype)
+    whole = weights[0].new_empty(sum(map(len, weights)), weights[0].shape[1], dtype=dtype)
+    for place, weight in zip(torch.split(whole, list(map(len, weights))), weights, strict=True):
+        place.copy_(weight)
+    return whole
+
+
+def _product(x: Tensor, *weights: Tensor) -> Tensor:
+    """X W', for matrices that read the same."""
+    return torch.mm(x, _side_by_side(weights, x.dtype).T)
+
+
+def _to_input(gradient: Tensor, *weights: Tensor) -> Tensor:
+    """What `_product` read."""
+    return torch.mm(gradient, _side_by_side(weights, gradient.dtype))
+
+
+def _to_weights(
+    gradient: Tensor, x: Tensor, weights: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """What `_product` read it with; None for those that want no gradient."""
+    if not any(wanted):
+        return [None] * len(weights)
+    found = torch.split(torch.mm(gradient.T, x).float(), list(map(len, weights)))
+    return [one if want else None for one, want in zip(found, wanted, strict=True)]
+
+
+def _groups(heads: Tensor, groups: int) -> Tensor:
+    """[batch, heads, length, dim] as [batch * groups, heads / groups * length, dim]."""
+    return heads.view(len(heads) * groups, -1, heads.shape[-1])
+
+
+def _shares(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
+    """Causal softmax of the scaled scores, [batch * groups, heads / groups * length, length]."""
+    groups = k.shape[1]
+    rows, keys = _groups(q, groups), _groups(k, groups).mT
+    scores = torch.baddbmm(q.new_empty(()), rows, keys, beta=0, alpha=layout.scale)
+    return layout.kernels.softmax_(scores)
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - autograd's
+        layout: Layout,
+        hidden: Float[Tensor, "batch length hidden"],
+        *weights: Tensor,
+    ) -> Float[Tensor, "batch length hidden"]:
+        norm, query, key, value, out, mlp_norm, gate, up, down = weights
+        kernels, batch = layout.kernels, len(hidden)
+        x = hidden.reshape(-1, hidden.shape[-1])
+        normed = kernels.norm(x, norm.float(), layout.attention_eps)
+        qkv = _product(normed, query, key, value)
+        q, k, v = kernels.split_heads(qkv, layout.turns, batch, layout.heads, layout.kv_heads)
+        shares = _shares(q, k, layout)
+        mixed = torch.bmm(shares, _groups(v, k.shape[1])).view(q.shape)
+        mixed = mixed.transpose(1, 2).reshape(len(x), -1)
+        between, mlp_normed = kernels.add_and_norm(
+            x, _product(mixed, out), mlp_norm.float(), layout.mlp_eps
+        )
+        gate_up = _product(mlp_normed, gate, up)
+        added = _product(kernels.swiglu(gate_up), down)
+        ctx.save_for_backward(x, normed, q, k, v, mixed, between, mlp_normed, gate_up, *weights)
+        ctx.layout = layout
+        return (between + added).view(hidden.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - autograd's
+        x, normed, q, k, v, mixed, between, mlp_normed, gate_up, *weights = ctx.saved_tensors
+        norm, query, key, value, out, mlp_norm, gate, up, down = weights
+        layout, wanted = ctx.layout, ctx.needs_input_grad[2:]
+        kernels, groups = layout.kernels, k.shape[1]
+        around = gradient.reshape(x.shape).contiguous()
+
+        rounded = around.to(normed.dtype)
+        to_gate_up, product = kernels.swiglu_backward(gate_up, _to_input(rounded, down))
+        to_down = _to_weights(rounded, product, [down], wanted[8:])
+        to_gate = _to_weights(to_gate_up, mlp_normed, [gate, up], wanted[6:8])
+        around, rounded, to_mlp_norm = kernels.norm_backward(
+            between, mlp_norm.float(), _to_input(to_gate_up, gate, up), around, layout.mlp_eps
+        )
+        to_out = _to_weights(rounded, mixed, [out], wanted[4:5])
+        to_mixed = _to_input(rounded, out).view(len(q), q.shape[2], -1, q.shape[3])
+        mixing = _groups(to_mixed.transpose(1, 2).contiguous(), groups)
+        shares = _shares(q, k, layout)
+        to_scores = torch.bmm(mixing, _groups(v, groups).mT)
+        kernels.softmax_backward_(shares, to_scores, layout.scale)
+        to_qkv = kernels.join_heads(
+            torch.bmm(to_scores, _groups(k, groups)).view(q.shape),
+            torch.bmm(to_scores.mT, _groups(q, groups)).view(k.shape),
+            torch.bmm(shares.mT, mixing).view(k.shape),
+            layout.turns,
+        )
+        to_query = _to_weights(to_qkv, normed, [query, key, value], wanted[1:4])
+        to_x, _, to_norm = kernels.norm_backward(
+            x, norm.float(), _to_input(to_qkv, query, key, value), around, layout.attention_eps
+        )
+        to_weights = (to_norm, *to_query, *to_out, to_mlp_norm, *to_gate, *to_down)
+        return None, to_x.view(gradient.shape), *to_weights

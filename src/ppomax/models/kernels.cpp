@@ -1,0 +1,340 @@
+// What lies between the matrix products of a block in training, forward and backward, one pass each.
+//
+// T is as in compiled.h. Sums over tokens are taken by thread, so they depend on how many there are.
+
+#include <omp.h>
+
+#include <vector>
+
+#include "compiled.h"
+
+namespace {
+
+// --- norm and SwiGLU, backward --------------------------------------------------------------
+
+// out = around + d norm(x) / d x of the gradient, and its rounding; `to_weight` is summed over rows.
+template <class T>
+void norm_backward(const float* x, const float* weight, const T* gradient, const float* around,
+                   float* out, T* rounded, float* to_weight, int64_t rows, int64_t width, float eps,
+                   int threads) {
+  std::vector<float> sums(threads * width);
+#pragma omp parallel num_threads(threads)
+  {
+    float* own = sums.data() + omp_get_thread_num() * width;
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+      const float *from = x + row * width, *past = around + row * width;
+      const T* given = gradient + row * width;
+      float squares = 0, along = 0;
+#pragma omp simd reduction(+ : squares, along)
+      for (int64_t i = 0; i < width; i++) {
+        squares += from[i] * from[i];
+        along += from[i] * weight[i] * widen(given[i]);
+      }
+      const float scale = 1.0f / std::sqrt(squares / float(width) + eps);
+      const float back = scale * scale * scale * along / float(width);
+      float* result = out + row * width;
+#pragma omp simd
+      for (int64_t i = 0; i < width; i++) {
+        const float slope = widen(given[i]);
+        own[i] += slope * from[i] * scale;
+        result[i] = past[i] + slope * weight[i] * scale - from[i] * back;
+      }
+      if (rounded)
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) narrow(result[i], rounded[row * width + i]);
+    }
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < width; i++) {
+    float sum = 0;
+    for (int thread = 0; thread < threads; thread++) sum += sums[thread * width + i];
+    to_weight[i] = sum;
+  }
+}
+
+// The gradient of gate and up, side by side, and the product that forward made of them.
+template <class T>
+void swiglu_backward(const T* gate_up, const T* gradient, T* to_gate_up, T* product, int64_t rows,
+                     int64_t width, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < rows; row++) {
+    const T *gates = gate_up + row * 2 * width, *ups = gates + width;
+    const T* given = gradient + row * width;
+    T *to_gate = to_gate_up + row * 2 * width, *to_up = to_gate + width;
+    T* made = product + row * width;
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) {
+      const Lanes gate = load(gates + i), up = load(ups + i), slope = load(given + i);
+      const Lanes open = sigmoid(gate), active = round_lanes<T>(gate * open);
+      store(active * up, made + i);
+      store(slope * active, to_up + i);
+      store(slope * up * open * (1.0f + gate * (1.0f - open)), to_gate + i);
+    }
+    for (; i < width; i++) {
+      const float gate = widen(gates[i]), up = widen(ups[i]), slope = widen(given[i]);
+      const float open = sigmoid(gate), active = round_to<T>(gate * open);
+      narrow(active * up, made[i]);
+      narrow(slope * active, to_up[i]);
+      narrow(slope * up * open * (1.0f + gate * (1.0f - open)), to_gate[i]);
+    }
+  }
+}
+
+// --- attention ------------------------------------------------------------------------------
+
+struct Heads {
+  int64_t batch, length, heads, kv_heads, dim;
+  int64_t turns;  // rows of the batch that have cosines and sines of their own: 1 or all
+};
+
+// Calls `each(row of the projections, part of a head, where that head stands apart, cosines, sines)`.
+template <class F>
+void each_head(const Heads& shape, const float* cos, const float* sin, int threads, F each) {
+  const int64_t all = shape.heads + 2 * shape.kv_heads, dim = shape.dim, length = shape.length;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t token = 0; token < shape.batch * length; token++) {
+    const int64_t text = token / length, at = token % length;
+    const int64_t turn = ((shape.turns == 1 ? 0 : text) * length + at) * dim;
+    for (int64_t head = 0; head < all; head++) {
+      const int64_t part = head < shape.heads ? 0 : head < shape.heads + shape.kv_heads ? 1 : 2;
+      const int64_t count = part ? shape.kv_heads : shape.heads;
+      const int64_t own = head - (part == 0 ? 0 : part == 1 ? shape.heads : all - shape.kv_heads);
+      each((token * all + head) * dim, part, ((text * count + own) * length + at) * dim,
+           cos + turn, sin + turn);
+    }
+  }
+}
+
+// Queries, keys and values side by side to one tensor each, [batch, heads, length, dim], queries and
+// keys rotated.
+template <class T>
+void split_heads(const T* qkv, const float* cos, const float* sin, T* q, T* k, T* v,
+                 const Heads& shape, int threads) {
+  const int64_t dim = shape.dim, half = dim / 2;
+  each_head(shape, cos, sin, threads,
+            [&](int64_t place, int64_t part, int64_t apart, const float* c, const float* s) {
+    const T* from = qkv + place;
+    T* to = (part == 0 ? q : part == 1 ? k : v) + apart;
+    if (part == 2) {
+      std::memcpy(to, from, dim * sizeof(T));
+      return;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+      const float low = widen(from[i]), high = widen(from[half + i]);
+      narrow(low * c[i] - high * s[i], to[i]);
+      narrow(high * c[half + i] + low * s[half + i], to[half + i]);
+    }
+  });
+}
+
+// The way back, of gradients.
+template <class T>
+void join_heads(const T* q, const T* k, const T* v, const float* cos, const float* sin, T* qkv,
+                const Heads& shape, int threads) {
+  const int64_t dim = shape.dim, half = dim / 2;
+  each_head(shape, cos, sin, threads,
+            [&](int64_t place, int64_t part, int64_t apart, const float* c, const float* s) {
+    const T* from = (part == 0 ? q : part == 1 ? k : v) + apart;
+    T* to = qkv + place;
+    if (part == 2) {
+      std::memcpy(to, from, dim * sizeof(T));
+      return;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+      const float low = widen(from[i]), high = widen(from[half + i]);
+      narrow(low * c[i] + high * s[half + i], to[i]);
+      narrow(high * c[half + i] - low * s[i], to[half + i]);
+    }
+  });
+}
+
+// Scores to shares in place, [rows * heads * length, length], a query's row after the other; it sees
+// itself and what stands before it.
+template <class T>
+void softmax(T* scores, int64_t rows, int64_t length, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t most = (length + LANES - 1) / LANES * LANES;
+    std::vector<float> room(most);
+    std::vector<T> shares(most);
+    float* x = room.data();
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+      T* own = scores + row * length;
+      const int64_t span = row % length + 1;
+      std::memcpy(static_cast<void*>(shares.data()), own, span * sizeof(T));
+      Lanes tops = Lanes{} - INFINITY, sums = {};
+      for (int64_t i = 0; i < span; i += LANES) {
+        Lanes some = load(shares.data() + i);
+        for (int64_t lane = span - i; lane < LANES; lane++) some[lane] = -INFINITY;
+        store(some, x + i);
+        tops = tops > some ? tops : some;
+      }
+      float top = tops[0], sum = 0;
+      for (int64_t lane = 1; lane < LANES; lane++) top = std::max(top, tops[lane]);
+      for (int64_t i = 0; i < span; i += LANES) {
+        const Lanes some = exponential(load(x + i) - top);
+        store(some, x + i);
+        sums += some;
+      }
+      for (int64_t lane = 0; lane < LANES; lane++) sum += sums[lane];
+      for (int64_t i = 0; i < span; i += LANES) store(load(x + i) / sum, shares.data() + i);
+      std::memcpy(static_cast<void*>(own), shares.data(), span * sizeof(T));
+      std::memset(static_cast<void*>(own + span), 0, (length - span) * sizeof(T));
+    }
+  }
+}
+
+// The gradient of shares to that of unscaled scores, in place.
+template <class T>
+void softmax_backward(const T* shares, T* gradient, int64_t rows, int64_t length, float scale,
+                      int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < rows; row++) {
+    const T* share = shares + row * length;
+    T* own = gradient + row * length;
+    const int64_t span = row % length + 1;
+    float along = 0;
+#pragma omp simd reduction(+ : along)
+    for (int64_t i = 0; i < span; i++) along += widen(share[i]) * widen(own[i]);
+#pragma omp simd
+    for (int64_t i = 0; i < span; i++)
+      narrow(widen(share[i]) * (widen(own[i]) - along) * scale, own[i]);
+    std::memset(static_cast<void*>(own + span), 0, (length - span) * sizeof(T));
+  }
+}
+
+// --- log-probs ------------------------------------------------------------------------------
+
+constexpr int64_t PART = 128;  // of a vocabulary: summed in float, their sums in double
+
+template <class F>
+inline double sum_of(int64_t count, F term) {
+  double sum = 0;
+  for (int64_t first = 0; first < count; first += PART) {
+    float part = 0;
+    const int64_t end = std::min(first + PART, count);
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = first; i < end; i++) part += term(i);
+    sum += part;
+  }
+  return sum;
+}
+
+// Log-probs of the targets at the temperature and at 1, and the entropy where there is room for it.
+template <class T>
+void logprobs(const T* logits, const int64_t* targets, float* logprob, float* normaliser,
+              float* plain, float* entropy, int64_t rows, int64_t vocab, float temperature,
+              int threads) {
+  const float inverse = 1.0f / temperature;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < rows; row++) {
+    const T* x = logits + row * vocab;
+    float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < vocab; i++) top = std::max(top, widen(x[i]));
+    const double above = std::log(sum_of(vocab, [&](int64_t i) {
+      return exponential((widen(x[i]) - top) * inverse);
+    }));
+    const double target = double(widen(x[targets[row]])) - top;
+    logprob[row] = float(target * inverse - above);
+    normaliser[row] = float(double(top) * inverse + above);
+    plain[row] = temperature == 1.0f ? logprob[row] : float(target - std::log(sum_of(
+        vocab, [&](int64_t i) { return exponential(widen(x[i]) - top); })));
+    if (entropy) {
+      const float least = float(above);
+      entropy[row] = float(-sum_of(vocab, [&](int64_t i) {
+        const float own = (widen(x[i]) - top) * inverse - least;
+        return exponential(own) * own;
+      }));
+    }
+  }
+}
+
+// Logits to their gradient, in place. d logprob / d logits = onehot - p, of the entropy
+// -p (log p + H), both over the temperature.
+template <class T>
+void logprobs_backward(T* logits, const int64_t* targets, const float* normaliser,
+                       const float* entropy, const float* to_logprob, const float* to_entropy,
+                       int64_t rows, int64_t vocab, float temperature, int threads) {
+  const float inverse = 1.0f / temperature;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < rows; row++) {
+    T* x = logits + row * vocab;
+    const float level = normaliser[row], slope = to_logprob[row] * inverse;
+    const float at_target = widen(x[targets[row]]) * inverse - level;
+    auto gradient = [=](float own) {  // of a token with this log-prob, which is not the target
+      const float more = to_entropy ? (own + entropy[row]) * to_entropy[row] * inverse : 0.0f;
+      return -exponential(own) * (slope + more);
+    };
+    if (to_entropy)
+#pragma omp simd
+      for (int64_t i = 0; i < vocab; i++) narrow(gradient(widen(x[i]) * inverse - level), x[i]);
+    else
+#pragma omp simd
+      for (int64_t i = 0; i < vocab; i++)
+        narrow(-exponential(widen(x[i]) * inverse - level) * slope, x[i]);
+    narrow(gradient(at_target) + slope, x[targets[row]]);
+  }
+}
+
+}  // namespace
+
+#define EXPORT(NAME, T)                                                                            \
+  void norm_##NAME(const float* stream, const T* added, const float* weight, float* total, T* out, \
+                   int64_t rows, int64_t width, float eps, int threads) {                          \
+    norm(stream, added, weight, total, out, rows, width, eps, threads);                            \
+  }                                                                                                \
+  void norm_backward_##NAME(const float* x, const float* weight, const T* gradient,                \
+                            const float* around, float* out, T* rounded, float* to_weight,         \
+                            int64_t rows, int64_t width, float eps, int threads) {                 \
+    norm_backward(x, weight, gradient, around, out, rounded, to_weight, rows, width, eps,          \
+                  threads);                                                                        \
+  }                                                                                                \
+  void swiglu_##NAME(const T* gate_up, T* out, int64_t rows, int64_t width, int threads) {         \
+    swiglu(gate_up, out, rows, width, threads);                                                    \
+  }                                                                                                \
+  void swiglu_backward_##NAME(const T* gate_up, const T* gradient, T* to_gate_up, T* product,      \
+                              int64_t rows, int64_t width, int threads) {                          \
+    swiglu_backward(gate_up, gradient, to_gate_up, product, rows, width, threads);                 \
+  }                                                                                                \
+  void split_heads_##NAME(const T* qkv, const float* cos, const float* sin, T* q, T* k, T* v,      \
+                          int64_t batch, int64_t length, int64_t heads, int64_t kv_heads,          \
+                          int64_t dim, int64_t turns, int threads) {                               \
+    split_heads(qkv, cos, sin, q, k, v, Heads{batch, length, heads, kv_heads, dim, turns},         \
+                threads);                                                                          \
+  }                                                                                                \
+  void join_heads_##NAME(const T* q, const T* k, const T* v, const float* cos, const float* sin,   \
+                         T* qkv, int64_t batch, int64_t length, int64_t heads, int64_t kv_heads,   \
+                         int64_t dim, int64_t turns, int threads) {                                \
+    join_heads(q, k, v, cos, sin, qkv, Heads{batch, length, heads, kv_heads, dim, turns},          \
+               threads);                                                                           \
+  }                                                                                                \
+  void softmax_##NAME(T* scores, int64_t rows, int64_t length, int threads) {                      \
+    softmax(scores, rows, length, threads);                                                        \
+  }                                                                                                \
+  void softmax_backward_##NAME(const T* shares, T* gradient, int64_t rows, int64_t length,         \
+                               float scale, int threads) {                                         \
+    softmax_backward(shares, gradient, rows, length, scale, threads);                              \
+  }                                                                                                \
+  void logprobs_##NAME(const T* logits, const int64_t* targets, float* logprob,                    \
+                       float* normaliser, float* plain, float* entropy, int64_t rows,              \
+                       int64_t vocab, float temperature, int threads) {                            \
+    logprobs(logits, targets, logprob, normaliser, plain, entropy, rows, vocab, temperature,       \
+             threads);                                                                             \
+  }                                                                                                \
+  void logprobs_backward_##NAME(T* logits, const int64_t* targets, const float* normaliser,        \
+                                const float* entropy, const float* to_logprob,                     \
+                                const float* to_entropy, int64_t rows, int64_t vocab,              \
+                                float temperature, int threads) {                                  \
+    logprobs_backward(logits, targets, normaliser, entropy, to_logprob, to_entropy, rows, vocab,   \
+                      temperature, threads);                                                       \
+  }
+
+extern "C" {
+EXPORT(float32, float)
+EXPORT(bfloat16, bf16)
+}

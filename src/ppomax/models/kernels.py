@@ -1,0 +1,174 @@
+"""What lies between the matrix products of training, compiled: kernels.cpp."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppomax.models.compiled import Compiled, address, library, threads
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+
+
+class Turns(NamedTuple):
+    """Rotary embeddings of the positions of a batch, fp32, [1 or batch, length, dim]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@cache
+def kernels_for(dtype: torch.dtype) -> "Kernels | None":
+    """The kernels for a compute dtype; None where they cannot be built, or have no such dtype."""
+    found = library(SOURCE)
+    known = dtype in (torch.float32, torch.bfloat16)
+    return Kernels(found, dtype) if known and not isinstance(found, str) else None
+
+
+class Kernels(Compiled):
+    """The functions of kernels.cpp for one compute dtype.
+
+    Residual streams, their gradients, norms and rotations are fp32, all else is in that dtype.
+    """
+
+    signatures: ClassVar = {
+        "norm": "ppppp nn f i",
+        "norm_backward": "ppppppp nn f i",
+        "swiglu": "pp nn i",
+        "swiglu_backward": "pppp nn i",
+        "split_heads": "pppppp nnnnnn i",
+        "join_heads": "pppppp nnnnnn i",
+        "softmax": "p nn i",
+        "softmax_backward": "pp nn f i",
+        "logprobs": "pppppp nn f i",
+        "logprobs_backward": "pppppp nn f i",
+    }
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMSNorm, weight · x / sqrt(mean(x²) + eps); [tokens, hidden]."""
+        out = x.new_empty(x.shape, dtype=self.dtype)
+        given = (x, None, weight, None, out)
+        self._norm(*map(address, given), *x.shape, eps, threads())
+        return out
+
+    def add_and_norm(
+        self, x: Tensor, added: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of the stream and what is added to it, and the norm of that."""
+        total, out = torch.empty_like(x), x.new_empty(x.shape, dtype=self.dtype)
+        given = (x, added, weight, total, out)
+        self._norm(*map(address, given), *x.shape, eps, threads())
+        return total, out
+
+    def norm_backward(
+        self, x: Tensor, weight: Tensor, gradient: Tensor, around: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of a stream that was normed and also went around the norm; [tokens, hidden].
+
+        Args:
+            gradient: of the norm's output.
+            around: of what went around it, fp32.
+
+        Returns:
+            the stream's, fp32 and rounded, and the weight's, fp32.
+        """
+        out, to_weight = torch.empty_like(x), x.new_empty(x.shape[1])
+        rounded = None if self.dtype == torch.float32 else torch.empty_like(gradient)
+        given = (x, weight, gradient, around, out, rounded, to_weight)
+        self._norm_backward(*map(address, given), *x.shape, eps, threads())
+        return out, out if rounded is None else rounded, to_weight
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) · up, [tokens, width], from both side by side, [tokens, 2 width]."""
+        rows, width = len(gate_up), gate_up.shape[1] // 2
+        out = gate_up.new_empty(rows, width)
+        self._swiglu(*map(address, (gate_up, out)), rows, width, threads())
+        return out
+
+    def swiglu_backward(self, gate_up: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of gate and up, side by side, and what `swiglu` had made of them."""
+        to_gate_up, product = torch.empty_like(gate_up), torch.empty_like(gradient)
+        given = (gate_up, gradient, to_gate_up, product)
+        self._swiglu_backward(*map(address, given), *gradient.shape, threads())
+        return to_gate_up, product
+
+    def split_heads(
+        self, qkv: Tensor, turns: Turns, batch: int, heads: int, kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, each [batch, heads or kv_heads, length, dim].
+
+        Args:
+            qkv: all side by side, [batch * length, (heads + 2 kv_heads) * dim].
+        """
+        dim, length = turns.cos.shape[-1], len(qkv) // batch
+        q = qkv.new_empty(batch, heads, length, dim)
+        k = qkv.new_empty(batch, kv_heads, length, dim)
+        v = torch.empty_like(k)
+        sizes = (batch, length, heads, kv_heads, dim, len(turns.cos))
+        self._split_heads(*map(address, (qkv, *turns, q, k, v)), *sizes, threads())
+        return q, k, v
+
+    def join_heads(self, q: Tensor, k: Tensor, v: Tensor, turns: Turns) -> Tensor:
+        """The way back, of gradients."""
+        batch, heads, length, dim = q.shape
+        kv_heads = k.shape[1]
+        qkv = q.new_empty(batch * length, (heads + 2 * kv_heads) * dim)
+        sizes = (batch, length, heads, kv_heads, dim, len(turns.cos))
+        self._join_heads(*map(address, (q, k, v, *turns, qkv)), *sizes, threads())
+        return qkv
+
+    def softmax_(self, scores: Tensor) -> Tensor:
+        """Causal, in place; [..., length, length]."""
+        length = scores.shape[-1]
+        self._softmax(address(scores), scores.numel() // length, length, threads())
+        return scores
+
+    def softmax_backward_(self, shares: Tensor, gradient: Tensor, scale: float) -> Tensor:
+        """Of the shares' gradient that of the scores before they were scaled, in place."""
+        length = shares.shape[-1]
+        rows = shares.numel() // length
+        self._softmax_backward(address(shares), address(gradient), rows, length, scale, threads())
+        return gradient
+
+    def logprobs(
+        self, logits: Tensor, targets: Tensor, temperature: float, *, entropy: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Log-probs, log normalisers, log-probs at temperature 1 and entropies, fp32, [tokens].
+
+        Args:
+            logits: [tokens, vocab].
+        """
+        logprob, normaliser, plain = torch.empty(3, len(logits), dtype=torch.float32)
+        entropies = torch.empty_like(logprob) if entropy else None
+        given = (logits, targets.contiguous(), logprob, normaliser, plain, entropies)
+        self._logprobs(*map(address, given), *logits.shape, temperature, threads())
+        return logprob, normaliser, plain, entropies
+
+    def logprobs_backward_(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        normaliser: Tensor,
+        entropy: Tensor,
+        to_logprob: Tensor,
+        to_entropy: Tensor | None,
+        temperature: float,
+    ) -> Tensor:
+        """The logits' gradient in their place, from that of `logprobs`' log-probs and entropies."""
+        given = [t if t is None else t.contiguous() for t in (to_logprob, to_entropy)]
+        parts = (logits, targets.contiguous(), normaliser, entropy, *given)
+        self._logprobs_backward(*map(address, parts), *logits.shape, temperature, threads())
+        return logits
+
+    _norm: Any
+    _norm_backward: Any
+    _swiglu: Any
+    _swiglu_backward: Any
+    _split_heads: Any
+    _join_heads: Any
+    _softmax: Any
+    _softmax_backward: Any
+    _logprobs: Any
+    _logprobs_backward: Any

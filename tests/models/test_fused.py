@@ -1,0 +1,375 @@
+"""Blocks that run as one operation, and the compiled passes they are made of."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from ppomax.models import fused
+from ppomax.models.attention import use_grouped_attention
+from ppomax.models.blocks import decoder_blocks
+from ppomax.models.fused import is_fused, use_fused_blocks
+from ppomax.models.heads import hidden_states
+from ppomax.models.kernels import Turns, kernels_for
+from ppomax.models.lean import use_lean_blocks
+from ppomax.models.lora import LoraSettings, add_lora
+
+pytestmark = pytest.mark.skipif(
+    kernels_for(torch.float32) is None, reason="no compiled kernels: no C++ compiler"
+)
+DTYPES = [torch.float32, torch.bfloat16]
+EPS = 1e-5
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
+    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None)),
+}
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def close(found, expected, dtype, scale=1.0):
+    """To a few roundings of float, or one of bf16."""
+    rtol = 4e-6 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(found.double(), expected.double(), rtol=rtol, atol=rtol * scale)
+
+
+# --- each pass against float64's own gradients
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 99), rows=st.integers(1, 7), width=st.sampled_from([1, 7, 16, 33, 64]))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_backward_is_the_gradient_of_a_stream_that_also_goes_around(dtype, seed, rows, width):
+    x, weight = 2 * randn(rows, width, seed=seed), 1 + randn(width, seed=seed + 1)
+    slope, around = (
+        randn(rows, width, seed=seed + 2, dtype=dtype),
+        randn(rows, width, seed=seed + 3),
+    )
+    exact = x.double().requires_grad_(), weight.double().requires_grad_()
+    normed = exact[0] / (exact[0].square().mean(1, keepdim=True) + EPS).sqrt() * exact[1]
+    loss = (normed * slope.double()).sum() + (exact[0] * around.double()).sum()
+    to_x, to_weight = torch.autograd.grad(loss, exact)
+    found, rounded, found_weight = kernels_for(dtype).norm_backward(x, weight, slope, around, EPS)
+    torch.testing.assert_close(found.double(), to_x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found_weight.double(), to_weight, rtol=1e-4, atol=1e-4)
+    assert rounded.dtype == dtype
+    assert torch.equal(rounded, found.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_norm_without_a_sum_is_that_of_a_sum_with_nothing(dtype):
+    x, weight = randn(5, 37), randn(37, seed=1)
+    kernels = kernels_for(dtype)
+    total, normed = kernels.add_and_norm(x, torch.zeros(5, 37, dtype=dtype), weight, EPS)
+    assert torch.equal(total, x)
+    assert torch.equal(normed, kernels.norm(x, weight, EPS))
+    more = randn(5, 37, seed=2, dtype=dtype)
+    total, normed = kernels.add_and_norm(x, more, weight, EPS)
+    assert torch.equal(total, x + more)
+    assert torch.equal(normed, kernels.norm(x + more, weight, EPS))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 15, 16, 50])
+@pytest.mark.parametrize("scale", [1.0, 60.0])
+def test_swiglu_and_its_gradient_are_those_of_the_formula(dtype, width, scale):
+    both = (scale * randn(9, 2 * width)).to(dtype)
+    slope = randn(9, width, seed=1, dtype=dtype)
+    exact = both.double().requires_grad_()
+    product = torch.nn.functional.silu(exact[:, :width]) * exact[:, width:]
+    [wanted] = torch.autograd.grad(product, exact, slope.double())
+    kernels = kernels_for(dtype)
+    found, made = kernels.swiglu_backward(both, slope)
+    # forward rounds silu(gate) once more, as transformers does
+    loose = 1e-5 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(found.double(), wanted, rtol=loose, atol=loose * scale**2)
+    torch.testing.assert_close(made.double(), product.detach(), rtol=loose, atol=1e-6)
+    assert torch.equal(made, kernels.swiglu(both))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_at_the_ends_is_finite(dtype):
+    gate = torch.tensor([[-1e4, -90.0, -87.5, 0.0, 88.0, 1e4] * 6]).to(dtype)
+    both = torch.cat([gate, torch.ones_like(gate)], 1)
+    kernels = kernels_for(dtype)
+    made = kernels.swiglu(both)
+    close(made, torch.nn.functional.silu(gate.double()), dtype)
+    found, _ = kernels.swiglu_backward(both, torch.ones_like(gate))
+    assert found.isfinite().all()
+    assert float(found[0, 5]) == 1.0  # an open gate
+    nan = kernels.swiglu(torch.full((1, 64), float("nan")).to(dtype))
+    assert nan.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("own", [False, True])
+def test_heads_are_split_and_rotated_as_transformers_does_and_joined_back(dtype, own):
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    batch, length, heads, kv_heads, dim = 3, 5, 4, 2, 6
+    qkv = randn(batch * length, (heads + 2 * kv_heads) * dim, dtype=dtype)
+    angle = randn(batch if own else 1, length, dim, seed=1)
+    turns = Turns(angle.cos(), randn(*angle.shape, seed=2))  # halves that differ, too
+    exact = qkv.double().requires_grad_()
+    apart = exact.view(batch, length, -1, dim).transpose(1, 2).split([heads, kv_heads, kv_heads], 1)
+    q, k = apply_rotary_pos_emb(apart[0], apart[1], turns.cos.double(), turns.sin.double())
+    wanted = (q, k, apart[2])
+    kernels = kernels_for(dtype)
+    found = kernels.split_heads(qkv, turns, batch, heads, kv_heads)
+    slopes = [randn(*part.shape, seed=9 + i, dtype=dtype) for i, part in enumerate(wanted)]
+    for one, two in zip(found, wanted, strict=True):
+        close(one, two.detach(), dtype)
+    [to_qkv] = torch.autograd.grad(wanted, exact, [slope.double() for slope in slopes])
+    close(kernels.join_heads(*slopes, turns), to_qkv, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 2, 16, 17, 40])
+def test_causal_softmax_and_its_gradient_are_those_of_the_formula(dtype, length):
+    scores = (4 * randn(3, 2 * length, length)).to(dtype)
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1).repeat(2, 1)
+    exact = scores.double().requires_grad_()
+    wanted = torch.softmax(exact.masked_fill(hidden, -torch.inf), -1)
+    kernels = kernels_for(dtype)
+    shares = kernels.softmax_(scores.clone())
+    close(shares, wanted.detach(), dtype)
+    assert not shares[hidden.expand_as(shares)].any()
+    slope = randn(*scores.shape, seed=1, dtype=dtype)
+    kept = shares.double().requires_grad_()
+    along = (kept * slope.double()).sum(-1, keepdim=True)
+    to_scores = (0.3 * kept * (slope.double() - along)).detach()
+    close(kernels.softmax_backward_(shares, slope.clone(), 0.3), to_scores, dtype)
+    if dtype == torch.float32:
+        [through] = torch.autograd.grad(wanted, exact, slope.double())
+        torch.testing.assert_close(to_scores, 0.3 * through, rtol=1e-4, atol=1e-6)
+
+
+def test_a_score_that_is_no_number_stays_in_its_row():
+    scores = torch.zeros(1, 20, 20)
+    scores[0, 18, 3], scores[0, 5, 9] = float("nan"), float("nan")  # the second is not seen
+    shares = kernels_for(torch.float32).softmax_(scores)
+    assert shares[0, 18, :19].isnan().all()
+    assert shares.isnan().any(-1).sum() == 1
+
+
+# --- whole blocks
+
+
+def make(name, seed=0):
+    torch.manual_seed(seed)
+    kind, config = FAMILIES[name]
+    model = kind(copy.deepcopy(config))
+    model.set_attn_implementation("sdpa")
+    use_grouped_attention(model)
+    use_lean_blocks(model)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data.uniform_(0.5, 1.5)
+    use_fused_blocks(model)
+    return model.eval()
+
+
+def result(model, ids, dtype, **given):
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        hidden = hidden_states(model, ids, **given)
+    slope = randn(*hidden.shape, seed=5)
+    (hidden * slope).sum().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return hidden.detach(), grads
+
+
+def plainly(monkeypatch, *given, **more):
+    """The same with the blocks as `transformers` and lean.py have them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "kernels_for", lambda dtype: None)
+        return result(*given, **more)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """One entry for each block that ran as one operation."""
+    seen, original = [], fused._Block.forward
+
+    def forward(ctx, *given):
+        seen.append(given[0].kernels.dtype)
+        return original(ctx, *given)
+
+    monkeypatch.setattr(fused._Block, "forward", staticmethod(forward))
+    return seen
+
+
+def ids_of(batch=3, length=21):
+    return torch.randint(64, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def apart(one, two):
+    """Distance of all gradients, of the length of the second."""
+    assert one.keys() == two.keys()
+    gap = sum(float((one[name].double() - two[name].double()).square().sum()) for name in one)
+    return (gap / sum(float(g.double().square().sum()) for g in two.values())) ** 0.5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_block_computes_what_transformers_does_in_fp32(name, monkeypatch, calls):
+    model, ids = make(name), ids_of()
+    hidden, grads = result(model, ids, torch.float32)
+    assert calls == [torch.float32] * 2
+    wanted, others = plainly(monkeypatch, model, ids, torch.float32)
+    assert len(calls) == 2
+    torch.testing.assert_close(hidden, wanted, rtol=1e-5, atol=1e-5)
+    for key, other in others.items():
+        torch.testing.assert_close(grads[key], other, rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_bf16_it_is_no_further_from_fp32_than_transformers(name, monkeypatch, calls):
+    model, ids = make(name), ids_of()
+    exact, exact_grads = result(model, ids, torch.float32)
+    hidden, grads = result(model, ids, torch.bfloat16)
+    assert calls == [torch.float32] * 2 + [torch.bfloat16] * 2
+    other, other_grads = plainly(monkeypatch, model, ids, torch.bfloat16)
+    assert hidden.dtype == torch.float32
+    assert float((hidden - exact).norm()) < 1.15 * float((other - exact).norm())
+    assert apart(grads, exact_grads) < 1.15 * apart(other_grads, exact_grads)
+    assert all(grad.dtype == torch.float32 for grad in grads.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_text_s_numbers_do_not_hang_on_what_follows_it_or_stands_beside_it(dtype):
+    model, ids = make("llama"), ids_of(2, 30)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        whole = hidden_states(model, ids)
+        part = hidden_states(model, ids[:1, :12])
+    # products of other sizes may add in another order
+    loose = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(part, whole[:1, :12], rtol=loose, atol=loose)
+
+
+def test_frozen_bf16_weights_give_the_bits_of_their_fp32_masters(calls):
+    model, ids = make("llama"), ids_of()
+    model.bfloat16().float()
+    frozen = copy.deepcopy(model).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(hidden_states(model, ids), hidden_states(frozen, ids))
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_twice_is_the_same_to_the_bit(dtype):
+    model, ids = make("llama"), ids_of()
+    one, two = result(model, ids, dtype), result(model, ids, dtype)
+    assert torch.equal(one[0], two[0])
+    assert all(torch.equal(one[1][key], two[1][key]) for key in one[1])
+
+
+def test_frozen_weights_get_no_gradient_and_the_others_the_same(calls):
+    model, ids = make("llama"), ids_of()
+    _, whole = result(model, ids, torch.float32)
+    frozen = ("layers.0", "k_proj", "embed", "lm_head")
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in key for part in frozen))
+    _, some = result(model, ids, torch.float32)
+    assert len(calls) == 4
+    assert {key for key, p in model.named_parameters() if p.requires_grad} == set(some)
+    assert all(torch.equal(some[key], whole[key]) for key in some)
+
+
+def test_checkpointing_recomputes_the_same(calls):
+    model, ids = make("llama"), ids_of()
+    hidden, grads = result(model, ids, torch.bfloat16)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    again, same = result(model, ids, torch.bfloat16)
+    assert len(calls) == 2 + 2 * 2
+    assert torch.equal(again, hidden)
+    assert all(torch.equal(same[key], grads[key]) for key in grads)
+
+
+def test_the_class_keeps_its_name_and_a_copy_is_its_own():
+    model, ids = make("llama"), ids_of()
+    other = copy.deepcopy(model)
+    assert type(decoder_blocks(model)[0]).__name__ == "LlamaDecoderLayer"
+    assert is_fused(model)
+    assert not is_fused(LlamaForCausalLM(FAMILIES["llama"][1]))
+    assert isinstance(decoder_blocks(other)[0], type(decoder_blocks(model)[0]))
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    assert float(result(model, ids, torch.float32)[0].abs().max()) > 0
+    assert float(result(other, ids, torch.float32)[0].abs().max()) == 0
+
+
+def test_a_hook_an_adapter_a_mask_and_a_cache_are_heeded(calls, monkeypatch):
+    ids = ids_of()
+    model = make("llama")
+    seen = []
+    hook = model.model.layers[0].self_attn.q_proj.register_forward_hook(
+        lambda *given: seen.append(given[2].shape)
+    )
+    result(model, ids, torch.float32)
+    assert len(seen) == 1
+    assert len(calls) == 1  # the other block has none
+    hook.remove()
+    mask = torch.ones(3, 21, dtype=torch.bool)
+    mask[1, :4] = False
+    found = result(model, ids, torch.float32, attention_mask=mask)
+    assert len(calls) == 1
+    same = plainly(monkeypatch, model, ids, torch.float32, attention_mask=mask)
+    assert torch.equal(found[0], same[0])
+    with torch.no_grad():
+        model.generate(ids[:1], max_new_tokens=3, do_sample=False)
+    assert len(calls) == 1
+    add_lora(model, LoraSettings(rank=2), seed=0)
+    result(model, ids, torch.float32)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.set_attn_implementation("eager"),
+        lambda model: model.bfloat16(),
+        lambda model: model.double(),
+    ],
+    ids=["eager", "bf16", "double"],
+)
+def test_what_is_not_plain_training_in_fp32_weights_goes_to_transformers(change, calls):
+    model = make("llama")
+    change(model)
+    with torch.no_grad():
+        model(ids_of(), use_cache=False)
+    assert not calls
+
+
+def test_long_texts_go_to_transformers(calls):
+    model = make("llama")
+    with torch.no_grad():
+        hidden_states(model, ids_of(1, fused.LONGEST))
+        assert len(calls) == 2
+        hidden_states(model, ids_of(1, fused.LONGEST + 1))
+        hidden_states(model, ids_of(1, 1))
+    assert len(calls) == 2
+
+
+def test_a_bias_goes_to_transformers(calls, monkeypatch):
+    monkeypatch.setitem(
+        FAMILIES, "biased", (LlamaForCausalLM, LlamaConfig(**SIZES, attention_bias=True))
+    )
+    result(make("biased"), ids_of(), torch.float32)
+    assert not calls
