@@ -4,13 +4,15 @@ fp32 masters, gradients and two AdamW moments of what is trained, and what the l
 keep for backward. `benchmarks/memory.py` holds it against what runs take.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ppomax.errors import ModelError
+from ppomax.models.attention import LONGEST, MOST_SCORES
 from ppomax.models.fused import is_fused, use_fused_blocks
+from ppomax.models.kernels import kernels_for
 from ppomax.models.lean import is_lean, use_lean_blocks
 from ppomax.models.load import positions_of
 from ppomax.models.logprobs import chunk_elements
@@ -39,6 +41,8 @@ class Size:
     """Whether its blocks keep less for backward (models/lean.py)."""
     fused: bool = False
     """Whether they run as one operation, which keeps less still (models/fused.py)."""
+    heads: int = 0
+    """Of queries."""
 
 
 def model_size(name: str, *, trust_remote_code: bool = False) -> Size:
@@ -69,6 +73,7 @@ def model_size(name: str, *, trust_remote_code: bool = False) -> Size:
         intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocab=config.vocab_size,
         positions=positions_of(config),
+        heads=heads,
         lean=is_lean(model),
         fused=is_fused(model) and not torch.cuda.is_available(),
     )
@@ -128,6 +133,8 @@ def activations_gb(
     checkpointing: bool,
     trained: bool = True,
     frozen: int = 0,
+    adapters: bool = False,
+    length: int = 0,
 ) -> float:
     """GB held between forward and backward of one micro-batch, and what backward makes beside it.
 
@@ -137,7 +144,13 @@ def activations_gb(
         tokens: in the largest micro-batch, padding included.
         trained: the weights themselves are; with adapters they have no gradient.
         frozen: lowest blocks that backward does not reach; they keep nothing.
+        adapters: blocks have some, and do not run as one operation.
+        length: tokens of a row; those of fused blocks have the square of it in scores.
     """
+    if adapters:
+        shape = replace(shape, fused=False)
+    squares = tokens * length * shape.heads if shape.fused and length <= LONGEST else 0
+    scores = 2 * compute.itemsize * (squares if squares <= MOST_SCORES else 0)
     layer, layers = kept_bytes(shape, compute), shape.layers - frozen
     held = layer * (layers + 1)
     casts = compute.itemsize * (shape.parameters - shape.embedding) * layers // shape.layers
@@ -147,9 +160,11 @@ def activations_gb(
         held = 4 * shape.hidden * layers + 2 * layer  # the inputs; one layer is made anew
     once = (casts if compute != torch.float32 else 0) + (4 * shape.embedding if trained else 0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if shape.fused:  # a chunk's logits, whose gradient takes their place; a cast copy, a product
+    compiled = device == "cpu" and kernels_for(compute) is not None
+    if compiled:  # a chunk's logits, whose gradient takes their place; a cast copy, a product
         most = min(tokens * shape.vocab, chunk_elements(device, compiled=True))
-        logits = compute.itemsize * (most + 2 * shape.embedding)
+        copies = 2 if compute != torch.float32 else 1
+        logits = compute.itemsize * (most + copies * shape.embedding)
     else:  # a chunk's logits, slope and gradient, the last chunk's two, and a cast copy
         logits = 5 * 4 * min(tokens * shape.vocab, chunk_elements(device))
-    return HOLES * (tokens * held + once + logits) / GB
+    return HOLES * (tokens * held + once + logits + scores) / GB

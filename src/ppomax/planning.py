@@ -109,6 +109,8 @@ def _training(config: SFTConfig | RewardConfig, shape: Size) -> float:
         checkpointing=config.gradient_checkpointing,
         trained=config.lora is None and not below,
         frozen=below,
+        adapters=config.lora is not None,
+        length=config.max_length,
     )
 
 
@@ -186,6 +188,8 @@ def _plan_ppo(
         checkpointing=config.gradient_checkpointing,
         trained=config.lora is None and not below,
         frozen=below,
+        adapters=config.lora is not None,
+        length=length,
     )
     shared = _held_once(config, shape, own)
     held = policy + critic + sum(frozen.values()) - shared

@@ -7,8 +7,9 @@ from pathlib import Path
 
 KEPT = 2**30
 """Bytes that the C allocator keeps for what is asked next instead of giving them back."""
-APART = 2**26
-"""Bytes of a tensor that is mapped for itself and given back whole, so that holes stay small."""
+APART = 2**25
+"""Bytes of a tensor that is mapped for itself and given back whole, so that holes stay small; the
+most that every glibc accepts."""
 
 
 def allocator_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -16,7 +17,7 @@ def allocator_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
     A training step on the CPU frees and takes hundreds of large tensors; on virtual machines the
     page faults of fresh 4 kB pages can cost several times the arithmetic (docs/LOG.md). glibc reads
-    the setting when a process starts; nothing is added where it is set already.
+    the settings when a process starts; nothing is added where it is set already.
     """
     if sys.platform != "linux" or "GLIBC_TUNABLES" in environment:
         return {}

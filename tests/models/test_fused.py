@@ -1,6 +1,7 @@
 """Blocks that run as one operation, and the compiled passes they are made of."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -355,6 +356,97 @@ def test_what_is_not_plain_training_in_fp32_weights_goes_to_transformers(change,
     with torch.no_grad():
         model(ids_of(), use_cache=False)
     assert not calls
+
+
+@pytest.mark.parametrize(
+    "watch",
+    [
+        lambda part, see: part.register_full_backward_hook(lambda *given: see(1)),
+        lambda part, see: torch.nn.modules.module.register_module_forward_hook(
+            lambda *given: see(1)
+        ),
+        lambda part, see: setattr(part, "forward", lambda x, own=part.forward: see(1) or own(x)),
+    ],
+    ids=["backward hook", "hook of all modules", "another forward"],
+)
+def test_whoever_watches_a_part_is_heeded(watch, calls):
+    model, seen = make("llama"), []
+    handle = watch(model.model.layers[1].mlp.up_proj, seen.append)
+    try:
+        result(model, ids_of(), torch.float32)
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert seen
+    assert len(calls) <= 1
+
+
+@pytest.mark.parametrize("where", ["call", "module", "dropout"])
+def test_attention_that_is_not_causal_or_drops_goes_to_transformers(where, calls):
+    model, ids = make("llama"), ids_of()
+    for block in decoder_blocks(model):
+        if where == "module":
+            block.self_attn.is_causal = False
+        if where == "dropout":
+            block.self_attn.attention_dropout = 0.5
+    if where == "dropout":
+        model.train()
+    model.model(ids, use_cache=False, **({"is_causal": False} if where == "call" else {}))
+    assert not calls
+
+
+def test_a_sliding_window_shorter_than_the_text_is_heeded(calls, monkeypatch):
+    config = MistralConfig(**SIZES, sliding_window=8)
+    monkeypatch.setitem(FAMILIES, "window", (MistralForCausalLM, config))
+    model = make("window")
+    result(model, ids_of(2, 6), torch.float32)
+    assert len(calls) == 2
+    result(model, ids_of(2, 12), torch.float32)
+    assert len(calls) == 2
+
+
+def test_each_text_may_have_positions_of_its_own(monkeypatch, calls):
+    model, ids = make("llama"), ids_of(2, 9)
+    places = torch.stack([torch.arange(9), torch.arange(40, 49)])
+    hidden, grads = result(model, ids, torch.float32, position_ids=places)
+    assert len(calls) == 2
+    wanted, others = plainly(monkeypatch, model, ids, torch.float32, position_ids=places)
+    torch.testing.assert_close(hidden, wanted, rtol=1e-5, atol=1e-5)
+    assert apart(grads, others) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_heeds_the_dtype_of_its_forward_alone(dtype):
+    model, ids = make("llama"), ids_of()
+    _, wanted = result(model, ids, dtype)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        hidden = hidden_states(model, ids)
+    slope = randn(*hidden.shape, seed=5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        torch.autograd.backward(hidden, slope)
+    found = dict(model.named_parameters())
+    for key in wanted:  # the last norm is transformers' own, and rounds with its surroundings
+        gap = (found[key].grad - wanted[key]).norm() / wanted[key].norm()
+        assert float(gap) < 0.02, key
+
+
+def test_what_lies_in_no_single_piece_is_read():
+    block = decoder_blocks(make("llama"))[0]
+    wide, turns = randn(2, 9, 96), (torch.ones(1, 9, 10), torch.zeros(1, 9, 10))
+    found = block(wide[..., :48], position_embeddings=turns)
+    assert torch.equal(found, block(wide[..., :48].contiguous(), position_embeddings=turns))
+
+
+def test_a_model_is_pickled_and_its_blocks_are_fused_once(calls):
+    model, ids = make("llama"), ids_of()
+    kind = type(decoder_blocks(model)[0])
+    use_fused_blocks(model)
+    assert type(decoder_blocks(model)[0]) is kind
+    again = pickle.loads(pickle.dumps(model))
+    assert type(decoder_blocks(again)[0]) is kind
+    assert torch.equal(result(again, ids, torch.float32)[0], result(model, ids, torch.float32)[0])
+    assert len(calls) == 4
 
 
 def test_long_texts_go_to_transformers(calls):

@@ -282,6 +282,24 @@ def test_without_targets_there_are_no_log_probs_and_zero_gradients(temperature):
     assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
+@pytest.mark.parametrize("target", [-100, -1, VOCAB, 10**9])
+def test_a_target_that_is_no_token_is_refused(target):
+    states, weight, targets = problem()
+    targets[3] = target
+    with pytest.raises((IndexError, RuntimeError), match=r"out of bounds|none of the"):
+        token_logprobs(states, weight, targets)
+
+
+def test_backward_inside_autocast_heeds_the_dtype_of_its_forward():
+    states, weight, targets = problem()
+    inputs = [states.requires_grad_(), weight.requires_grad_()]
+    wanted = torch.autograd.grad(token_logprobs(*inputs, targets).logprobs.sum(), inputs)
+    total = token_logprobs(*inputs, targets).logprobs.sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(total, inputs)
+    assert all(torch.equal(one, two) for one, two in zip(found, wanted, strict=True))
+
+
 # --- bf16
 
 

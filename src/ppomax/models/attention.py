@@ -23,7 +23,8 @@ the name `sdpa`."""
 LONGEST = 512
 """Tokens; the square of scores is written to memory, and longer ones cost more than they save."""
 MOST_SCORES = 2**25
-"""Of all rows and heads of a call: 64 MB in bfloat16, and backward holds three such at once."""
+"""Of all rows and heads of a call: 64 MB in bfloat16 (of blocks that run as one operation, 128 in
+fp32), and backward holds three such at once."""
 
 
 def use_grouped_attention(model: PreTrainedModel) -> None:

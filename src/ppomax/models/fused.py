@@ -8,7 +8,7 @@ mixed, gate and up; backward casts weights, and computes shares and the MLP's pr
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -32,19 +32,36 @@ def use_fused_blocks(model: PreTrainedModel) -> None:
     stay; calls that are not plain training go to the class it had.
     """
     for block in decoder_blocks(model):
-        if type(block).__name__ in FAMILIES and isinstance(getattr(block, "mlp", None), GatedMLP):
+        known = type(block).__name__ in FAMILIES and not isinstance(block, _Fused)
+        if known and isinstance(getattr(block, "mlp", None), GatedMLP):
             kind: Any = type(block)
             block.__class__ = _fused(kind)
 
 
 def is_fused(model: PreTrainedModel) -> bool:
     """Whether its blocks are of a known family, and there are kernels for them."""
-    known = any(isinstance(block, _Fused) for block in decoder_blocks(model))
-    return known and kernels_for(torch.float32) is not None
+    blocks = [block for block in decoder_blocks(model) if isinstance(block, _Fused)]
+    plain = all(getattr(part, "bias", None) is None for block in blocks for part in _parts(block))
+    return bool(blocks) and plain and kernels_for(torch.float32) is not None
 
 
 class _Fused:
-    """Marks the subclasses."""
+    """Marks the subclasses, which no module holds: a copy or a pickle makes its class anew."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:  # noqa: ANN401 - as object's
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, (kind, *_), *state = reduced
+        return _again, (kind.__bases__[1],), *state
+
+
+def _again(family: Any) -> Any:  # noqa: ANN401 - each architecture's class
+    kind = _fused(family)
+    return kind.__new__(kind)
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{name}") for name in HOOKS]
+"""Of all modules: torch's own tables."""
 
 
 @cache
@@ -100,19 +117,29 @@ def _layout(block: Any, x: Tensor, rest: dict[str, Any]) -> Layout | None:  # no
         and rest.get("attention_mask") is None
         and rest.get("past_key_values") is None
         and not rest.get("output_attentions")
+        and rest.get("is_causal") in (None, True)
+        and getattr(attention, "is_causal", True)
+        and not (attention.training and attention.attention_dropout)
         and config._attn_implementation == NAME
     )
+    if not plain:
+        return None
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
-    if not plain or not _is_plain(block, dtype):
-        return None
+    kv_heads = int(config.num_key_value_heads)
     kernels = kernels_for(dtype)
-    if kernels is None:
+    if kernels is None or not _is_plain(block, dtype):
+        return None
+    dim = turns[0].shape[-1]
+    sizes = [len(part.weight) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    if sizes != [heads * dim, kv_heads * dim, kv_heads * dim]:
+        return None
+    if not all(t.shape in ((1, x.shape[1], dim), (*x.shape[:2], dim)) for t in turns):
         return None
     return Layout(
         kernels,
         heads,
-        int(config.num_key_value_heads),
+        kv_heads,
         float(attention.scaling),
         Turns(*(turn.contiguous() for turn in turns)),
         block.input_layernorm.variance_epsilon,
@@ -123,18 +150,20 @@ def _layout(block: Any, x: Tensor, rest: dict[str, Any]) -> Layout | None:  # no
 def _is_plain(block: Any, dtype: torch.dtype) -> bool:  # noqa: ANN401 - each architecture's class
     """Whether weights are all there is to its parts, fp32 or in the compute dtype.
 
-    No adapter, no bias, no hook.
+    No adapter, no bias, nobody who watches or replaces a call.
     """
+    if any(GLOBAL_HOOKS):
+        return False
     for part in _parts(block):
         kind = type(part)
         if not (kind is Norm or (kind is nn.Linear and part.bias is None)):
             return False
         if part.weight.dtype not in (torch.float32, dtype):
             return False
-        if part._forward_hooks or part._forward_pre_hooks:
-            return False
-    inner = (block.self_attn, block.mlp)
-    return not any(part._forward_hooks or part._forward_pre_hooks for part in inner)
+    parts = (*_parts(block), block.self_attn, block.mlp)
+    return not any(getattr(part, name) for part in parts for name in HOOKS) and not any(
+        "forward" in vars(part) for part in parts
+    )
 
 
 def _side_by_side(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -188,55 +217,65 @@ class _Block(torch.autograd.Function):
         hidden: Float[Tensor, "batch length hidden"],
         *weights: Tensor,
     ) -> Float[Tensor, "batch length hidden"]:
-        norm, query, key, value, out, mlp_norm, gate, up, down = weights
-        kernels, batch = layout.kernels, len(hidden)
-        x = hidden.reshape(-1, hidden.shape[-1])
-        normed = kernels.norm(x, norm.float(), layout.attention_eps)
-        qkv = _product(normed, query, key, value)
-        q, k, v = kernels.split_heads(qkv, layout.turns, batch, layout.heads, layout.kv_heads)
-        shares = _shares(q, k, layout)
-        mixed = torch.bmm(shares, _groups(v, k.shape[1])).view(q.shape)
-        mixed = mixed.transpose(1, 2).reshape(len(x), -1)
-        between, mlp_normed = kernels.add_and_norm(
-            x, _product(mixed, out), mlp_norm.float(), layout.mlp_eps
-        )
-        gate_up = _product(mlp_normed, gate, up)
-        added = _product(kernels.swiglu(gate_up), down)
-        ctx.save_for_backward(x, normed, q, k, v, mixed, between, mlp_normed, gate_up, *weights)
-        ctx.layout = layout
-        return (between + added).view(hidden.shape)
+        with torch.autocast("cpu", enabled=False):  # every dtype is said
+            return _forward(ctx, layout, hidden, *weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - autograd's
-        x, normed, q, k, v, mixed, between, mlp_normed, gate_up, *weights = ctx.saved_tensors
-        norm, query, key, value, out, mlp_norm, gate, up, down = weights
-        layout, wanted = ctx.layout, ctx.needs_input_grad[2:]
-        kernels, groups = layout.kernels, k.shape[1]
-        around = gradient.reshape(x.shape).contiguous()
+        with torch.autocast("cpu", enabled=False):
+            return _backward(ctx, gradient)
 
-        rounded = around.to(normed.dtype)
-        to_gate_up, product = kernels.swiglu_backward(gate_up, _to_input(rounded, down))
-        to_down = _to_weights(rounded, product, [down], wanted[8:])
-        to_gate = _to_weights(to_gate_up, mlp_normed, [gate, up], wanted[6:8])
-        around, rounded, to_mlp_norm = kernels.norm_backward(
-            between, mlp_norm.float(), _to_input(to_gate_up, gate, up), around, layout.mlp_eps
-        )
-        to_out = _to_weights(rounded, mixed, [out], wanted[4:5])
-        to_mixed = _to_input(rounded, out).view(len(q), q.shape[2], -1, q.shape[3])
-        mixing = _groups(to_mixed.transpose(1, 2).contiguous(), groups)
-        shares = _shares(q, k, layout)
-        to_scores = torch.bmm(mixing, _groups(v, groups).mT)
-        kernels.softmax_backward_(shares, to_scores, layout.scale)
-        to_qkv = kernels.join_heads(
-            torch.bmm(to_scores, _groups(k, groups)).view(q.shape),
-            torch.bmm(to_scores.mT, _groups(q, groups)).view(k.shape),
-            torch.bmm(shares.mT, mixing).view(k.shape),
-            layout.turns,
-        )
-        to_query = _to_weights(to_qkv, normed, [query, key, value], wanted[1:4])
-        to_x, _, to_norm = kernels.norm_backward(
-            x, norm.float(), _to_input(to_qkv, query, key, value), around, layout.attention_eps
-        )
-        to_weights = (to_norm, *to_query, *to_out, to_mlp_norm, *to_gate, *to_down)
-        return None, to_x.view(gradient.shape), *to_weights
+
+def _forward(ctx: Any, layout: Layout, hidden: Tensor, *weights: Tensor) -> Tensor:  # noqa: ANN401
+    norm, query, key, value, out, mlp_norm, gate, up, down = weights
+    kernels, batch = layout.kernels, len(hidden)
+    x = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    normed = kernels.norm(x, norm.float(), layout.attention_eps)
+    qkv = _product(normed, query, key, value)
+    q, k, v = kernels.split_heads(qkv, layout.turns, batch, layout.heads, layout.kv_heads)
+    shares = _shares(q, k, layout)
+    mixed = torch.bmm(shares, _groups(v, k.shape[1])).view(q.shape)
+    mixed = mixed.transpose(1, 2).reshape(len(x), -1)
+    between, mlp_normed = kernels.add_and_norm(
+        x, _product(mixed, out), mlp_norm.float(), layout.mlp_eps
+    )
+    gate_up = _product(mlp_normed, gate, up)
+    added = _product(kernels.swiglu(gate_up), down)
+    ctx.save_for_backward(x, normed, q, k, v, mixed, between, mlp_normed, gate_up, *weights)
+    ctx.layout = layout
+    return (between + added).view(hidden.shape)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    x, normed, q, k, v, mixed, between, mlp_normed, gate_up, *weights = ctx.saved_tensors
+    norm, query, key, value, out, mlp_norm, gate, up, down = weights
+    layout, wanted = ctx.layout, ctx.needs_input_grad[2:]
+    kernels, groups = layout.kernels, k.shape[1]
+    around = gradient.reshape(x.shape).contiguous()
+
+    rounded = around.to(normed.dtype)
+    to_gate_up, product = kernels.swiglu_backward(gate_up, _to_input(rounded, down))
+    to_down = _to_weights(rounded, product, [down], wanted[8:])
+    to_gate = _to_weights(to_gate_up, mlp_normed, [gate, up], wanted[6:8])
+    around, rounded, to_mlp_norm = kernels.norm_backward(
+        between, mlp_norm.float(), _to_input(to_gate_up, gate, up), around, layout.mlp_eps
+    )
+    to_out = _to_weights(rounded, mixed, [out], wanted[4:5])
+    to_mixed = _to_input(rounded, out).view(len(q), q.shape[2], -1, q.shape[3])
+    mixing = _groups(to_mixed.transpose(1, 2).contiguous(), groups)
+    shares = _shares(q, k, layout)
+    to_scores = torch.bmm(mixing, _groups(v, groups).mT)
+    kernels.softmax_backward_(shares, to_scores, layout.scale)
+    to_qkv = kernels.join_heads(
+        torch.bmm(to_scores, _groups(k, groups)).view(q.shape),
+        torch.bmm(to_scores.mT, _groups(q, groups)).view(k.shape),
+        torch.bmm(shares.mT, mixing).view(k.shape),
+        layout.turns,
+    )
+    to_query = _to_weights(to_qkv, normed, [query, key, value], wanted[1:4])
+    to_x, _, to_norm = kernels.norm_backward(
+        x, norm.float(), _to_input(to_qkv, query, key, value), around, layout.attention_eps
+    )
+    to_weights = (to_norm, *to_query, *to_out, to_mlp_norm, *to_gate, *to_down)
+    return None, to_x.view(gradient.shape), *to_weights

@@ -139,10 +139,16 @@ class Kernels(Compiled):
 
         Args:
             logits: [tokens, vocab].
+
+        Raises:
+            IndexError: a target is no token.
         """
-        logprob, normaliser, plain = torch.empty(3, len(logits), dtype=torch.float32)
+        if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+            raise IndexError(f"a target is none of the {logits.shape[1]} tokens")
+        sums = logits.new_empty(3, len(logits), dtype=torch.float32)
+        logprob, normaliser, plain = sums
         entropies = torch.empty_like(logprob) if entropy else None
-        given = (logits, targets.contiguous(), logprob, normaliser, plain, entropies)
+        given = (logits, targets.long().contiguous(), logprob, normaliser, plain, entropies)
         self._logprobs(*map(address, given), *logits.shape, temperature, threads())
         return logprob, normaliser, plain, entropies
 
@@ -158,7 +164,7 @@ class Kernels(Compiled):
     ) -> Tensor:
         """The logits' gradient in their place, from that of `logprobs`' log-probs and entropies."""
         given = [t if t is None else t.contiguous() for t in (to_logprob, to_entropy)]
-        parts = (logits, targets.contiguous(), normaliser, entropy, *given)
+        parts = (logits, targets.long().contiguous(), normaliser, entropy, *given)
         self._logprobs_backward(*map(address, parts), *logits.shape, temperature, threads())
         return logits
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ppomax.models.kernels import Kernels, kernels_for
 
@@ -99,37 +100,46 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy, plain
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any,  # noqa: ANN401 - torch gives it no public type
         *grads: Tensor,
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         """Softmax gradients, logits made anew; passes over the vocabulary are in place."""
-        hidden, weight, targets, normalisers, entropy = ctx.saved_tensors
-        want_hidden, want_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = None
-        matrix, kernels = weight.to(ctx.dtype), _kernels(weight, ctx.dtype)
-        slopes = _slopes if kernels is None else kernels.logprobs_backward_
-        for part, states, logits in _chunks(hidden, matrix, compiled=kernels is not None):
-            to_entropy = grads[1][part] if ctx.want_entropy else None
-            if to_entropy is not None and not bool(to_entropy.any()):
-                to_entropy = None
-            given = (targets[part], normalisers[part], entropy[part], grads[0][part], to_entropy)
-            grad = slopes(logits, *given, ctx.temperature)
-            if grad_hidden is not None:
-                grad_hidden[part] = torch.mm(grad, matrix).to(hidden.dtype)
-            if not want_weight:
-                continue
-            if grad_weight is None:
-                grad_weight = torch.mm(grad.T, states).float()
-            elif ctx.dtype == torch.float32:  # in place: no fresh [vocab, hidden] for every chunk
-                grad_weight.addmm_(grad.T, states)
-            else:
-                grad_weight += torch.mm(grad.T, states)
-        if want_weight:
-            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return _gradients(ctx, *grads)
+
+
+def _gradients(
+    ctx: Any,  # noqa: ANN401 - torch gives it no public type
+    *grads: Tensor,
+) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    hidden, weight, targets, normalisers, entropy = ctx.saved_tensors
+    want_hidden, want_weight = ctx.needs_input_grad[:2]
+    grad_hidden = torch.empty_like(hidden) if want_hidden else None
+    grad_weight = None
+    matrix, kernels = weight.to(ctx.dtype), _kernels(weight, ctx.dtype)
+    slopes = _slopes if kernels is None else kernels.logprobs_backward_
+    for part, states, logits in _chunks(hidden, matrix, compiled=kernels is not None):
+        to_entropy = grads[1][part] if ctx.want_entropy else None
+        if to_entropy is not None and not bool(to_entropy.any()):
+            to_entropy = None
+        given = (targets[part], normalisers[part], entropy[part], grads[0][part], to_entropy)
+        grad = slopes(logits, *given, ctx.temperature)
+        if grad_hidden is not None:
+            grad_hidden[part] = torch.mm(grad, matrix).to(hidden.dtype)
+        if not want_weight:
+            continue
+        if grad_weight is None:
+            grad_weight = torch.mm(grad.T, states).float()
+        elif ctx.dtype == torch.float32:  # in place: no fresh [vocab, hidden] for every chunk
+            grad_weight.addmm_(grad.T, states)
+        else:
+            grad_weight += torch.mm(grad.T, states)
+    if want_weight:
+        grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight
+        grad_weight = grad_weight.to(weight.dtype)
+    return grad_hidden, grad_weight, None, None, None, None
 
 
 def _kernels(weight: Tensor, dtype: torch.dtype) -> Kernels | None:
