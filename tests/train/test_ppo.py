@@ -192,8 +192,9 @@ def test_with_lora_the_reference_is_the_policy_with_its_adapters_off(small, tmp_
 
     monkeypatch.setattr(ppo_state, "load_actors", with_reference)
     separate = rows(train_ppo(small("ppo", tmp_path / "b", change)))
+    # without adapters its blocks run as one operation, which rounds otherwise
     for one, two in zip(own, separate, strict=True):
-        assert numbers(two) == pytest.approx(numbers(one), rel=1e-5, abs=1e-7)
+        assert numbers(two) == pytest.approx(numbers(one), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.slow
