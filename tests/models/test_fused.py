@@ -7,7 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from ppomax.models import fused
 from ppomax.models.attention import use_grouped_attention
@@ -290,6 +296,28 @@ def test_frozen_weights_get_no_gradient_and_the_others_the_same(calls):
     assert len(calls) == 4
     assert {key for key, p in model.named_parameters() if p.requires_grad} == set(some)
     assert all(torch.equal(some[key], whole[key]) for key in some)
+
+
+def test_each_weight_alone_may_be_frozen():
+    model, ids = make("llama"), ids_of()
+    _, whole = result(model, ids, torch.float32)
+    for key, parameter in model.model.layers[1].named_parameters(prefix="model.layers.1"):
+        parameter.requires_grad_(False)
+        _, some = result(model, ids, torch.float32)
+        parameter.requires_grad_(True)
+        assert set(whole) - set(some) == {key}
+        assert all(torch.equal(some[name], whole[name]) for name in some)
+
+
+def test_a_cache_is_filled(calls):
+    model, ids, cache = make("llama"), ids_of(), DynamicCache()
+    with torch.no_grad():
+        whole = hidden_states(model, ids)
+        assert len(calls) == 2
+        hidden_states(model, ids[:, :20], past=cache)
+        last = hidden_states(model, ids[:, 20:], past=cache)
+    assert len(calls) == 2
+    torch.testing.assert_close(last, whole[:, 20:], rtol=1e-4, atol=1e-4)
 
 
 def test_checkpointing_recomputes_the_same(calls):
