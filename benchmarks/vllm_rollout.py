@@ -71,7 +71,7 @@ def work(given):
     template = ChatTemplate(load_tokenizer(given.model))
     if not given.natural:
         template.end_ids = frozenset()
-    settings = EngineSettings(kind=given.engine, slots=given.slots or given.prompts)
+    settings = EngineSettings(kind=given.engine, slots=given.slots)
     world = World(0, 1, device)
     engine = build_engine(settings, model, template, world, DTYPES[given.dtype])
     generator = torch.Generator().manual_seed(0)

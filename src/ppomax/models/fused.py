@@ -23,6 +23,9 @@ from ppomax.models.lean import GatedMLP, Norm
 
 FAMILIES = ("LlamaDecoderLayer", "MistralDecoderLayer")
 """Whose heads are rotated and mixed with nothing in between."""
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{name}") for name in HOOKS]
+"""Of all modules: torch's own tables."""
 
 
 def use_fused_blocks(model: PreTrainedModel) -> None:
@@ -59,14 +62,14 @@ def _again(family: Any) -> Any:  # noqa: ANN401 - each architecture's class
     return kind.__new__(kind)
 
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{name}") for name in HOOKS]
-"""Of all modules: torch's own tables."""
-
-
 @cache
 def _fused(family: Any) -> Any:  # noqa: ANN401 - each architecture's class
-    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def forward(
+        self: Any,  # noqa: ANN401 - a block of the family
+        hidden_states: Tensor,
+        *args: Any,  # noqa: ANN401 - as the family's
+        **kwargs: Any,  # noqa: ANN401 - as the family's
+    ) -> Any:  # noqa: ANN401 - as the family's
         layout = None if args else _layout(self, hidden_states, kwargs)
         if layout is None:
             return family.forward(self, hidden_states, *args, **kwargs)
@@ -101,7 +104,11 @@ def _parts(block: Any) -> tuple[Any, ...]:  # noqa: ANN401 - each architecture's
     )
 
 
-def _layout(block: Any, x: Tensor, rest: dict[str, Any]) -> Layout | None:  # noqa: ANN401
+def _layout(
+    block: Any,  # noqa: ANN401 - each architecture's class
+    x: Tensor,
+    rest: dict[str, Any],
+) -> Layout | None:
     """How to read this batch; None where it is not plain causal text on a processor."""
     attention = block.self_attn
     turns: tuple[Tensor, ...] = rest.get("position_embeddings") or ()
@@ -227,7 +234,12 @@ class _Block(torch.autograd.Function):
             return _backward(ctx, gradient)
 
 
-def _forward(ctx: Any, layout: Layout, hidden: Tensor, *weights: Tensor) -> Tensor:  # noqa: ANN401
+def _forward(
+    ctx: Any,  # noqa: ANN401 - autograd's
+    layout: Layout,
+    hidden: Tensor,
+    *weights: Tensor,
+) -> Tensor:
     norm, query, key, value, out, mlp_norm, gate, up, down = weights
     kernels, batch = layout.kernels, len(hidden)
     x = hidden.reshape(-1, hidden.shape[-1]).contiguous()
@@ -247,7 +259,7 @@ def _forward(ctx: Any, layout: Layout, hidden: Tensor, *weights: Tensor) -> Tens
     return (between + added).view(hidden.shape)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - autograd's
     x, normed, q, k, v, mixed, between, mlp_normed, gate_up, *weights = ctx.saved_tensors
     norm, query, key, value, out, mlp_norm, gate, up, down = weights
     layout, wanted = ctx.layout, ctx.needs_input_grad[2:]

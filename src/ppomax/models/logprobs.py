@@ -164,19 +164,19 @@ def _chunks(
 def _read(
     logits: Tensor, targets: Tensor, temperature: float, *, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`Kernels.logprobs` in PyTorch's operations."""
+    """`Kernels.logprobs` in PyTorch's operations; writes over fp32 logits."""
     x = logits.float()
     at_target = x.gather(1, targets[:, None]).squeeze(1)
     plain = None
     if temperature != 1.0:
         plain = at_target - x.logsumexp(1)
-        x = x / temperature
+        x /= temperature
         at_target = at_target / temperature
     normaliser = x.logsumexp(1)
     logprobs = at_target - normaliser
     entropies = None
     if entropy:
-        x = x - normaliser[:, None]  # log-probs; p times the logits would cancel
+        x -= normaliser[:, None]  # log-probs; p times the logits would cancel
         entropies = -torch.linalg.vecdot(x.exp(), x)
     return logprobs, normaliser, logprobs if plain is None else plain, entropies
 
