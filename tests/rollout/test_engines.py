@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 from itertools import chain
 
 import pytest
@@ -380,12 +381,13 @@ class ReplayedEagerly(StepGraphs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slots", [5, 64])
+@pytest.mark.parametrize("slots", [5, 16, 64])
 @pytest.mark.parametrize("params", [PARAMS, PAPER, NUCLEUS], ids=["plain", "paper", "nucleus"])
 def test_steps_of_fixed_shape_give_the_same_replies(monkeypatch, slots, params):
     monkeypatch.setattr(graphs, "SPAN", 8)
     monkeypatch.setattr(sampling, "CANDIDATES", 16)
     model, prompts, seeds = make("llama"), prompts_of(24), seeds_of(24)
+    prompts = [[7, 8, *prompt] for prompt in prompts]  # a free slot leaves what all begin with
     engine, made = engine_of(model, slots=slots, kernels=False), []  # as it is on CUDA
     before = engine.generate(prompts, params, seeds)
     plain = engine._stepper
@@ -538,6 +540,28 @@ def test_a_prompt_shared_by_replies_that_start_together_is_computed_once(monkeyp
     engine.generate([few[i % 4] for i in range(12)], params, seeds_of(12))
     assert counted[:8] == [sum(map(len, few))] * 8, "no padding, no second copy"
     assert set(counted[8:]) <= {*range(1, 13)}
+    counted.clear()
+    engine.generate([[5, 6, 7, *few[i % 4]] for i in range(12)], params, seeds_of(12))
+    assert counted[:16] == [3] * 8 + [sum(map(len, few))] * 8, "nor the beginning of all"
+
+
+@pytest.mark.parametrize("slots", [3, 64])
+@pytest.mark.parametrize(("compiled", "name"), [(True, "llama"), (True, "qwen3"), (False, "qwen3")])
+def test_what_all_prompts_begin_with_changes_nothing(slots, compiled, name):
+    model, opening = make(name), prompts_of(1, seed=1, low=9)[0]
+    prompts = [opening + prompt for prompt in prompts_of(20)]
+    prompts[3], prompts[4] = opening[:-1], opening  # one ends where the others go on
+    engine, seeds = engine_of(model, slots=slots, kernels=compiled), seeds_of(20)
+    found = engine.generate(prompts, PARAMS, seeds)
+    for got, wanted in zip(found.logprobs, teacher_forced(model, found), strict=True):
+        torch.testing.assert_close(torch.tensor(got), wanted, rtol=0, atol=1e-4)
+    with_another = engine.generate([*prompts, [4]], PARAMS, [*seeds, 1])
+    fields = dataclasses.asdict(with_another)
+    alone = type(found)(**{name: each[:20] for name, each in fields.items()})
+    if compiled:
+        assert found == alone
+    else:
+        agree(found, alone, 0.9)
 
 
 @pytest.mark.slow

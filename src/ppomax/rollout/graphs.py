@@ -2,8 +2,8 @@
 
 A step of a small batch is bound by launches, not by the device. Recorded steps have fixed shapes:
 every slot computes, also a free one, and attention looks at a span of the cache that grows by
-`SPAN` positions from one graph to the next. What lies beyond a reply's own position is masked, and
-what a free slot writes at position 0 is overwritten by the prompt that takes it.
+`SPAN` positions from one graph to the next. What lies beyond a reply's own position is masked; a
+free slot writes to the cache's last position, which no reply reads.
 """
 
 from collections.abc import Callable
@@ -42,6 +42,7 @@ class StepGraphs:
         count, span = given.shape[1], span_of(needed, self.length)
         self.given[:, :count] = given
         self.given[:, count:] = 0
+        self.given[1, count:] = self.length - 1
         if span not in self.graphs:
             self.graphs[span] = self._record(span)
         graph, found = self.graphs[span]

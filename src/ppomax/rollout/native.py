@@ -2,10 +2,12 @@
 
 Replies stand in slots 0..n-1 of one cache. A finished reply leaves: the last active slot moves into
 its place, and waiting prompts are prefilled into the free slots; a prompt that several of them
-share is computed once. The residual stream, norms, softmax and log-probs are fp32, matrix products
+share is computed once, and what all prompts begin with (a template's system message) once for all
+slots. The residual stream, norms, softmax and log-probs are fp32, matrix products
 run in the compute dtype, as in training under autocast.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +79,8 @@ class Cache:
     """[length, 1, dim]; keys and values may have room for a few positions more."""
     sin: Tensor
     """The same, negative where a rotation subtracts."""
+    opening: int
+    """Tokens that all prompts begin with: every slot holds them, whoever comes and goes."""
 
 
 class NativeEngine:
@@ -173,51 +177,73 @@ class NativeEngine:
         groups = [reply.group for reply in replies]
         holders = [place for place, group in enumerate(groups) if group not in groups[:place]]
         prompts = [replies[place].prompt for place in holders]
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        rows = torch.arange(len(prompts)).repeat_interleave(lengths).to(self.device)
-        positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(self.device)
-        ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
-        held = torch.tensor(holders, device=self.device)
-        if self.kernels is None:
-            x = self._read(ids, rows, positions, held + first, cache)
-        else:
-            x = self._read_compiled(self.kernels, ids, positions, (held + first)[rows], cache)
+        held = torch.tensor(holders, device=self.device) + first
+        after = self._read(prompts, cache.opening, held, cache)
         which = [holders.index(groups.index(group)) for group in groups]
         if len(prompts) < len(replies):
-            slots, longest = slice(first, first + len(replies)), int(lengths.max())
+            slots, longest = slice(first, first + len(replies)), max(map(len, prompts))
             for keys, values in zip(cache.keys, cache.values, strict=True):
                 for each in (keys[..., :longest], values[:, :, :longest]):
-                    each[slots] = each[(held + first)[which]]
-        return self._logits(x[(lengths.cumsum(0) - 1)[which].to(self.device)])
+                    each[slots] = each[held[which]]
+        return self._logits(after[which])
 
-    def _read(
-        self, ids: Tensor, rows: Tensor, positions: Tensor, slots: Tensor, cache: Cache
+    def _read(self, prompts: list[list[int]], start: int, slots: Tensor, cache: Cache) -> Tensor:
+        """Read prompts, from token `start` on, into the cache; the residual stream after each.
+
+        Args:
+            slots: of each prompt.
+        """
+        lengths = torch.tensor([len(prompt) - start for prompt in prompts])
+        rows = torch.arange(len(prompts)).repeat_interleave(lengths).to(self.device)
+        positions = torch.cat([torch.arange(start, len(prompt)) for prompt in prompts])
+        ids = torch.tensor([token for prompt in prompts for token in prompt[start:]])
+        ids, positions = ids.to(self.device), positions.to(self.device)
+        if self.kernels is None:
+            x = self._read_padded(ids, rows, positions, start, slots, cache)
+        else:
+            x = self._read_compiled(self.kernels, ids, positions, slots[rows], cache)
+        return x[(lengths.cumsum(0) - 1).to(self.device)]
+
+    def _read_padded(
+        self,
+        ids: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        start: int,
+        slots: Tensor,
+        cache: Cache,
     ) -> Tensor:
-        """Read whole prompts into the cache; the residual stream after them, [tokens, hidden].
+        """Read tokens into the cache; the residual stream after each, [tokens, hidden].
 
         Only attention sees padding.
 
         Args:
             rows: of each token's prompt.
-            positions: of each token in its prompt.
+            positions: of each token in its prompt, `start` the first.
             slots: of each prompt.
         """
         count, longest, shared = len(slots), int(positions.max()) + 1, self.heads // self.kv_heads
         x = F.embedding(ids, self.weights.embedding).float()
         cos, sin = cache.cos[positions], cache.sin[positions]
+        mask = None  # causal; the tokens before `start` are seen by all
+        if start:
+            mask = torch.ones(longest - start, longest, dtype=torch.bool, device=self.device)
+            mask = mask.tril_(start)
 
         def padded(flat: Tensor) -> Tensor:
-            result = flat.new_zeros(count, flat.shape[1], longest, self.head_dim)
-            result[rows, :, positions] = flat
+            result = flat.new_zeros(count, flat.shape[1], longest - start, self.head_dim)
+            result[rows, :, positions - start] = flat
             return result
 
         for layer, keys, values in zip(self.weights.layers, cache.keys, cache.values, strict=True):
             q, k, v = map(padded, self._project(layer, x, cos, sin))
-            keys[slots, :, :, :longest] = k.transpose(2, 3)
-            values[slots, :, :longest] = v
+            keys[slots, :, :, start:longest] = k.transpose(2, 3)
+            values[slots, :, start:longest] = v
+            if start:
+                k, v = keys[slots, :, :, :longest].transpose(2, 3), values[slots, :, :longest]
             k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = self._finish(layer, x, mixed[rows, :, positions].flatten(1))
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+            x = self._finish(layer, x, mixed[rows, :, positions - start].flatten(1))
         return x
 
     def _stepper(
@@ -301,7 +327,8 @@ class NativeEngine:
         if replies:
             slots = min(self.settings.slots, len(replies))
             length = min(max(map(len, prompts)) + params.max_new_tokens, self.max_positions)
-            self._run(replies, slots, self._cache(slots, length), params, finished)
+            common = os.path.commonprefix([prompt[:-1] for prompt in prompts])
+            self._run(replies, slots, self._cache(slots, length, common), params, finished)
         return Rollout(
             prompts,
             [reply.ids for reply in replies],
@@ -309,8 +336,12 @@ class NativeEngine:
             finished,
         )
 
-    def _cache(self, slots: int, length: int) -> Cache:
-        """Room for `slots` texts of `length` tokens; zeros, for what is masked must be finite."""
+    def _cache(self, slots: int, length: int, opening: list[int]) -> Cache:
+        """Room for `slots` texts of `length` tokens; zeros, for what is masked must be finite.
+
+        Args:
+            opening: what all of them begin with.
+        """
 
         def room(*shape: int) -> list[Tensor]:
             return [
@@ -322,7 +353,14 @@ class NativeEngine:
         cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
         turns = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         ample = -(-length // TILE) * TILE
-        return Cache(room(self.head_dim, ample), room(ample, self.head_dim), *turns)
+        sizes, count = (room(self.head_dim, ample), room(ample, self.head_dim)), len(opening)
+        cache = Cache(*sizes, *turns, count)
+        if opening:
+            self._read([opening], 0, torch.zeros(1, dtype=torch.long, device=self.device), cache)
+            for keys, values in zip(cache.keys, cache.values, strict=True):
+                keys[1:, :, :, :count] = keys[:1, :, :, :count]
+                values[1:, :, :count] = values[:1, :, :count]
+        return cache
 
     def _run(
         self,
