@@ -7,6 +7,7 @@ import torch
 
 from ppomax.models import compiled as loader
 from ppomax.models.compiled import build, library
+from ppomax.rollout import sampling
 from ppomax.rollout.kernels import SOURCE, TILE, Kernels
 
 FOUND = library(SOURCE)
@@ -278,6 +279,43 @@ def test_the_most_likely_are_those_of_a_whole_sort(vocab, count):
     torch.testing.assert_close(
         normaliser.double(), logits.double().logsumexp(1), rtol=1e-6, atol=2e-6
     )
+
+
+@compiled
+@pytest.mark.parametrize("vocab", [1, 5, 300, 4099, 49152])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+def test_a_compiled_draw_is_that_of_pytorchs_operations(vocab, temperature):
+    rows = 300 if vocab < 10_000 else 60
+    spread = 16 * torch.linspace(0, 1, rows)[:, None] ** 2  # from nearly all tail to none
+    logits = spread * randn(rows, vocab)
+    logits[1, 1::2] = float("-inf")
+    logits[2:12] += 8192  # where a float has three digits behind the point
+    seeds, steps = torch.arange(rows) * 0x9E3779B97F4A7 + 2**62, torch.arange(rows) % 50
+    params = sampling.SamplingParams(temperature=temperature)
+    parts = Kernels(FOUND, torch.float32)
+    tools = sampling.Tools(parts.most_likely)  # which of equals it takes
+    expected = sampling.sample(logits, seeds, steps, params, tools=tools)
+    found = parts.draw_plain(logits, seeds, steps, temperature, sampling.CANDIDATES)
+    assert torch.equal(found.tokens, expected.tokens)
+    far = torch.tensor([2 <= row < 12 for row in range(rows)])
+    for some, within in ((~far, 1e-5), (far, 2e-3)):
+        torch.testing.assert_close(
+            found.logprobs[some], expected.logprobs[some], rtol=0, atol=within
+        )
+    if vocab > 4000:
+        among = logits.topk(sampling.CANDIDATES).indices
+        beyond = (among != found.tokens[:, None]).all(1)
+        assert 5 < int(beyond.sum()) < rows - 5, "of the tail, and of the most likely"
+
+
+@compiled
+def test_a_compiled_draw_of_what_is_no_number_is_a_token():
+    logits = randn(3, 4096)
+    logits[0, 7], logits[1] = float("nan"), float("nan")
+    seeds = torch.arange(3)
+    draw = Kernels(FOUND, torch.float32).draw_plain(logits, seeds, seeds, 1.0, 256)
+    assert draw.logprobs.isnan().tolist() == [True, True, False]
+    assert ((draw.tokens >= 0) & (draw.tokens < 4096)).all()
 
 
 @compiled

@@ -132,6 +132,24 @@ inline Lanes exponential(Lanes x) {
   return sum * (Lanes)power;
 }
 
+// The largest number; one that is none counts for nothing, and of none comes -infinity.
+template <class T>
+inline float largest(const T* x, int64_t count) {
+  Lanes tops[4];
+  for (Lanes& each : tops) each = Lanes{} - INFINITY;
+  int64_t i = 0;
+  for (; i + 4 * LANES <= count; i += 4 * LANES)
+    for (int j = 0; j < 4; j++) {
+      const Lanes some = load(x + i + j * LANES);
+      tops[j] = some > tops[j] ? some : tops[j];
+    }
+  float top = -INFINITY;
+  for (; i < count; i++) top = std::max(top, widen(x[i]));
+  for (const Lanes& each : tops)
+    for (int64_t lane = 0; lane < LANES; lane++) top = std::max(top, each[lane]);
+  return top;
+}
+
 // --- norm -----------------------------------------------------------------------------------
 
 // RMSNorm of a stream, to which `added` is added first where there is one: `total`, which may be the

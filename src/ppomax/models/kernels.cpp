@@ -233,9 +233,7 @@ void logprobs(const T* logits, const int64_t* targets, float* logprob, float* no
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < rows; row++) {
     const T* x = logits + row * vocab;
-    float top = -INFINITY;
-#pragma omp simd reduction(max : top)
-    for (int64_t i = 0; i < vocab; i++) top = std::max(top, widen(x[i]));
+    const float top = largest(x, vocab);
     const double above = std::log(sum_of(vocab, [&](int64_t i) {
       return exponential((widen(x[i]) - top) * inverse);
     }));

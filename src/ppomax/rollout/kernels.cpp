@@ -209,9 +209,7 @@ void heads(const float* queries, const T* keys, const T* values, T* out, float* 
   score<T, G>(queries, keys, scores, dim, length, span);
   float total[G];
   for (int g = 0; g < G; g++) {
-    float *row = scores + g * length, top = row[0], sum = 0;
-#pragma omp simd reduction(max : top)
-    for (int64_t t = 0; t < span; t++) top = std::max(top, row[t]);
+    float *row = scores + g * length, top = largest(row, span), sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t t = 0; t < span; t++) {
       row[t] = exponential(row[t] - top);
@@ -299,62 +297,202 @@ inline int32_t rank_of(float x) {
   return word ^ (word < 0 ? 0x7FFFFFFF : 0);
 }
 
-// The `count` largest logits of each row, largest first and of equals the first, and the log of the
-// sum of all exponentials. The vocabulary is cut into runs, entry i of run j at i * runs + j: no
-// logit below the count-th largest of the runs' maxima can be among them.
+// A row of logits, and what is found in it.
+struct Row {
+  const float* x;
+  int64_t vocab;
+  float top;
+  double sum;  // of exp(x - top); one of floats would lose a long tail beside the largest
+};
+
+// The sum of exp(x - top).
+inline double weigh(const float* x, int64_t vocab, float top) {
+  constexpr int64_t PART = 128;
+  double sum = 0;
+  for (int64_t first = 0; first < vocab; first += PART) {
+    float part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = first; i < std::min(first + PART, vocab); i++) part += exponential(x[i] - top);
+    sum += part;
+  }
+  return sum;
+}
+
+inline Row read(const float* x, int64_t vocab) {
+  const float top = largest(x, vocab);
+  return {x, vocab, top, weigh(x, vocab, top)};
+}
+
+inline float normaliser_of(const Row& row) { return float(row.top + std::log(row.sum)); }
+
+// The `count` largest logits, of equals the first, in no order: a rank above the id's complement.
+// The vocabulary is cut into runs, entry i of run j at i * runs + j: no logit below the count-th
+// largest of the runs' maxima can be among them.
+struct Search {
+  static constexpr int64_t RUN = 16;
+  std::vector<int32_t> best;
+  std::vector<uint64_t> found;
+
+  static int64_t id(uint64_t key) { return uint32_t(~key); }
+
+  void operator()(const float* x, int64_t vocab, int64_t count) {
+    const int64_t runs = vocab / RUN;
+    const int32_t least = runs < count ? INT32_MIN : bound(x, runs, count);
+    found.clear();
+    for (int64_t first = 0; first < vocab; first += RUN) {
+      const int64_t end = std::min(first + RUN, vocab);
+      int some = 0;
+#pragma omp simd reduction(| : some)
+      for (int64_t i = first; i < end; i++) some |= rank_of(x[i]) >= least;
+      if (some)
+        for (int64_t i = first; i < end; i++)
+          if (rank_of(x[i]) >= least)
+            found.push_back(uint64_t(uint32_t(rank_of(x[i])) ^ 0x80000000u) << 32 | uint32_t(~i));
+    }
+    if (count < int64_t(found.size()))
+      std::nth_element(found.begin(), found.begin() + count, found.end(), std::greater<uint64_t>());
+    found.resize(count);
+  }
+
+  // A rank that at least `count` of the runs' maxima reach, and not many more.
+  int32_t bound(const float* x, int64_t runs, int64_t count) {
+    best.resize(runs);
+    int32_t* top = best.data();
+    for (int64_t j = 0; j < runs; j++) top[j] = rank_of(x[j]);
+    for (int64_t i = 1; i < RUN; i++)
+      for (int64_t j = 0; j < runs; j++) top[j] = std::max(top[j], rank_of(x[i * runs + j]));
+    int64_t low = INT32_MIN, high = INT32_MAX;
+    while (low < high) {
+      const int64_t middle = low + (high - low + 1) / 2;
+      int64_t reach = 0;
+#pragma omp simd reduction(+ : reach)
+      for (int64_t j = 0; j < runs; j++) reach += top[j] >= int32_t(middle);
+      if (reach < count)
+        high = middle - 1;
+      else
+        low = middle;
+      if (reach >= count && reach <= count + count / 8) break;
+    }
+    return int32_t(low);
+  }
+};
+
+// The `count` largest logits of each row, largest first, and the log of the sum of exponentials.
 void find_most_likely(const float* logits, float* values, int64_t* ids, float* normaliser,
                       int64_t rows, int64_t vocab, int64_t count, int threads) {
-  constexpr int64_t RUN = 16, PART = 128;
-  const int64_t runs = vocab / RUN;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<int32_t> best(runs), sorted(runs);
-    std::vector<uint64_t> found;
+    Search search;
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
       const float* x = logits + row * vocab;
-      float top = x[0];
-#pragma omp simd reduction(max : top)
-      for (int64_t i = 0; i < vocab; i++) top = std::max(top, x[i]);
-      double sum = 0;  // one of floats would lose a long tail beside the largest
-      for (int64_t first = 0; first < vocab; first += PART) {
-        float part = 0;
-#pragma omp simd reduction(+ : part)
-        for (int64_t i = first; i < std::min(first + PART, vocab); i++)
-          part += exponential(x[i] - top);
-        sum += part;
-      }
-      normaliser[row] = float(top + std::log(sum));
-
-      found.clear();
-      auto take = [&](int64_t at, int32_t rank) {
-        found.push_back(uint64_t(uint32_t(rank) ^ 0x80000000u) << 32 | uint32_t(~at));
-      };
-      if (runs < count) {
-        for (int64_t i = 0; i < vocab; i++) take(i, rank_of(x[i]));
-      } else {
-        for (int64_t j = 0; j < runs; j++) best[j] = rank_of(x[j]);
-        for (int64_t i = 1; i < RUN; i++)
-          for (int64_t j = 0; j < runs; j++) best[j] = std::max(best[j], rank_of(x[i * runs + j]));
-        sorted = best;
-        auto last = sorted.begin() + count - 1;
-        std::nth_element(sorted.begin(), last, sorted.end(), std::greater<int32_t>());
-        const int32_t least = *last;
-        for (int64_t j = 0; j < runs; j++)
-          if (best[j] >= least)
-            for (int64_t i = j; i < RUN * runs; i += runs)
-              if (rank_of(x[i]) >= least) take(i, rank_of(x[i]));
-        for (int64_t i = RUN * runs; i < vocab; i++) take(i, rank_of(x[i]));
-      }
-      auto end = found.begin() + count;
-      if (end < found.end())
-        std::nth_element(found.begin(), end, found.end(), std::greater<uint64_t>());
-      std::sort(found.begin(), end, std::greater<uint64_t>());
+      normaliser[row] = normaliser_of(read(x, vocab));
+      search(x, vocab, count);
+      std::sort(search.found.begin(), search.found.end(), std::greater<uint64_t>());
       for (int64_t i = 0; i < count; i++) {
-        const int64_t at = uint32_t(~found[i]);
-        ids[row * count + i] = at;
-        values[row * count + i] = x[at];
+        ids[row * count + i] = Search::id(search.found[i]);
+        values[row * count + i] = x[ids[row * count + i]];
       }
+    }
+  }
+}
+
+// --- a draw ---------------------------------------------------------------------------------
+
+// The finaliser of SplitMix64, as in sampling.py.
+inline uint64_t mixed(uint64_t x) {
+  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+  return x ^ x >> 31;
+}
+
+// Noise of the tokens of one reply and step.
+struct Noise {
+  uint64_t state;
+
+  Noise(int64_t seed, int64_t step, int64_t stream)
+      : state(mixed(uint64_t(seed) + 0x9E3779B97F4A7C15u * uint64_t(step * 2 + stream + 1))) {}
+
+  double uniform(int64_t id) const {
+    const uint64_t bits = mixed(state ^ mixed(uint64_t(id) * 0xD1342543DE82EF95u + 1));
+    return (double(bits >> 11) + 0.5) * 0x1p-53;
+  }
+};
+
+inline double gumbel(double uniform) { return -std::log(-std::log(uniform)); }
+
+// The largest x + Gumbel noise so far. It needs a logarithm only of those that may be the largest:
+// -log(u) is at least 1 - u, and x + noise above the best means -log(u) < exp(x - best).
+struct Race {
+  static constexpr int64_t SPAN = 64;
+  const Row& row;
+  double best = -INFINITY, limit = INFINITY;
+  int64_t winner;
+
+  void enter(int64_t id, const Noise& noise) {
+    const double uniform = noise.uniform(id);
+    if (1 - uniform > limit * exponential(row.x[id] - row.top)) return;
+    const double noisy = row.x[id] + gumbel(uniform);
+    if (!(noisy > best)) return;
+    best = noisy, winner = id;
+    limit = std::exp(row.top - best) * 1.0001;  // above what the exponential rounds
+  }
+
+  void enter_all(const Noise& noise) {
+    for (int64_t first = 0; first < row.vocab; first += SPAN) {
+      const int64_t end = std::min(first + SPAN, row.vocab);
+      int some = 0;
+#pragma omp simd reduction(| : some)
+      for (int64_t id = first; id < end; id++)
+        some |= !(1 - noise.uniform(id) > limit * exponential(row.x[id] - row.top));
+      if (some)
+        for (int64_t id = first; id < end; id++) enter(id, noise);
+    }
+  }
+};
+
+// A token of softmax(logits / temperature) for each row: the `count` most likely one by one, the tail
+// as one variable of its mass, from which is drawn where that is the largest; as in sampling.py.
+void draw(const float* logits, const int64_t* seeds, const int64_t* steps, int64_t* tokens,
+          float* logprobs, int64_t rows, int64_t vocab, int64_t count, float temperature,
+          int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    Search search;
+    std::vector<float> scaled(temperature == 1.0f ? 0 : vocab), tail(vocab);
+#pragma omp for schedule(static)
+    for (int64_t each = 0; each < rows; each++) {
+      const float* x = logits + each * vocab;
+      if (temperature != 1.0f) {
+        for (int64_t i = 0; i < vocab; i++) scaled[i] = x[i] / temperature;
+        x = scaled.data();
+      }
+      const Row row = read(x, vocab);
+      search(x, vocab, count);
+      Race race{row};
+      race.winner = Search::id(search.found[0]);
+      const Noise noise(seeds[each], steps[each], 0);
+      double inside = 0;
+      for (uint64_t key : search.found) {
+        const int64_t id = Search::id(key);
+        race.enter(id, noise);
+        inside += exponential(x[id] - row.top);
+      }
+      const double of_tail = row.top + gumbel(noise.uniform(-1));
+      const double rounding = 1e-5 * row.sum;  // above that of both sums
+      if (count < vocab && of_tail + std::log(row.sum - inside + rounding) > race.best) {
+        std::copy(x, x + vocab, tail.begin());
+        for (uint64_t key : search.found) tail[Search::id(key)] = -INFINITY;
+        if (of_tail + std::log(weigh(tail.data(), vocab, row.top)) > race.best) {
+          const Row rest{tail.data(), vocab, row.top, 0};
+          Race further{rest};
+          further.winner = race.winner;
+          further.enter_all(Noise(seeds[each], steps[each], 1));
+          race.winner = further.winner;
+        }
+      }
+      tokens[each] = race.winner;
+      logprobs[each] = x[race.winner] - normaliser_of(row);
     }
   }
 }
@@ -392,6 +530,11 @@ extern "C" {
 void most_likely(const float* logits, float* values, int64_t* ids, float* normaliser, int64_t rows,
                  int64_t vocab, int64_t count, int threads) {
   find_most_likely(logits, values, ids, normaliser, rows, vocab, count, threads);
+}
+void draw_plain(const float* logits, const int64_t* seeds, const int64_t* steps, int64_t* tokens,
+                float* logprobs, int64_t rows, int64_t vocab, int64_t count, float temperature,
+                int threads) {
+  draw(logits, seeds, steps, tokens, logprobs, rows, vocab, count, temperature, threads);
 }
 EXPORT(float32, float)
 EXPORT(bfloat16, bf16)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ppomax.models.compiled import Compiled, address, threads
-from ppomax.rollout.sampling import Likely
+from ppomax.rollout.sampling import Draw, Likely
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 TILE = 32
@@ -34,8 +34,9 @@ class Kernels(Compiled):
         "product": "pppp nnn i",
         "logits": "pppp nnn i",
         "most_likely": "pppp nnn i",
+        "draw_plain": "ppppp nnn f i",
     }
-    alike: ClassVar = frozenset({"most_likely"})
+    alike: ClassVar = frozenset({"most_likely", "draw_plain"})
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         super().__init__(library, dtype)
@@ -158,9 +159,26 @@ class Kernels(Compiled):
         self._most_likely(*map(address, given), batch, vocab, count, threads())
         return Likely(values, ids, normaliser)
 
+    def draw_plain(
+        self, logits: Tensor, seeds: Tensor, steps: Tensor, temperature: float, count: int
+    ) -> Draw:
+        """A draw from softmax(logits / temperature), the same as of `sampling.sample`.
+
+        Args:
+            logits: fp32, [batch, vocab].
+            count: tokens that are perturbed one by one.
+        """
+        batch, vocab = logits.shape
+        tokens, logprobs = torch.empty_like(seeds), logits.new_empty(batch)
+        given = (logits, seeds.contiguous(), steps.contiguous(), tokens, logprobs)
+        sizes = (batch, vocab, min(count, vocab))
+        self._draw_plain(*map(address, given), *sizes, temperature, threads())
+        return Draw(tokens, logprobs)
+
     _norm: Any
     _swiglu: Any
     _attend: Any
     _product: Any
     _logits: Any
     _most_likely: Any
+    _draw_plain: Any

@@ -23,7 +23,7 @@ from ppomax.models.compiled import library
 from ppomax.rollout.engine import EngineSettings, Rollout, check_prompts
 from ppomax.rollout.graphs import Found, StepGraphs
 from ppomax.rollout.kernels import SOURCE, TILE, Kernels
-from ppomax.rollout.sampling import Draft, SamplingParams, Search, draft, look, sample, settle
+from ppomax.rollout.sampling import PYTORCH, Draft, SamplingParams, Tools, draft, sample, settle
 from ppomax.rollout.stops import StopStrings
 from ppomax.rollout.weights import Layer, Weights, take_weights
 
@@ -109,14 +109,14 @@ class NativeEngine:
         self.rope_scale = float(rotary.attention_scaling)
         self.stops = StopStrings(template)
         self.kernels: Kernels | None = None
-        self.search: Search = look
+        self.tools = PYTORCH
         if settings.kernels and self.device.type == "cpu":
             found = library(SOURCE)
             if isinstance(found, str):
                 self.note = f"decoding with PyTorch's operations, more slowly: {found}"
             else:
                 self.kernels = Kernels(found, dtype)
-                self.search = self.kernels.most_likely
+                self.tools = Tools(self.kernels.most_likely, self.kernels.draw_plain)
         self.sync(model)
 
     def sync(self, model: PreTrainedModel) -> None:
@@ -256,7 +256,7 @@ class NativeEngine:
             logits = self._decode(tokens, positions, span, cache)
             if params.repetition_penalty is not None:
                 return logits  # what it counts grows from step to step
-            return draft(logits, seeds, steps, params, self.search)
+            return draft(logits, seeds, steps, params, self.tools)
 
         if self.device.type == "cuda" and self.settings.cuda_graphs:
             return StepGraphs(step, slots, cache.cos.shape[0], self.device)
@@ -419,7 +419,7 @@ class NativeEngine:
             draw = settle(found, seeds, steps, params)
         else:
             past = self._past(replies, params)
-            draw = sample(found, seeds, steps, params, past, self.search)
+            draw = sample(found, seeds, steps, params, past, self.tools)
         for reply, token, logprob in zip(
             replies, draw.tokens.tolist(), draw.logprobs.tolist(), strict=True
         ):

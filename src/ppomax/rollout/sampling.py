@@ -74,8 +74,8 @@ class Draft(NamedTuple):
     normaliser: Float[Tensor, " batch"]
     ids: Int[Tensor, "batch candidates"]
     draw: Draw
-    open: Bool[Tensor, " batch"]
-    """Where `settle` has to look beyond the candidates."""
+    open: Bool[Tensor, " batch"] | None = None
+    """Where `settle` has to look beyond the candidates; None: nowhere."""
     best: Float[Tensor, " batch"] | None = None
     """The largest perturbed logit of a candidate, where all tokens take part."""
     noise: Float[Tensor, " batch"] | None = None
@@ -96,7 +96,16 @@ def look(logits: Float[Tensor, "batch vocab"], count: int) -> Likely:
     return Likely(*most_likely(logits, count), logits.logsumexp(1))
 
 
-Search = Callable[[Tensor, int], Likely]
+class Tools(NamedTuple):
+    """What walks through the vocabulary."""
+
+    search: Callable[[Tensor, int], Likely] = look
+    draw_plain: Callable[[Tensor, Tensor, Tensor, float, int], Draw] | None = None
+    """All of `sample` where the temperature is all there is to its parameters: of logits, seeds,
+    steps, temperature and number of candidates."""
+
+
+PYTORCH = Tools()
 
 
 def sample(
@@ -105,7 +114,7 @@ def sample(
     steps: Int[Tensor, " batch"],
     params: SamplingParams,
     generated: Int[Tensor, "batch past"] | None = None,
-    search: Search = look,
+    tools: Tools = PYTORCH,
 ) -> Draw:
     """Draw the next token of each reply.
 
@@ -114,11 +123,10 @@ def sample(
         seeds: one 63-bit seed per reply.
         steps: index of the token to draw within its reply.
         generated: earlier tokens of each reply for the repetition penalty; -1 where there is none.
-        search: what finds the most likely tokens.
     """
     if params.repetition_penalty is not None and generated is not None:
         logits = penalise(logits, generated, params.repetition_penalty)
-    return settle(draft(logits, seeds, steps, params, search), seeds, steps, params)
+    return settle(draft(logits, seeds, steps, params, tools), seeds, steps, params)
 
 
 def draft(
@@ -126,7 +134,7 @@ def draft(
     seeds: Int[Tensor, " batch"],
     steps: Int[Tensor, " batch"],
     params: SamplingParams,
-    search: Search = look,
+    tools: Tools = PYTORCH,
 ) -> Draft:
     """Draw among the candidates: the part whose kernels do not hang on what is drawn.
 
@@ -136,21 +144,22 @@ def draft(
     if params.temperature == 0:
         tokens = logits.argmax(1)  # two log-probs may round to one number
         logprobs = torch.log_softmax(logits, 1).gather(1, tokens[:, None]).squeeze(1)
-        settled = torch.zeros_like(tokens, dtype=torch.bool)
-        return Draft(logits, logprobs, tokens[:, None], Draw(tokens, logprobs), settled)
+        return Draft(logits, logprobs, tokens[:, None], Draw(tokens, logprobs))
+    if params.is_plain and tools.draw_plain is not None:
+        draw = tools.draw_plain(logits, seeds, steps, params.temperature, CANDIDATES)
+        return Draft(logits, draw.logprobs, draw.tokens[:, None], draw)
     if params.temperature != 1:
         logits = logits / params.temperature
     count = min(CANDIDATES, logits.shape[1])
     if params.top_k is not None:
         count = max(1, min(params.top_k, logits.shape[1]))
-    values, ids, normaliser = search(logits, count)
+    values, ids, normaliser = tools.search(logits, count)
     if params.top_p is None and params.min_p is None and params.top_k is None:
         return _draft_plain(logits, values, ids, normaliser, seeds, steps)
     keep = _nucleus(values, normaliser, params)
     draw = _draw_kept(values, ids, keep, seeds, steps)
     whole = params.top_k is not None or count == logits.shape[1]
-    beyond = torch.zeros_like(keep[:, -1]) if whole else keep[:, -1]
-    return Draft(logits, normaliser, ids, draw, beyond)
+    return Draft(logits, normaliser, ids, draw, None if whole else keep[:, -1])
 
 
 def settle(
@@ -160,7 +169,7 @@ def settle(
     params: SamplingParams,
 ) -> Draw:
     """The draft, drawn again in place where the tokens beyond its candidates have a say."""
-    if params.temperature == 0 or params.top_k is not None:
+    if drafted.open is None:
         return drafted.draw
     rows = torch.nonzero(drafted.open).flatten()
     if drafted.best is None:
@@ -271,7 +280,7 @@ def _draft_plain(
     draw = Draw(tokens, logits.gather(1, tokens[:, None]).squeeze(1) - normaliser)
     noise = gumbel(seeds, steps, torch.full_like(ids[:, :1], _TAIL_ID)).squeeze(1)
     if ids.shape[1] == logits.shape[1]:
-        return Draft(logits, normaliser, ids, draw, torch.zeros_like(best > 0), best, noise)
+        return Draft(logits, normaliser, ids, draw)
     inside = (values.double() - normaliser.double()[:, None]).exp().sum(1)
     rounding = 1e-5 + 1e-6 * normaliser.double().abs()  # above that of an fp32 normaliser
     most = normaliser.double() + (1 - inside + rounding).clamp(min=0).log()
