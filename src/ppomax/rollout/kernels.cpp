@@ -154,11 +154,18 @@ inline void rotate(const T* from, const float* weight, const float* cos, const f
   }
   for (int64_t i = 0; i < dim; i++)
     scratch[i] = weight ? widen(from[i]) * own * weight[i] : widen(from[i]);
-  int64_t half = dim / 2;
-  for (int64_t i = 0; i < half; i++) {
-    float low = scratch[i], high = scratch[half + i];
-    out[i] = round_to<T>((low * cos[i] + high * sin[i]) * scale);
-    out[half + i] = round_to<T>((high * cos[half + i] + low * sin[half + i]) * scale);
+  const int64_t half = dim / 2;
+  const float *low = scratch, *high = scratch + half;
+  int64_t i = 0;
+  for (; i + LANES <= half; i += LANES) {
+    const Lanes first = load(low + i), second = load(high + i);
+    store(round_lanes<T>((first * load(cos + i) + second * load(sin + i)) * scale), out + i);
+    store(round_lanes<T>((second * load(cos + half + i) + first * load(sin + half + i)) * scale),
+          out + half + i);
+  }
+  for (; i < half; i++) {
+    out[i] = round_to<T>((low[i] * cos[i] + high[i] * sin[i]) * scale);
+    out[half + i] = round_to<T>((high[i] * cos[half + i] + low[i] * sin[half + i]) * scale);
   }
 }
 
@@ -197,9 +204,7 @@ inline void mix(const float* shares, const float* total, const T* values, T* out
       for (int v = 0; v < V; v++) sum[g][v] += shares[g * length + t] * value[v];
   }
   for (int g = 0; g < G; g++)
-    for (int v = 0; v < V; v++)
-      for (int64_t i = 0; i < LANES; i++)
-        narrow(sum[g][v][i] / total[g], out[g * dim + v * LANES + i]);
+    for (int v = 0; v < V; v++) store(sum[g][v] / total[g], out + g * dim + v * LANES);
 }
 
 // G query heads that share keys, one text.
@@ -210,11 +215,14 @@ void heads(const float* queries, const T* keys, const T* values, T* out, float* 
   float total[G];
   for (int g = 0; g < G; g++) {
     float *row = scores + g * length, top = largest(row, span), sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t t = 0; t < span; t++) {
-      row[t] = exponential(row[t] - top);
-      sum += row[t];
+    for (int64_t t = span; t % LANES; t++) row[t] = -INFINITY;
+    Lanes sums = {};
+    for (int64_t t = 0; t < span; t += LANES) {
+      const Lanes some = exponential(load(row + t) - top);
+      store(some, row + t);
+      sums += some;
     }
+    for (int64_t lane = 0; lane < LANES; lane++) sum += sums[lane];
     total[g] = sum;
   }
   int64_t d = 0;
@@ -241,8 +249,6 @@ void attend(const T* qkv, const float* qk_norm, const float* cos, const float* s
   const int64_t length = shape.length, items = shape.rows * kv_heads;
   const int64_t shared = all / kv_heads, width = (all + 2 * kv_heads) * dim;
   const float scale = 1.0f / std::sqrt(float(dim));
-  // without slots an item reads what its own thread has written: the same share of both loops
-  const int64_t chunk = slots ? kv_heads : items / threads + 1;
   auto place = [&](int64_t item) {
     const int64_t slot = slots ? slots[item / kv_heads] : item / kv_heads;
     return (slot * kv_heads + item % kv_heads) * dim * length;
@@ -252,8 +258,7 @@ void attend(const T* qkv, const float* qk_norm, const float* cos, const float* s
     std::vector<float> room(GROUP * length + (shared + 2) * dim);
     float *scores = room.data(), *queries = scores + GROUP * length, *key = queries + shared * dim,
           *scratch = key + dim;
-#pragma omp for schedule(static, chunk) nowait
-    for (int64_t item = 0; item < items; item++) {
+    auto write = [&](int64_t item) {
       const int64_t row = item / kv_heads, head = all + item % kv_heads, at = positions[row];
       const T* from = qkv + row * width + head * dim;
       T* own = keys + place(item) + at;
@@ -261,12 +266,14 @@ void attend(const T* qkv, const float* qk_norm, const float* cos, const float* s
              eps, 1.0f, key, scratch);
       for (int64_t d = 0; d < dim; d++) narrow(key[d], own[d * length]);
       std::memcpy(values + place(item) + at * dim, from + kv_heads * dim, dim * sizeof(T));
-    }
+    };
     if (slots) {
-#pragma omp barrier
+#pragma omp for schedule(static)
+      for (int64_t item = 0; item < items; item++) write(item);
     }
-#pragma omp for schedule(static, chunk)
+#pragma omp for schedule(static)
     for (int64_t item = 0; item < items; item++) {
+      if (!slots) write(item);  // nobody else reads it
       const int64_t row = item / kv_heads, first = item % kv_heads * shared, at = positions[row];
       const T *own_keys = keys + place(item), *own_values = values + place(item);
       for (int64_t g = 0; g < shared; g++)

@@ -7,9 +7,9 @@ slots. The residual stream, norms, softmax and log-probs are fp32, matrix produc
 run in the compute dtype, as in training under autocast.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -46,6 +46,13 @@ def supports(model: PreTrainedModel) -> bool:
         and not getattr(config, "use_sliding_window", False)
         and (config.model_type != "mistral" or getattr(config, "sliding_window", None) is None)
     )
+
+
+def opening_of(prompts: list[list[int]]) -> list[int]:
+    """The tokens that all prompts begin with, the last of none among them."""
+    least, most = min(prompts), max(prompts)  # what these two share is shared by what lies between
+    common = takewhile(lambda pair: pair[0] == pair[1], zip(least, most, strict=False))
+    return [token for token, _ in common][: min(map(len, prompts)) - 1]
 
 
 @dataclass(slots=True)
@@ -327,8 +334,8 @@ class NativeEngine:
         if replies:
             slots = min(self.settings.slots, len(replies))
             length = min(max(map(len, prompts)) + params.max_new_tokens, self.max_positions)
-            common = os.path.commonprefix([prompt[:-1] for prompt in prompts])
-            self._run(replies, slots, self._cache(slots, length, common), params, finished)
+            cache = self._cache(slots, length, opening_of(prompts))
+            self._run(replies, slots, cache, params, finished)
         return Rollout(
             prompts,
             [reply.ids for reply in replies],
