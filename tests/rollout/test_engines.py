@@ -527,13 +527,18 @@ def test_replies_to_one_prompt_are_those_of_prompts_computed_one_by_one(slots, p
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_prompt_shared_by_replies_that_start_together_is_computed_once(monkeypatch, compiled):
     counted = []
-    multiplied = Product.__call__
+    multiplied, read = Product.__call__, kernels.Kernels.read
 
     def count(self, x):
         counted.append(len(x))
         return multiplied(self, x)
 
+    def count_all(self, layers, stream, *more):
+        counted.extend([len(stream)] * 4 * len(layers))
+        read(self, layers, stream, *more)
+
     monkeypatch.setattr(Product, "__call__", count)
+    monkeypatch.setattr(kernels.Kernels, "read", count_all)
     few = prompts_of(4, low=5)
     params = SamplingParams(max_new_tokens=2)
     engine = engine_of(make("llama"), kernels=compiled)
@@ -842,6 +847,15 @@ def test_with_compiled_kernels_a_reply_is_the_same_to_the_bit_in_any_company(nam
         )
         assert turned.responses == [expected.responses[i] for i in order]
         assert turned.logprobs == [expected.logprobs[i] for i in order]
+
+
+@pytest.mark.parametrize("name", ["llama biases", "llama wide heads", "qwen3", "mistral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_blocks_in_one_call_are_the_blocks_one_by_one_to_the_bit(monkeypatch, name, dtype):
+    engine = engine_of(make(name), slots=5, dtype=dtype)
+    together = engine.generate(prompts_of(12), PARAMS, seeds_of(12))
+    monkeypatch.setattr(NativeEngine, "_addresses", lambda *_: None)
+    assert engine.generate(prompts_of(12), PARAMS, seeds_of(12)) == together
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -3,6 +3,7 @@
 // T is as in compiled.h. A row's numbers depend on no other row.
 
 #include <functional>
+#include <memory>
 #include <vector>
 
 #include "compiled.h"
@@ -295,6 +296,50 @@ void attend(const T* qkv, const float* qk_norm, const float* cos, const float* s
   }
 }
 
+// --- all blocks -----------------------------------------------------------------------------
+
+// What a block reads and where it keeps keys and values; kernels.py writes it as a row of addresses.
+template <class T>
+struct Layer {
+  const float* attention_norm;
+  const T *qkv, *qkv_bias;
+  const float* qk_norm;
+  const T *out, *out_bias;
+  const float* mlp_norm;
+  const T *gate_up, *gate_up_bias, *down, *down_bias;
+  T *keys, *values;
+};
+
+// Tokens through all blocks, as the functions above would take them one by one.
+template <class T>
+void read(const Layer<T>* layers, int64_t count, float* stream, const float* cos, const float* sin,
+          const int64_t* positions, const int64_t* slots, const Shape& shape, int64_t hidden,
+          int64_t inner, float eps, int threads) {
+  const int64_t rows = shape.rows, mixing = shape.heads * shape.dim;
+  const int64_t heads = mixing + 2 * shape.kv_heads * shape.dim;
+  std::unique_ptr<T[]> normed(new T[rows * hidden]), qkv(new T[rows * heads]),
+      mixed(new T[rows * mixing]), added(new T[rows * hidden]), gate_up(new T[rows * 2 * inner]),
+      active(new T[rows * inner]);
+  auto add_and_norm = [&](const T* more, const float* weight) {
+    norm(stream, more, weight, stream, normed.get(), rows, hidden, eps, threads);
+  };
+  for (int64_t l = 0; l < count; l++) {
+    const Layer<T>& own = layers[l];
+    add_and_norm(l ? added.get() : nullptr, own.attention_norm);
+    product(normed.get(), own.qkv, own.qkv_bias, qkv.get(), rows, hidden, heads, threads);
+    attend(qkv.get(), own.qk_norm, cos, sin, positions, slots, own.keys, own.values, mixed.get(),
+           shape, eps, threads);
+    product(mixed.get(), own.out, own.out_bias, added.get(), rows, mixing, hidden, threads);
+    add_and_norm(added.get(), own.mlp_norm);
+    product(normed.get(), own.gate_up, own.gate_up_bias, gate_up.get(), rows, hidden, 2 * inner,
+            threads);
+    swiglu(gate_up.get(), active.get(), rows, inner, threads);
+    product(active.get(), own.down, own.down_bias, added.get(), rows, inner, hidden, threads);
+  }
+  if (count)
+    for (int64_t i = 0; i < rows * hidden; i++) stream[i] += widen(added[i]);
+}
+
 // --- the most likely tokens -----------------------------------------------------------------
 
 // A float's bits as a number in its order; NaNs are above or below all, by their sign.
@@ -325,7 +370,7 @@ inline double weigh(const float* x, int64_t vocab, float top) {
   return sum;
 }
 
-inline Row read(const float* x, int64_t vocab) {
+inline Row read_row(const float* x, int64_t vocab) {
   const float top = largest(x, vocab);
   return {x, vocab, top, weigh(x, vocab, top)};
 }
@@ -393,7 +438,7 @@ void find_most_likely(const float* logits, float* values, int64_t* ids, float* n
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
       const float* x = logits + row * vocab;
-      normaliser[row] = normaliser_of(read(x, vocab));
+      normaliser[row] = normaliser_of(read_row(x, vocab));
       search(x, vocab, count);
       std::sort(search.found.begin(), search.found.end(), std::greater<uint64_t>());
       for (int64_t i = 0; i < count; i++) {
@@ -474,7 +519,7 @@ void draw(const float* logits, const int64_t* seeds, const int64_t* steps, int64
         for (int64_t i = 0; i < vocab; i++) scaled[i] = x[i] / temperature;
         x = scaled.data();
       }
-      const Row row = read(x, vocab);
+      const Row row = read_row(x, vocab);
       search(x, vocab, count);
       Race race{row};
       race.winner = Search::id(search.found[0]);
@@ -527,6 +572,13 @@ void draw(const float* logits, const int64_t* seeds, const int64_t* steps, int64
   void product_##NAME(const T* x, const T* packed, const T* bias, T* out, int64_t rows,            \
                       int64_t inputs, int64_t outputs, int threads) {                              \
     product(x, packed, bias, out, rows, inputs, outputs, threads);                                 \
+  }                                                                                                \
+  void read_##NAME(const void* layers, float* stream, const float* cos, const float* sin,          \
+                   const int64_t* positions, const int64_t* slots, int64_t count, int64_t rows,    \
+                   int64_t heads, int64_t kv_heads, int64_t dim, int64_t length, int64_t hidden,   \
+                   int64_t inner, float eps, int threads) {                                        \
+    read(static_cast<const Layer<T>*>(layers), count, stream, cos, sin, positions, slots,          \
+         Shape{rows, heads, kv_heads, dim, length}, hidden, inner, eps, threads);                  \
   }                                                                                                \
   void logits_##NAME(const T* x, const T* packed, const T* bias, float* out, int64_t rows,         \
                      int64_t inputs, int64_t outputs, int threads) {                               \

@@ -21,6 +21,11 @@ TILE = 32
 """Positions whose keys are read together: a cache holds a multiple of it."""
 
 
+def addresses(*tensors: Tensor | None) -> list[int]:
+    """A row of what `Kernels.read` reads, in the order of `Layer` in kernels.cpp; 0 is nothing."""
+    return [address(tensor) or 0 for tensor in tensors]
+
+
 class Kernels(Compiled):
     """The functions of kernels.cpp for one compute dtype.
 
@@ -31,6 +36,7 @@ class Kernels(Compiled):
         "norm": "pppp nn f i",
         "swiglu": "pp nn i",
         "attend": "pppp ppppp nnnnn f i",
+        "read": "pppppp nnnnnnnn f i",
         "product": "pppp nnn i",
         "logits": "pppp nnn i",
         "most_likely": "pppp nnn i",
@@ -146,6 +152,34 @@ class Kernels(Compiled):
         self._attend(*map(address, given), count, heads, kv_heads, dim, length, eps, threads())
         return out
 
+    def read(
+        self,
+        layers: Tensor,
+        stream: Tensor,
+        turns: tuple[Tensor, Tensor],
+        positions: Tensor,
+        slots: Tensor | None,
+        heads: int,
+        cache: tuple[int, int, int],
+        inner: int,
+        eps: float,
+    ) -> None:
+        """Take the residual stream, [n, hidden], through all blocks in place.
+
+        Args:
+            layers: of `addresses`, a row each.
+            heads: of queries.
+            cache: key and value heads, their dimension, and positions, a multiple of `TILE`.
+            inner: width of the MLP.
+            turns, positions, slots: as for `attend`.
+        """
+        if cache[2] % TILE or turns[0].shape[-1] != cache[1]:
+            raise ValueError(f"a cache of {cache[2]} positions of {cache[1]} numbers is not read")
+        given = (layers, stream, *turns, positions, slots)
+        rows, hidden = stream.shape
+        sizes = (len(layers), rows, heads, *cache, hidden, inner)
+        self._read(*map(address, given), *sizes, eps, threads())
+
     def most_likely(self, logits: Tensor, count: int) -> Likely:
         """As `sampling.look`; equals come in the order of their ids.
 
@@ -179,6 +213,7 @@ class Kernels(Compiled):
     _swiglu: Any
     _attend: Any
     _product: Any
+    _read: Any
     _logits: Any
     _most_likely: Any
     _draw_plain: Any

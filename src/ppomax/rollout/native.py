@@ -22,7 +22,7 @@ from ppomax.distributed import World
 from ppomax.models.compiled import library
 from ppomax.rollout.engine import EngineSettings, Rollout, check_prompts
 from ppomax.rollout.graphs import Found, StepGraphs
-from ppomax.rollout.kernels import SOURCE, TILE, Kernels
+from ppomax.rollout.kernels import SOURCE, TILE, Kernels, addresses
 from ppomax.rollout.sampling import PYTORCH, Draft, SamplingParams, Tools, draft, sample, settle
 from ppomax.rollout.stops import StopStrings
 from ppomax.rollout.weights import Layer, Weights, take_weights
@@ -88,6 +88,8 @@ class Cache:
     """The same, negative where a rotation subtracts."""
     opening: int
     """Tokens that all prompts begin with: every slot holds them, whoever comes and goes."""
+    addresses: Tensor | None
+    """Of all that `Kernels.read` reads, a row a layer."""
 
 
 class NativeEngine:
@@ -109,6 +111,7 @@ class NativeEngine:
         self.heads = int(config.num_attention_heads)
         self.kv_heads = int(getattr(config, "num_key_value_heads", None) or self.heads)
         self.head_dim = int(getattr(config, "head_dim", None) or self.hidden // self.heads)
+        self.inner = int(config.intermediate_size)
         self.eps = float(config.rms_norm_eps)
         self.max_positions = int(config.max_position_embeddings)
         rotary: Any = next(m for name, m in model.named_modules() if name.endswith("rotary_emb"))
@@ -310,14 +313,35 @@ class NativeEngine:
         Args:
             slots: of each token's text; without them token i is of slot i.
         """
-        added, turns, eps = None, (cache.cos, cache.sin), self.eps
+        turns, eps = (cache.cos, cache.sin), self.eps
         x = F.embedding(ids, self.weights.embedding).float()
+        if cache.addresses is not None:
+            sizes = (self.kv_heads, self.head_dim, cache.values[0].shape[2])
+            given = (cache.addresses, x, turns, positions, slots)
+            kernels.read(*given, self.heads, sizes, self.inner, eps)
+            return x
+        added = None
         for layer, keys, values in zip(self.weights.layers, cache.keys, cache.values, strict=True):
             qkv = layer.qkv(kernels.norm(x, added, layer.attention_norm, eps))
             mixed = kernels.attend(qkv, layer.qk_norm, turns, positions, slots, keys, values, eps)
             normed = kernels.norm(x, layer.out(mixed), layer.mlp_norm, eps)
             added = layer.down(kernels.swiglu(layer.gate_up(normed)))
         return x if added is None else x.add_(added)
+
+    def _addresses(self, keys: list[Tensor], values: list[Tensor]) -> Tensor | None:
+        """What compiled kernels read all blocks with; None where they have not all products."""
+        parts = [(layer.qkv, layer.out, layer.gate_up, layer.down) for layer in self.weights.layers]
+        if not parts or not all(part.compiled for layer in parts for part in layer):
+            return None
+        rows = []
+        for layer, *cached in zip(self.weights.layers, keys, values, strict=True):
+            qkv, out, gate_up, down = (
+                (part.weight, part.bias)
+                for part in (layer.qkv, layer.out, layer.gate_up, layer.down)
+            )
+            attention = (layer.attention_norm, *qkv, layer.qk_norm, *out)
+            rows.append(addresses(*attention, layer.mlp_norm, *gate_up, *down, *cached))
+        return torch.tensor(rows)
 
     @torch.no_grad()
     def generate(
@@ -360,8 +384,8 @@ class NativeEngine:
         cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
         turns = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         ample = -(-length // TILE) * TILE
-        sizes, count = (room(self.head_dim, ample), room(ample, self.head_dim)), len(opening)
-        cache = Cache(*sizes, *turns, count)
+        keys, values, count = room(self.head_dim, ample), room(ample, self.head_dim), len(opening)
+        cache = Cache(keys, values, *turns, count, self._addresses(keys, values))
         if opening:
             self._read([opening], 0, torch.zeros(1, dtype=torch.long, device=self.device), cache)
             for keys, values in zip(cache.keys, cache.values, strict=True):

@@ -29,6 +29,8 @@ class Product:
     up: Tensor | None = None
     multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
     """x W + b, for weights as they lie in `weight`."""
+    compiled: bool = False
+    """Whether that is all and `kernels.product`'s."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, in] to [rows, out]."""
@@ -72,7 +74,7 @@ def pack(
     bias = joined("bias") if f"{names[0]}.bias" in state else None
     found = [(at, factors[name]) for at, name in enumerate(names) if name in factors]
     if not found:
-        return Product(weight, bias, multiply=multiply)
+        return Product(weight, bias, multiply=multiply, compiled=packed is not None)
     ends = torch.tensor([len(state[f"{name}.weight"]) for name in names]).cumsum(0).tolist()
     rank = sum(len(factor.down) for _, factor in found)
     up, taken = torch.zeros(height, rank, dtype=dtype, device=device), 0
