@@ -132,6 +132,29 @@ inline Lanes exponential(Lanes x) {
   return sum * (Lanes)power;
 }
 
+// Marks the first lanes of a vector.
+inline Numbers first_of(int64_t count) {
+  Numbers lane;
+  for (int64_t i = 0; i < LANES; i++) lane[i] = int32_t(i);
+  return lane < int32_t(count);
+}
+
+// All lanes by halves: a chain of LANES steps would take as long as a row of attention.
+template <class F>
+inline float folded(Lanes x, F both) {
+  float each[LANES];
+  std::memcpy(each, &x, sizeof x);
+  for (int64_t half = LANES / 2; half; half /= 2)
+    for (int64_t i = 0; i < half; i++) each[i] = both(each[i], each[half + i]);
+  return each[0];
+}
+inline float sum_of_lanes(Lanes x) {
+  return folded(x, [](float a, float b) { return a + b; });
+}
+inline float largest_lane(Lanes x) {
+  return folded(x, [](float a, float b) { return a > b ? a : b; });
+}
+
 // The largest number; one that is none counts for nothing, and of none comes -infinity.
 template <class T>
 inline float largest(const T* x, int64_t count) {
@@ -145,9 +168,8 @@ inline float largest(const T* x, int64_t count) {
     }
   float top = -INFINITY;
   for (; i < count; i++) top = std::max(top, widen(x[i]));
-  for (const Lanes& each : tops)
-    for (int64_t lane = 0; lane < LANES; lane++) top = std::max(top, each[lane]);
-  return top;
+  for (const Lanes& each : tops) tops[0] = each > tops[0] ? each : tops[0];
+  return std::max(top, largest_lane(tops[0]));
 }
 
 // --- norm -----------------------------------------------------------------------------------

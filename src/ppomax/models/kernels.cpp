@@ -157,33 +157,42 @@ template <class T>
 void softmax(T* scores, int64_t rows, int64_t length, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    const int64_t most = (length + LANES - 1) / LANES * LANES;
-    std::vector<float> room(most);
-    std::vector<T> shares(most);
+    std::vector<float> room(length + LANES);
+    std::vector<T> last(LANES);
     float* x = room.data();
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
       T* own = scores + row * length;
-      const int64_t span = row % length + 1;
-      std::memcpy(static_cast<void*>(shares.data()), own, span * sizeof(T));
+      const int64_t span = row % length + 1, whole = span / LANES * LANES, rest = span - whole;
       Lanes tops = Lanes{} - INFINITY, sums = {};
-      for (int64_t i = 0; i < span; i += LANES) {
-        Lanes some = load(shares.data() + i);
-        for (int64_t lane = span - i; lane < LANES; lane++) some[lane] = -INFINITY;
+      for (int64_t i = 0; i < whole; i += LANES) {
+        const Lanes some = load(own + i);
         store(some, x + i);
-        tops = tops > some ? tops : some;
+        tops = some > tops ? some : tops;
       }
-      float top = tops[0], sum = 0;
-      for (int64_t lane = 1; lane < LANES; lane++) top = std::max(top, tops[lane]);
+      const bool fits = whole + LANES <= length;  // a whole vector may be read and written
+      if (rest) {
+        T* tail = own + whole;
+        if (!fits) tail = std::copy(tail, tail + rest, last.data()) - rest;
+        const Lanes some = first_of(rest) ? load(tail) : Lanes{} - INFINITY;
+        store(some, x + whole);
+        tops = some > tops ? some : tops;
+      }
+      const float top = largest_lane(tops);
       for (int64_t i = 0; i < span; i += LANES) {
         const Lanes some = exponential(load(x + i) - top);
         store(some, x + i);
         sums += some;
       }
-      for (int64_t lane = 0; lane < LANES; lane++) sum += sums[lane];
-      for (int64_t i = 0; i < span; i += LANES) store(load(x + i) / sum, shares.data() + i);
-      std::memcpy(static_cast<void*>(own), shares.data(), span * sizeof(T));
-      std::memset(static_cast<void*>(own + span), 0, (length - span) * sizeof(T));
+      const float sum = sum_of_lanes(sums);
+      for (int64_t i = 0; i < whole; i += LANES) store(load(x + i) / sum, own + i);
+      if (rest) {
+        T* tail = fits ? own + whole : last.data();
+        store(first_of(rest) ? load(x + whole) / sum : Lanes{}, tail);
+        if (!fits) std::copy(tail, tail + rest, own + whole);
+      }
+      const int64_t done = rest && fits ? whole + LANES : span;
+      std::memset(static_cast<void*>(own + done), 0, (length - done) * sizeof(T));
     }
   }
 }

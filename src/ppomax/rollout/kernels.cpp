@@ -215,7 +215,7 @@ void heads(const float* queries, const T* keys, const T* values, T* out, float* 
   score<T, G>(queries, keys, scores, dim, length, span);
   float total[G];
   for (int g = 0; g < G; g++) {
-    float *row = scores + g * length, top = largest(row, span), sum = 0;
+    float *row = scores + g * length, top = largest(row, span);
     for (int64_t t = span; t % LANES; t++) row[t] = -INFINITY;
     Lanes sums = {};
     for (int64_t t = 0; t < span; t += LANES) {
@@ -223,8 +223,7 @@ void heads(const float* queries, const T* keys, const T* values, T* out, float* 
       store(some, row + t);
       sums += some;
     }
-    for (int64_t lane = 0; lane < LANES; lane++) sum += sums[lane];
-    total[g] = sum;
+    total[g] = sum_of_lanes(sums);
   }
   int64_t d = 0;
   constexpr int V = LANES == 16 ? 4 : 2;  // with G, sums that fit the registers
