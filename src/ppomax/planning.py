@@ -200,8 +200,11 @@ def _plan_ppo(
     if below:
         held += min(REMEMBERED_BYTES, 4 * config.replies * length * shape.hidden) / GB
     lent = engine if config.engine.kind == "native" else 0.0  # others keep their copy
+    both = 2 * activations - gradients  # scoring keeps those of policy and critic
+    if not config.critic or config.replies * length > config.micro_tokens:
+        both = 0.0
     # while replies are written there are copy and cache and no gradients, in the update the reverse
-    memory = PROCESS_GB + held + engine - lent + max(lent + cache - gradients, activations)
+    memory = PROCESS_GB + held + engine - lent + max(lent + cache - gradients, activations, both)
     critic_rollouts = config.critic_pretraining.max_rollouts if config.critic_pretraining else 0
     rollouts = config.iterations + critic_rollouts
     replies = rollouts * config.replies
