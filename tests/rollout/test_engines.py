@@ -29,6 +29,7 @@ from ppomax.rollout import (
     EngineSettings,
     SamplingParams,
     build_engine,
+    cache,
     graphs,
     kernels,
     native,
@@ -854,7 +855,7 @@ def test_with_compiled_kernels_a_reply_is_the_same_to_the_bit_in_any_company(nam
 def test_all_blocks_in_one_call_are_the_blocks_one_by_one_to_the_bit(monkeypatch, name, dtype):
     engine = engine_of(make(name), slots=5, dtype=dtype)
     together = engine.generate(prompts_of(12), PARAMS, seeds_of(12))
-    monkeypatch.setattr(NativeEngine, "_addresses", lambda *_: None)
+    monkeypatch.setattr(cache, "_addresses", lambda *_: None)
     assert engine.generate(prompts_of(12), PARAMS, seeds_of(12)) == together
 
 

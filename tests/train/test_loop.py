@@ -42,6 +42,15 @@ def trainable(clip=1.0, name="policy", **changes):
     return Trainable(name, nn.Linear(2, 1, bias=False), chosen, 10, HERE)
 
 
+def test_without_compiled_kernels_the_run_says_so_and_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "library", lambda _: "no C++ compiler is found")
+    opened(tmp_path)
+    assert "more slowly: no C++ compiler is found" in capsys.readouterr().err
+    monkeypatch.setattr(loop, "library", lambda _: object())
+    opened(tmp_path, out=tmp_path / "other")
+    assert "more slowly" not in capsys.readouterr().err
+
+
 # --- micro-batches over ranks
 
 

@@ -9,7 +9,6 @@ run in the compute dtype, as in training under autocast.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -20,9 +19,10 @@ from transformers import PreTrainedModel
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World
 from ppomax.models.compiled import library
+from ppomax.rollout.cache import Cache, opening_of, room, rotations
 from ppomax.rollout.engine import EngineSettings, Rollout, check_prompts
 from ppomax.rollout.graphs import Found, StepGraphs
-from ppomax.rollout.kernels import SOURCE, TILE, Kernels, addresses
+from ppomax.rollout.kernels import SOURCE, Kernels
 from ppomax.rollout.sampling import PYTORCH, Draft, SamplingParams, Tools, draft, sample, settle
 from ppomax.rollout.stops import StopStrings
 from ppomax.rollout.weights import Layer, Weights, take_weights
@@ -48,13 +48,6 @@ def supports(model: PreTrainedModel) -> bool:
     )
 
 
-def opening_of(prompts: list[list[int]]) -> list[int]:
-    """The tokens that all prompts begin with, the last of none among them."""
-    least, most = min(prompts), max(prompts)  # what these two share is shared by what lies between
-    common = takewhile(lambda pair: pair[0] == pair[1], zip(least, most, strict=False))
-    return [token for token, _ in common][: min(map(len, prompts)) - 1]
-
-
 @dataclass(slots=True)
 class Reply:
     """A reply being written."""
@@ -71,25 +64,6 @@ class Reply:
     def length(self) -> int:
         """Tokens so far, the prompt's included."""
         return len(self.prompt) + len(self.ids)
-
-
-@dataclass(frozen=True, slots=True)
-class Cache:
-    """What was read of each text, a tensor a layer, and what rotates queries and keys."""
-
-    keys: list[Tensor]
-    """[slots, kv_heads, dim, length]: scores read along the length, and oneDNN is up to twice as
-    fast at a product whose right side lies so (docs/LOG.md)."""
-    values: list[Tensor]
-    """[slots, kv_heads, length, dim]"""
-    cos: Tensor
-    """[length, 1, dim]; keys and values may have room for a few positions more."""
-    sin: Tensor
-    """The same, negative where a rotation subtracts."""
-    opening: int
-    """Tokens that all prompts begin with: every slot holds them, whoever comes and goes."""
-    addresses: Tensor | None
-    """Of all that `Kernels.read` reads, a row a layer."""
 
 
 class NativeEngine:
@@ -192,9 +166,7 @@ class NativeEngine:
         which = [holders.index(groups.index(group)) for group in groups]
         if len(prompts) < len(replies):
             slots, longest = slice(first, first + len(replies)), max(map(len, prompts))
-            for keys, values in zip(cache.keys, cache.values, strict=True):
-                for each in (keys[..., :longest], values[:, :, :longest]):
-                    each[slots] = each[held[which]]
+            cache.copy(held[which], slots, longest)
         return self._logits(after[which])
 
     def _read(self, prompts: list[list[int]], start: int, slots: Tensor, cache: Cache) -> Tensor:
@@ -328,21 +300,6 @@ class NativeEngine:
             added = layer.down(kernels.swiglu(layer.gate_up(normed)))
         return x if added is None else x.add_(added)
 
-    def _addresses(self, keys: list[Tensor], values: list[Tensor]) -> Tensor | None:
-        """What compiled kernels read all blocks with; None where they have not all products."""
-        parts = [(layer.qkv, layer.out, layer.gate_up, layer.down) for layer in self.weights.layers]
-        if not parts or not all(part.compiled for layer in parts for part in layer):
-            return None
-        rows = []
-        for layer, *cached in zip(self.weights.layers, keys, values, strict=True):
-            qkv, out, gate_up, down = (
-                (part.weight, part.bias)
-                for part in (layer.qkv, layer.out, layer.gate_up, layer.down)
-            )
-            attention = (layer.attention_norm, *qkv, layer.qk_norm, *out)
-            rows.append(addresses(*attention, layer.mlp_norm, *gate_up, *down, *cached))
-        return torch.tensor(rows)
-
     @torch.no_grad()
     def generate(
         self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
@@ -368,29 +325,14 @@ class NativeEngine:
         )
 
     def _cache(self, slots: int, length: int, opening: list[int]) -> Cache:
-        """Room for `slots` texts of `length` tokens; zeros, for what is masked must be finite.
-
-        Args:
-            opening: what all of them begin with.
-        """
-
-        def room(*shape: int) -> list[Tensor]:
-            return [
-                torch.zeros(slots, self.kv_heads, *shape, dtype=self.dtype, device=self.device)
-                for _ in self.weights.layers
-            ]
-
-        angles = torch.arange(length, device=self.device)[:, None, None].float() * self.inv_freq
-        cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
-        turns = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-        ample = -(-length // TILE) * TILE
-        keys, values, count = room(self.head_dim, ample), room(ample, self.head_dim), len(opening)
-        cache = Cache(keys, values, *turns, count, self._addresses(keys, values))
+        """Room for `slots` texts of `length` tokens that all begin with `opening`."""
+        turns = rotations(self.inv_freq, self.rope_scale, length)
+        cache = room(
+            self.weights.layers, slots, self.kv_heads, turns, self.dtype, opening=len(opening)
+        )
         if opening:
             self._read([opening], 0, torch.zeros(1, dtype=torch.long, device=self.device), cache)
-            for keys, values in zip(cache.keys, cache.values, strict=True):
-                keys[1:, :, :, :count] = keys[:1, :, :, :count]
-                values[1:, :, :count] = values[:1, :, :count]
+            cache.copy(slice(0, 1), slice(1, None), len(opening))
         return cache
 
     def _run(
@@ -472,9 +414,6 @@ class NativeEngine:
         """Free a slot: the last active reply moves into it."""
         last = len(active) - 1
         if slot != last:
-            used = active[last].length
-            for keys, values in zip(cache.keys, cache.values, strict=True):
-                keys[slot, :, :, :used] = keys[last, :, :, :used]
-                values[slot, :, :used] = values[last, :, :used]
+            cache.copy(last, slot, active[last].length)
             active[slot] = active[last]
         active.pop()

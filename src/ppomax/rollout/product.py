@@ -32,6 +32,11 @@ class Product:
     compiled: bool = False
     """Whether that is all and `kernels.product`'s."""
 
+    @property
+    def plain(self) -> tuple[Tensor, Tensor | None]:
+        """W, as it lies there, and b."""
+        return self.weight, self.bias
+
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, in] to [rows, out]."""
         result = self.multiply(x, self.weight, self.bias)

@@ -23,6 +23,8 @@ from ppomax.errors import (
     TrainingError,
 )
 from ppomax.metrics import as_row
+from ppomax.models.compiled import library
+from ppomax.models.kernels import SOURCE
 from ppomax.monitors import check_keys
 from ppomax.train.disk import refusals_told
 from ppomax.train.progress import Progress, number
@@ -84,6 +86,9 @@ class StageRun:
                 "dtype bfloat16: this processor has no units for it and emulates them, several "
                 "times slower than float32; dtype: auto chooses for each machine"
             )
+        missing = library(SOURCE) if world.device.type == "cpu" else None
+        if isinstance(missing, str):
+            self.progress.say(f"training with PyTorch's operations, more slowly: {missing}")
 
     def restore(self, parts: Sequence[Trainable[Any]]) -> dict[str, Any] | None:
         """Put the newest verified checkpoint in place; its state, or None where there is none.
