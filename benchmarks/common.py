@@ -169,12 +169,14 @@ class Shape:
         return 2 * self.block_weights * length + self.attention(length) + head
 
 
-def iteration_flops(shape, prompts, prompt, new, epochs=1):
+def iteration_flops(shape, prompts, prompt, new, epochs=1, opening=0):
     """Useful FLOPs of one PPO iteration with four models of one shape, by phase.
 
     2N a generated or scored token, 6N a trained one, attention and output matrix included; no
     padding and nothing computed twice. Policy and reference are read at reply tokens through the
-    output matrix; critic and reward model have a head of one row, which is not counted.
+    output matrix; critic and reward model have a head of one row, which is not counted. Tokens that
+    all prompts begin with, `opening` of them, are read once to write the replies. `kept` is what an
+    update of one step need not compute where scoring keeps the forwards of policy and critic.
     """
     whole = prompt + new
     rollout = shape.forward(whole - 1, new)
@@ -182,7 +184,9 @@ def iteration_flops(shape, prompts, prompt, new, epochs=1):
     update = 3 * epochs * (shape.forward(whole, new) + shape.forward(whole, 0))
     parts = {"rollout": rollout, "score": score, "update": update}
     parts = {name: prompts * value for name, value in parts.items()}
-    return {**parts, "whole": sum(parts.values())}
+    parts["rollout"] -= (prompts - 1) * shape.forward(opening, 0)
+    kept = prompts * (shape.forward(whole, new) + shape.forward(whole, 0))
+    return {**parts, "whole": sum(parts.values()), "kept": kept}
 
 
 # --- workers ------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World
 from ppomax.models.load import load_policy, load_tokenizer
 from ppomax.rollout import EngineSettings, SamplingParams, build_engine
+from ppomax.rollout.cache import opening_of
 
 SLOTS = 32
 PROMPTS = {"fixed": 32, "natural": 96}
@@ -49,17 +50,22 @@ def middle(values):
 
 
 def flops(config, prompts, replies):
-    """Useful ones: every prompt token but no padding; the last token drawn is not read again."""
+    """Useful ones: every prompt token but no padding; the last token drawn is not read again.
+
+    Tokens that all prompts begin with count once.
+    """
     heads, width = config.num_attention_heads, config.hidden_size
     dim = getattr(config, "head_dim", None) or width // heads
     attention = width * dim * (2 * heads + 2 * config.num_key_value_heads)
     layer = attention + 3 * width * config.intermediate_size
-    total = 0
-    for prompt, reply in zip(prompts, replies, strict=True):
-        read = prompt + reply - 1
+
+    def blocks(read):
         past = read * (read + 1) // 2  # keys seen, each in two products
-        total += config.num_hidden_layers * (2 * layer * read + 4 * heads * dim * past)
-        total += 2 * width * config.vocab_size * reply
+        return config.num_hidden_layers * (2 * layer * read + 4 * heads * dim * past)
+
+    total = -(len(prompts) - 1) * blocks(len(opening_of(prompts)))
+    for prompt, reply in zip(prompts, replies, strict=True):
+        total += blocks(len(prompt) + reply - 1) + 2 * width * config.vocab_size * reply
     return total
 
 
@@ -108,7 +114,7 @@ def compare(name, lm, engine, template, prompts, options):
         rollout = engine.generate(prompts, params, seeds)
         native = clock() - began
         lengths = [len(reply) for reply in rollout.responses]
-        work = flops(lm.config, [len(prompt) for prompt in prompts], lengths)
+        work = flops(lm.config, prompts, lengths)
         began = clock()
         others = generate(lm, prompts, new, ends)
         other = clock() - began

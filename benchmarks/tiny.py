@@ -7,6 +7,7 @@ step of policy and critic. Both are loaded at once and take turns.
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +18,8 @@ import torch
 from common import HERE, in_turn, iteration_flops, matmul_rate, summary, text, workers, write_result
 from ppo_iteration import report, scorer
 from shapes import SHAPES, random_model
+
+from ppomax.rollout.cache import opening_of
 
 PHASES = ("rollout", "score", "update")
 
@@ -32,7 +35,6 @@ def main():
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     shape = SHAPES["tiny"]
-    flops = iteration_flops(shape, given.prompts, given.prompt, given.new)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         model = random_model(shape, place / "model")
@@ -44,6 +46,8 @@ def main():
         with workers(ppomax=mine, plain=plain) as running:
             rate = matmul_rate("float32", shape.products(given.prompts * 48))
             answers = in_turn(running, given.rounds, warm=3)
+        opening = len(opening_of(json.loads((place / "ids.json").read_text(encoding="utf-8"))))
+        flops = iteration_flops(shape, given.prompts, given.prompt, given.new, opening=opening)
     found = report(answers, flops, rate)
     mine, plain = found["ppomax"], found["plain"]
     ratio = plain["seconds"]["median"] / mine["seconds"]["median"]
