@@ -219,7 +219,7 @@ def test_a_product_is_that_of_float64(dtype, rows, inputs, outputs, offset):
     parts = Kernels(FOUND, dtype)
     x, weight = randn(rows, inputs, dtype=dtype), randn(outputs, inputs, seed=1, dtype=dtype)
     bias = randn(outputs, seed=2, dtype=dtype) if offset else None
-    packed = parts.pack(weight)
+    packed = parts.pack([weight])
     if packed is None:
         pytest.skip(f"this processor has no product in {dtype} of its own")
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
@@ -236,7 +236,7 @@ def test_a_product_is_that_of_float64(dtype, rows, inputs, outputs, offset):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_are_a_products_numbers_in_fp32(dtype):
     parts = Kernels(FOUND, dtype)
-    x, packed = randn(9, 64, dtype=dtype), parts.pack(randn(100, 64, seed=1, dtype=dtype))
+    x, packed = randn(9, 64, dtype=dtype), parts.pack([randn(100, 64, seed=1, dtype=dtype)])
     if packed is None:
         pytest.skip(f"this processor has no product in {dtype} of its own")
     logits = parts.logits(100, x, packed, None)
@@ -248,7 +248,7 @@ def test_logits_are_a_products_numbers_in_fp32(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_of_a_product_is_the_same_to_the_bit_beside_any_others(dtype):
     parts = Kernels(FOUND, dtype)
-    x, packed = randn(40, 64, dtype=dtype), parts.pack(randn(100, 64, seed=1, dtype=dtype))
+    x, packed = randn(40, 64, dtype=dtype), parts.pack([randn(100, 64, seed=1, dtype=dtype)])
     if packed is None:
         pytest.skip(f"this processor has no product in {dtype} of its own")
     whole = parts.product(100, x, packed, None)
@@ -257,10 +257,29 @@ def test_a_row_of_a_product_is_the_same_to_the_bit_beside_any_others(dtype):
 
 
 @compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("given", DTYPES)
+@pytest.mark.parametrize("inputs", [2, 64, 70, 200])
+def test_matrices_are_packed_below_one_another_and_rounded_once(dtype, given, inputs):
+    parts = Kernels(FOUND, dtype)
+    if not parts.panel:
+        pytest.skip(f"this processor has no product in {dtype} of its own")
+    each = [randn(rows, inputs, seed=rows, dtype=given) for rows in (1, 50, 47, 130)]
+    packed, depth = parts.pack(each), 1 if dtype == torch.float32 else 2
+    whole = torch.cat(each).to(dtype)
+    panels = -(-len(whole) // parts.panel)
+    assert packed.shape == (panels, inputs // depth, parts.panel, depth)
+    laid = packed.transpose(1, 2).reshape(panels * parts.panel, inputs)
+    assert torch.equal(laid[: len(whole)], whole)
+    assert not laid[len(whole) :].any()
+    assert torch.equal(parts.pack([each[3].T.contiguous().T]), parts.pack(each[3:]))
+
+
+@compiled
 def test_what_it_cannot_pack_is_left_to_others():
     if Kernels(FOUND, torch.bfloat16).panel:
-        assert Kernels(FOUND, torch.bfloat16).pack(torch.ones(4, 3)) is None
-    assert Kernels(FOUND, torch.float32).pack(torch.ones(4, 3)) is not None
+        assert Kernels(FOUND, torch.bfloat16).pack([torch.ones(4, 3)]) is None
+    assert Kernels(FOUND, torch.float32).pack([torch.ones(4, 3)]) is not None
 
 
 @compiled

@@ -67,6 +67,30 @@ struct Unit<bf16> {
 };
 #endif
 
+// `outputs` rows of W to the places that begin with row `first` of what is packed, rounded to T.
+template <class T, class F>
+void pack(const F* weight, T* packed, int64_t first, int64_t outputs, int64_t inputs, int threads) {
+  constexpr int64_t DEPTH = Unit<T>::DEPTH, PART = 64;  // DEPTH numbers are one word
+  const int64_t end = first + outputs;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t p = first / PANEL; p <= (end - 1) / PANEL; p++) {
+    const int64_t low = std::max(first, p * PANEL), high = std::min(end, (p + 1) * PANEL);
+    T* panel = packed + p * inputs * PANEL;
+    T part[PANEL][PART];
+    for (int64_t k = 0; k < inputs; k += PART) {
+      const int64_t count = std::min(PART, inputs - k);
+      for (int64_t row = low; row < high; row++) {
+        const F* from = weight + (row - first) * inputs + k;
+        T* to = part[row - p * PANEL];
+        for (int64_t i = 0; i < count; i++) narrow(widen(from[i]), to[i]);
+      }
+      for (int64_t i = 0; i < count / DEPTH; i++)
+        for (int64_t row = low - p * PANEL; row < high - p * PANEL; row++)
+          std::memcpy(panel + (k + i * DEPTH) * PANEL + row * DEPTH, part[row] + i * DEPTH, 4);
+    }
+  }
+}
+
 // R rows times one panel. Meanwhile `lines` cache lines a step of what comes next are fetched.
 template <class T, int R>
 inline void tile(const T* x, const T* panel, int64_t inputs, const char* ahead, int lines,
@@ -568,6 +592,14 @@ void draw(const float* logits, const int64_t* seeds, const int64_t* steps, int64
 
 #define EXPORT_PRODUCT(NAME, T)                                                                    \
   int64_t panel_##NAME() { return PANEL; }                                                         \
+  void pack_##NAME(const float* weight, T* packed, int64_t first, int64_t outputs, int64_t inputs, \
+                   int threads) {                                                                  \
+    pack(weight, packed, first, outputs, inputs, threads);                                         \
+  }                                                                                                \
+  void pack_rounded_##NAME(const T* weight, T* packed, int64_t first, int64_t outputs,             \
+                           int64_t inputs, int threads) {                                          \
+    pack(weight, packed, first, outputs, inputs, threads);                                         \
+  }                                                                                                \
   void product_##NAME(const T* x, const T* packed, const T* bias, T* out, int64_t rows,            \
                       int64_t inputs, int64_t outputs, int threads) {                              \
     product(x, packed, bias, out, rows, inputs, outputs, threads);                                 \

@@ -6,7 +6,7 @@ is found the native engine uses PyTorch's operations.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,6 +37,8 @@ class Kernels(Compiled):
         "swiglu": "pp nn i",
         "attend": "pppp ppppp nnnnn f i",
         "read": "pppppp nnnnnnnn f i",
+        "pack": "pp nnn i",
+        "pack_rounded": "pp nnn i",
         "product": "pppp nnn i",
         "logits": "pppp nnn i",
         "most_likely": "pppp nnn i",
@@ -70,19 +72,27 @@ class Kernels(Compiled):
         )
         return out
 
-    def pack(self, weight: Tensor) -> Tensor | None:
-        """[outputs, inputs] as `product` reads it, a copy; None where it cannot.
+    def pack(self, weights: Sequence[Tensor]) -> Tensor | None:
+        """Matrices [outputs, inputs] below one another as `product` reads them, a copy.
 
         In panels of outputs, [panels, inputs / depth, panel, depth], the last filled up with zeros.
+        None where `product` cannot read such.
         """
-        outputs, inputs = weight.shape
+        outputs, inputs = sum(map(len, weights)), weights[0].shape[1]
         depth = 1 if self.dtype == torch.float32 else 2
         if not self.panel or inputs % depth:
             return None
-        panels = -(-outputs // self.panel)
-        padded = weight.new_zeros(panels * self.panel, inputs, dtype=self.dtype)
-        padded[:outputs] = weight
-        return padded.view(panels, self.panel, -1, depth).transpose(1, 2).contiguous()
+        shape = (-(-outputs // self.panel), inputs // depth, self.panel, depth)
+        packed = torch.empty(shape, dtype=self.dtype)
+        packed[-1] = 0
+        first = 0
+        for weight in weights:
+            exact = weight.dtype == torch.float32
+            function = self._pack if exact else self._pack_rounded
+            given = weight.to("cpu", torch.float32 if exact else self.dtype).contiguous()
+            function(address(given), address(packed), first, *given.shape, threads())
+            first += len(given)
+        return packed
 
     def product(self, outputs: int, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
         """X W + b, [rows, outputs].
@@ -212,6 +222,8 @@ class Kernels(Compiled):
     _norm: Any
     _swiglu: Any
     _attend: Any
+    _pack: Any
+    _pack_rounded: Any
     _product: Any
     _read: Any
     _logits: Any

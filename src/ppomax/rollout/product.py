@@ -67,15 +67,17 @@ def pack(
     def joined(kind: str) -> Tensor:
         return torch.cat([state[f"{name}.{kind}"].to(device, dtype) for name in names])
 
-    weight = joined("weight")
-    height = len(weight)
+    parts = [state[f"{name}.weight"] for name in names]
+    height = sum(map(len, parts))
     multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
-    packed = kernels.pack(weight) if kernels is not None else None
+    packed = kernels.pack(parts) if kernels is not None else None
     if kernels is not None and packed is not None:
         weight, multiply = packed, partial(kernels.logits if logits else kernels.product, height)
-    elif packs(device, dtype):
-        weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-        multiply = _onednn
+    else:
+        weight = joined("weight")
+        if packs(device, dtype):
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+            multiply = _onednn
     bias = joined("bias") if f"{names[0]}.bias" in state else None
     found = [(at, factors[name]) for at, name in enumerate(names) if name in factors]
     if not found:
