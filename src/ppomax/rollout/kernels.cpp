@@ -67,6 +67,8 @@ struct Unit<bf16> {
 };
 #endif
 
+typedef uint32_t __attribute__((may_alias)) Word;
+
 // `outputs` rows of W to the places that begin with row `first` of what is packed, rounded to T.
 template <class T, class F>
 void pack(const F* weight, T* packed, int64_t first, int64_t outputs, int64_t inputs, int threads) {
@@ -75,18 +77,19 @@ void pack(const F* weight, T* packed, int64_t first, int64_t outputs, int64_t in
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t p = first / PANEL; p <= (end - 1) / PANEL; p++) {
     const int64_t low = std::max(first, p * PANEL), high = std::min(end, (p + 1) * PANEL);
-    T* panel = packed + p * inputs * PANEL;
-    T part[PANEL][PART];
+    Word* words = reinterpret_cast<Word*>(packed + p * inputs * PANEL);
+    Word part[PANEL][PART / DEPTH];
     for (int64_t k = 0; k < inputs; k += PART) {
       const int64_t count = std::min(PART, inputs - k);
       for (int64_t row = low; row < high; row++) {
         const F* from = weight + (row - first) * inputs + k;
-        T* to = part[row - p * PANEL];
-        for (int64_t i = 0; i < count; i++) narrow(widen(from[i]), to[i]);
+        T rounded[PART];
+        for (int64_t i = 0; i < count; i++) narrow(widen(from[i]), rounded[i]);
+        std::memcpy(part[row - p * PANEL], rounded, count * sizeof(T));
       }
       for (int64_t i = 0; i < count / DEPTH; i++)
         for (int64_t row = low - p * PANEL; row < high - p * PANEL; row++)
-          std::memcpy(panel + (k + i * DEPTH) * PANEL + row * DEPTH, part[row] + i * DEPTH, 4);
+          words[(k / DEPTH + i) * PANEL + row] = part[row][i];
     }
   }
 }
