@@ -125,28 +125,6 @@ HOLES = 1.15
 """What freed blocks of other sizes add: of 1.9 GB asked for glibc's allocator held 1.9 to 2.4."""
 
 
-def kept_gb(
-    tokens: int,
-    shape: Size,
-    compute: torch.dtype,
-    *,
-    checkpointing: bool,
-    frozen: int = 0,
-    adapters: bool = False,
-) -> float:
-    """GB that a micro-batch's forward holds until backward, and one layer of it made anew.
-
-    Args:
-        tokens, frozen, adapters: as for `activations_gb`.
-    """
-    layer = kept_bytes(replace(shape, fused=False) if adapters else shape, compute)
-    layers = shape.layers - frozen
-    held = layer * (layers + 1)
-    if checkpointing:
-        held = 4 * shape.hidden * layers + 2 * layer  # the inputs; one layer is made anew
-    return HOLES * tokens * held / GB
-
-
 def activations_gb(
     tokens: int,
     shape: Size,
@@ -173,18 +151,13 @@ def activations_gb(
         shape = replace(shape, fused=False)
     squares = tokens * length * shape.heads if shape.fused and length <= LONGEST else 0
     scores = 2 * compute.itemsize * (squares if squares <= MOST_SCORES else 0)
-    layers = shape.layers - frozen
-    held = kept_gb(
-        tokens,
-        shape,
-        compute,
-        checkpointing=checkpointing,
-        frozen=frozen,
-        adapters=adapters,
-    )
+    layer, layers = kept_bytes(shape, compute), shape.layers - frozen
+    held = layer * (layers + 1)
     casts = compute.itemsize * (shape.parameters - shape.embedding) * layers // shape.layers
     if checkpointing or shape.fused:
         casts //= max(1, layers)  # made anew in backward
+    if checkpointing:
+        held = 4 * shape.hidden * layers + 2 * layer  # the inputs; one layer is made anew
     once = (casts if compute != torch.float32 else 0) + (4 * shape.embedding if trained else 0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     compiled = device == "cpu" and kernels_for(compute) is not None
@@ -194,4 +167,4 @@ def activations_gb(
         logits = compute.itemsize * (most + copies * shape.embedding)
     else:  # a chunk's logits, slope and gradient, the last chunk's two, and a cast copy
         logits = 5 * 4 * min(tokens * shape.vocab, chunk_elements(device))
-    return held + HOLES * (once + logits + scores) / GB
+    return HOLES * (tokens * held + once + logits + scores) / GB

@@ -551,6 +551,22 @@ def test_a_prompt_shared_by_replies_that_start_together_is_computed_once(monkeyp
     assert counted[:16] == [3] * 8 + [sum(map(len, few))] * 8, "nor the beginning of all"
 
 
+@pytest.mark.parametrize(
+    ("prompts", "opening"),
+    [
+        ([[1, 2, 3, 4], [1, 9, 9], [1, 2, 3, 5]], [1]),
+        ([[1, 2, 3, 4], [1, 2, 7], [1, 2, 3, 5]], [1, 2]),
+        ([[1, 2, 3], [1, 2]], [1]),
+        ([[4, 5, 6], [4, 5, 6]], [4, 5]),
+        ([[4, 5, 6]], [4, 5]),
+        ([[7], [7, 8]], []),
+        ([[7, 8], [8, 7]], []),
+    ],
+)
+def test_an_opening_is_what_every_prompt_begins_with_and_goes_on_from(prompts, opening):
+    assert cache.opening_of(prompts) == opening
+
+
 @pytest.mark.parametrize("slots", [3, 64])
 @pytest.mark.parametrize(("compiled", "name"), [(True, "llama"), (True, "qwen3"), (False, "qwen3")])
 def test_what_all_prompts_begin_with_changes_nothing(slots, compiled, name):
@@ -854,6 +870,9 @@ def test_with_compiled_kernels_a_reply_is_the_same_to_the_bit_in_any_company(nam
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_all_blocks_in_one_call_are_the_blocks_one_by_one_to_the_bit(monkeypatch, name, dtype):
     engine = engine_of(make(name), slots=5, dtype=dtype)
+    if engine.kernels is None or not engine.kernels.panel:
+        pytest.skip("no compiled products here")
+    assert engine._cache(2, 8, []).addresses is not None
     together = engine.generate(prompts_of(12), PARAMS, seeds_of(12))
     monkeypatch.setattr(cache, "_addresses", lambda *_: None)
     assert engine.generate(prompts_of(12), PARAMS, seeds_of(12)) == together

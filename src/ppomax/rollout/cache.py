@@ -26,6 +26,8 @@ class Cache:
     """[length, 1, dim]; keys and values may have room for a few positions more."""
     sin: Tensor
     """The same, negative where a rotation subtracts."""
+    layers: list[Layer]
+    """What it was filled with, and is read with."""
     opening: int
     """Tokens that all prompts begin with: every slot holds them, whoever comes and goes."""
     addresses: Tensor | None
@@ -60,7 +62,7 @@ def room(
         return [torch.zeros(slots, kv_heads, *shape, dtype=dtype, device=device) for _ in layers]
 
     keys, values = empty(dim, ample), empty(ample, dim)
-    return Cache(keys, values, *turns, opening, _addresses(layers, keys, values))
+    return Cache(keys, values, *turns, layers, opening, _addresses(layers, keys, values))
 
 
 def _addresses(layers: list[Layer], keys: list[Tensor], values: list[Tensor]) -> Tensor | None:
@@ -71,7 +73,7 @@ def _addresses(layers: list[Layer], keys: list[Tensor], values: list[Tensor]) ->
     rows = []
     for layer, *cached in zip(layers, keys, values, strict=True):
         attention = (layer.attention_norm, *layer.qkv.plain, layer.qk_norm, *layer.out.plain)
-        mlp = (layer.mlp_norm, *layer.gate_up.plain, *layer.down.plain)
+        mlp = (layer.mlp_norm, layer.gate_up.weight, layer.down.weight)
         rows.append(addresses(*attention, *mlp, *cached))
     return torch.tensor(rows)
 

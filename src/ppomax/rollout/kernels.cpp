@@ -332,7 +332,7 @@ struct Layer {
   const float* qk_norm;
   const T *out, *out_bias;
   const float* mlp_norm;
-  const T *gate_up, *gate_up_bias, *down, *down_bias;
+  const T *gate_up, *down;  // no model that is read so has biases here
   T *keys, *values;
 };
 
@@ -342,9 +342,9 @@ void read(const Layer<T>* layers, int64_t count, float* stream, const float* cos
           const int64_t* positions, const int64_t* slots, const Shape& shape, int64_t hidden,
           int64_t inner, float eps, int threads) {
   const int64_t rows = shape.rows, mixing = shape.heads * shape.dim;
-  const int64_t heads = mixing + 2 * shape.kv_heads * shape.dim;
-  std::unique_ptr<T[]> normed(new T[rows * hidden]), qkv(new T[rows * heads]),
-      mixed(new T[rows * mixing]), added(new T[rows * hidden]), gate_up(new T[rows * 2 * inner]),
+  const int64_t width = mixing + 2 * shape.kv_heads * shape.dim;
+  std::unique_ptr<T[]> normed(new T[rows * hidden]), qkv(new T[rows * width]),
+      read_heads(new T[rows * mixing]), added(new T[rows * hidden]), gate_up(new T[rows * 2 * inner]),
       active(new T[rows * inner]);
   auto add_and_norm = [&](const T* more, const float* weight) {
     norm(stream, more, weight, stream, normed.get(), rows, hidden, eps, threads);
@@ -352,15 +352,14 @@ void read(const Layer<T>* layers, int64_t count, float* stream, const float* cos
   for (int64_t l = 0; l < count; l++) {
     const Layer<T>& own = layers[l];
     add_and_norm(l ? added.get() : nullptr, own.attention_norm);
-    product(normed.get(), own.qkv, own.qkv_bias, qkv.get(), rows, hidden, heads, threads);
-    attend(qkv.get(), own.qk_norm, cos, sin, positions, slots, own.keys, own.values, mixed.get(),
-           shape, eps, threads);
-    product(mixed.get(), own.out, own.out_bias, added.get(), rows, mixing, hidden, threads);
+    product(normed.get(), own.qkv, own.qkv_bias, qkv.get(), rows, hidden, width, threads);
+    attend(qkv.get(), own.qk_norm, cos, sin, positions, slots, own.keys, own.values,
+           read_heads.get(), shape, eps, threads);
+    product(read_heads.get(), own.out, own.out_bias, added.get(), rows, mixing, hidden, threads);
     add_and_norm(added.get(), own.mlp_norm);
-    product(normed.get(), own.gate_up, own.gate_up_bias, gate_up.get(), rows, hidden, 2 * inner,
-            threads);
+    product<T>(normed.get(), own.gate_up, nullptr, gate_up.get(), rows, hidden, 2 * inner, threads);
     swiglu(gate_up.get(), active.get(), rows, inner, threads);
-    product(active.get(), own.down, own.down_bias, added.get(), rows, inner, hidden, threads);
+    product<T>(active.get(), own.down, nullptr, added.get(), rows, inner, hidden, threads);
   }
   if (count)
     for (int64_t i = 0; i < rows * hidden; i++) stream[i] += widen(added[i]);
@@ -557,7 +556,7 @@ void draw(const float* logits, const int64_t* seeds, const int64_t* steps, int64
         inside += exponential(x[id] - row.top);
       }
       const double of_tail = row.top + gumbel(noise.uniform(-1));
-      const double rounding = 1e-5 * row.sum;  // above that of both sums
+      const double rounding = 5e-5 * row.sum;  // above that of both sums
       if (count < vocab && of_tail + std::log(row.sum - inside + rounding) > race.best) {
         std::copy(x, x + vocab, tail.begin());
         for (uint64_t key : search.found) tail[Search::id(key)] = -INFINITY;

@@ -206,7 +206,9 @@ class Kernels(Compiled):
     def draw_plain(
         self, logits: Tensor, seeds: Tensor, steps: Tensor, temperature: float, count: int
     ) -> Draw:
-        """A draw from softmax(logits / temperature), the same as of `sampling.sample`.
+        """A draw from softmax(logits / temperature), that of `sampling.sample`.
+
+        Of equal logits at the last candidate's place another may be one.
 
         Args:
             logits: fp32, [batch, vocab].
@@ -214,7 +216,7 @@ class Kernels(Compiled):
         """
         batch, vocab = logits.shape
         tokens, logprobs = torch.empty_like(seeds), logits.new_empty(batch)
-        given = (logits, seeds.contiguous(), steps.contiguous(), tokens, logprobs)
+        given = (logits.contiguous(), seeds.contiguous(), steps.contiguous(), tokens, logprobs)
         sizes = (batch, vocab, min(count, vocab))
         self._draw_plain(*map(address, given), *sizes, temperature, threads())
         return Draw(tokens, logprobs)

@@ -217,7 +217,7 @@ class NativeEngine:
             result[rows, :, positions - start] = flat
             return result
 
-        for layer, keys, values in zip(self.weights.layers, cache.keys, cache.values, strict=True):
+        for layer, keys, values in zip(cache.layers, cache.keys, cache.values, strict=True):
             q, k, v = map(padded, self._project(layer, x, cos, sin))
             keys[slots, :, :, start:longest] = k.transpose(2, 3)
             values[slots, :, start:longest] = v
@@ -265,7 +265,7 @@ class NativeEngine:
         beyond = torch.arange(span, device=self.device) > positions[:, None]
         mask = torch.zeros(beyond.shape, dtype=self.dtype, device=self.device)
         mask = mask.masked_fill_(beyond, float("-inf"))[:, None]
-        for layer, keys, values in zip(self.weights.layers, cache.keys, cache.values, strict=True):
+        for layer, keys, values in zip(cache.layers, cache.keys, cache.values, strict=True):
             q, k, v = self._project(layer, x, cos, sin)
             keys[rows, :, :, positions], values[rows, :, positions] = k, v
             # query heads that share keys are the rows of one product over contiguous slices
@@ -293,7 +293,7 @@ class NativeEngine:
             kernels.read(*given, self.heads, sizes, self.inner, eps)
             return x
         added = None
-        for layer, keys, values in zip(self.weights.layers, cache.keys, cache.values, strict=True):
+        for layer, keys, values in zip(cache.layers, cache.keys, cache.values, strict=True):
             qkv = layer.qkv(kernels.norm(x, added, layer.attention_norm, eps))
             mixed = kernels.attend(qkv, layer.qk_norm, turns, positions, slots, keys, values, eps)
             normed = kernels.norm(x, layer.out(mixed), layer.mlp_norm, eps)

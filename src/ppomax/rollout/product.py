@@ -30,7 +30,7 @@ class Product:
     multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
     """x W + b, for weights as they lie in `weight`."""
     compiled: bool = False
-    """Whether that is all and `kernels.product`'s."""
+    """Whether that is all, and compiled kernels read them."""
 
     @property
     def plain(self) -> tuple[Tensor, Tensor | None]:

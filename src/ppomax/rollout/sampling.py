@@ -67,7 +67,10 @@ class Draw(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """Draws among the most likely tokens, and what tells whether another could have been drawn."""
+    """Draws among the most likely tokens, and what tells whether another could have been drawn.
+
+    Where none could (`open` is None), only the draw counts.
+    """
 
     logits: Float[Tensor, "batch vocab"]
     """Over the temperature."""
@@ -278,9 +281,9 @@ def _draft_plain(
     best, place = noisy.max(1)
     tokens = ids.gather(1, place[:, None]).squeeze(1)
     draw = Draw(tokens, logits.gather(1, tokens[:, None]).squeeze(1) - normaliser)
-    noise = gumbel(seeds, steps, torch.full_like(ids[:, :1], _TAIL_ID)).squeeze(1)
     if ids.shape[1] == logits.shape[1]:
         return Draft(logits, normaliser, ids, draw)
+    noise = gumbel(seeds, steps, torch.full_like(ids[:, :1], _TAIL_ID)).squeeze(1)
     inside = (values.double() - normaliser.double()[:, None]).exp().sum(1)
     rounding = 1e-5 + 1e-6 * normaliser.double().abs()  # above that of an fp32 normaliser
     most = normaliser.double() + (1 - inside + rounding).clamp(min=0).log()
