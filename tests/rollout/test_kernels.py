@@ -1,3 +1,4 @@
+import math
 import shutil
 import stat
 from pathlib import Path
@@ -325,6 +326,29 @@ def test_a_compiled_draw_is_that_of_pytorchs_operations(vocab, temperature):
         among = logits.topk(sampling.CANDIDATES).indices
         beyond = (among != found.tokens[:, None]).all(1)
         assert 5 < int(beyond.sum()) < rows - 5, "of the tail, and of the most likely"
+
+
+RARE = [25044495, 7610959, 26275011, 11802274, 3241721, 25189112, 27237174, 20241730, 26527441]
+"""Seeds whose tail has noise above 15, once in 3,000,000."""
+
+
+@compiled
+@pytest.mark.parametrize("mass", [1e-5, 1e-6, 3e-7, 1e-7])
+def test_a_tail_of_next_to_no_mass_is_drawn_where_its_noise_is_large(mass):
+    vocab, count, beyond = 8192, sampling.CANDIDATES, 0
+    seeds, steps = torch.tensor(RARE), torch.zeros(len(RARE), dtype=torch.long)
+    parts, params = Kernels(FOUND, torch.float32), sampling.SamplingParams()
+    for case in range(16):  # a sum of candidates may round to more than that of all
+        row = randn(vocab, seed=case)
+        row[:count] = 20 + randn(count, seed=100 + case).clamp(-3)  # the candidates
+        inside, tail = (part.double().logsumexp(0) for part in (row[:count], row[count:]))
+        row[count:] += float(inside - tail) + math.log(mass)
+        logits = row.repeat(len(RARE), 1)
+        found = parts.draw_plain(logits, seeds, steps, 1.0, count)
+        expected = sampling.sample(logits, seeds, steps, params)
+        assert torch.equal(found.tokens, expected.tokens)
+        beyond += int((found.tokens >= count).sum())
+    assert beyond
 
 
 @compiled

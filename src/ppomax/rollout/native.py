@@ -3,8 +3,8 @@
 Replies stand in slots 0..n-1 of one cache. A finished reply leaves: the last active slot moves into
 its place, and waiting prompts are prefilled into the free slots; a prompt that several of them
 share is computed once, and what all prompts begin with (a template's system message) once for all
-slots. The residual stream, norms, softmax and log-probs are fp32, matrix products
-run in the compute dtype, as in training under autocast.
+slots. The residual stream, norms, softmax and log-probs are fp32, matrix products run in the
+compute dtype, as in training under autocast.
 """
 
 from collections.abc import Callable
