@@ -182,8 +182,7 @@ def test_what_layers_keep_for_backward_is_what_autograd_holds(compute, shape, ki
         casts //= size.layers
     logits = 20 * 64 * 100
     if kernels_for(compute) is not None:
-        copies = 1 if compute == torch.float32 else 2
-        logits = compute.itemsize * (64 * 100 + copies * size.embedding)
+        logits = compute.itemsize * 64 * 100
     assert plan == pytest.approx(footprint.HOLES * (100 * per_token + casts + gradients + logits))
 
 
@@ -196,8 +195,9 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():
         return (both[1] - both[0]) * footprint.GB / 9e5 / footprint.HOLES
 
     layer = 4 * (6 * 2000 + 2 * 2000 + 1000 + 4 * 5000)
-    assert per_token(checkpointing=False) == pytest.approx(21 * layer)
-    assert per_token(checkpointing=True) == pytest.approx(20 * 4 * 2000 + 2 * layer)
+    # and logits of the narrowest part of the vocabulary
+    assert per_token(checkpointing=False) == pytest.approx(21 * layer, rel=1e-3)
+    assert per_token(checkpointing=True) == pytest.approx(20 * 4 * 2000 + 2 * layer, rel=5e-3)
 
 
 def test_a_micro_batch_is_no_larger_than_what_there_is(small, tmp_path, monkeypatch):

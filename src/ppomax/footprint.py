@@ -15,7 +15,7 @@ from ppomax.models.fused import is_fused, use_fused_blocks
 from ppomax.models.kernels import kernels_for
 from ppomax.models.lean import is_lean, use_lean_blocks
 from ppomax.models.load import positions_of
-from ppomax.models.logprobs import chunk_elements
+from ppomax.models.logprobs import chunk_elements, part_width
 from ppomax.models.lora import LoraSettings
 from ppomax.models.names import resolve
 
@@ -161,10 +161,8 @@ def activations_gb(
     once = (casts if compute != torch.float32 else 0) + (4 * shape.embedding if trained else 0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     compiled = device == "cpu" and kernels_for(compute) is not None
-    if compiled:  # a chunk's logits, whose gradient takes their place; a cast copy, a product
-        most = min(tokens * shape.vocab, chunk_elements(device, compiled=True))
-        copies = 2 if compute != torch.float32 else 1
-        logits = compute.itemsize * (most + copies * shape.embedding)
+    if compiled:  # a part's logits, whose gradient takes their place
+        logits = compute.itemsize * tokens * min(part_width(tokens), shape.vocab)
     else:  # a chunk's logits, slope and gradient, the last chunk's two, and a cast copy
         logits = 5 * 4 * min(tokens * shape.vocab, chunk_elements(device))
     return HOLES * (tokens * held + once + logits + scores) / GB

@@ -7,9 +7,6 @@ from pathlib import Path
 
 KEPT = 2**30
 """Bytes that the C allocator keeps for what is asked next instead of giving them back."""
-APART = 2**25
-"""Bytes of a tensor that is mapped for itself and given back whole, so that holes stay small; the
-most that every glibc accepts."""
 
 
 def allocator_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -21,7 +18,7 @@ def allocator_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """
     if sys.platform != "linux" or "GLIBC_TUNABLES" in environment:
         return {}
-    tunables = {"hugetlb": 1, "trim_threshold": KEPT, "mmap_threshold": APART}
+    tunables = {"hugetlb": 1, "trim_threshold": KEPT, "mmap_max": 0}
     text = ":".join(f"glibc.malloc.{name}={value}" for name, value in tunables.items())
     return {"GLIBC_TUNABLES": text}
 

@@ -56,8 +56,9 @@ def way(request):
 
 
 def chunks_of(monkeypatch, elements):
-    for name in ("CHUNK_ELEMENTS", "COMPILED_CHUNK_ELEMENTS"):
-        monkeypatch.setattr(module, name, elements)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(module, "PART_ELEMENTS", elements)
+    monkeypatch.setattr(module, "NARROWEST", 1)
 
 
 @pytest.fixture

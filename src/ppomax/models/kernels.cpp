@@ -233,58 +233,75 @@ inline double sum_of(int64_t count, F term) {
   return sum;
 }
 
-// Log-probs of the targets at the temperature and at 1, and the entropy where there is room for it.
+// What is known of a token's distribution after a part of the vocabulary.
+struct Sums {
+  double top;       // the largest logit
+  double total;     // of e^((x - top) / temperature)
+  double plain;     // of e^(x - top); at temperature 1 not taken
+  double weighted;  // of e^((x - top) / temperature) (x - top) / temperature
+  double target;    // the target's logit
+};
+
+// Adds the logits of `width` tokens from `first` on to what is known of each row.
 template <class T>
-void logprobs(const T* logits, const int64_t* targets, float* logprob, float* normaliser,
-              float* plain, float* entropy, int64_t rows, int64_t vocab, float temperature,
-              int threads) {
+void logprobs(const T* logits, const int64_t* targets, Sums* sums, int64_t rows, int64_t width,
+              int64_t first, int64_t entropy, float temperature, int threads) {
   const float inverse = 1.0f / temperature;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < rows; row++) {
-    const T* x = logits + row * vocab;
-    const float top = largest(x, vocab);
-    const double above = std::log(sum_of(vocab, [&](int64_t i) {
-      return exponential((widen(x[i]) - top) * inverse);
-    }));
-    const double target = double(widen(x[targets[row]])) - top;
-    logprob[row] = float(target * inverse - above);
-    normaliser[row] = float(double(top) * inverse + above);
-    plain[row] = temperature == 1.0f ? logprob[row] : float(target - std::log(sum_of(
-        vocab, [&](int64_t i) { return exponential(widen(x[i]) - top); })));
-    if (entropy) {
-      const float least = float(above);
-      entropy[row] = float(-sum_of(vocab, [&](int64_t i) {
-        const float own = (widen(x[i]) - top) * inverse - least;
-        return exponential(own) * own;
-      }));
+    const T* x = logits + row * width;
+    Sums& own = sums[row];
+    const double higher = std::max(own.top, double(largest(x, width)));
+    if (higher > own.top && own.total > 0) {  // what was summed stands lower by so much
+      const double step = higher - own.top, scaled = step * inverse;
+      own.weighted = std::exp(-scaled) * (own.weighted - own.total * scaled);
+      own.total *= std::exp(-scaled);
+      own.plain *= std::exp(-step);
     }
+    own.top = higher;
+    const float top = float(higher);
+    own.total += sum_of(width, [&](int64_t i) {
+      return exponential((widen(x[i]) - top) * inverse);
+    });
+    if (temperature != 1.0f)
+      own.plain += sum_of(width, [&](int64_t i) { return exponential(widen(x[i]) - top); });
+    if (entropy)
+      own.weighted += sum_of(width, [&](int64_t i) {
+        const float below = (widen(x[i]) - top) * inverse;
+        return exponential(below) * below;
+      });
+    const int64_t target = targets[row] - first;
+    if (target >= 0 && target < width) own.target = widen(x[target]);
   }
 }
 
-// Logits to their gradient, in place. d logprob / d logits = onehot - p, of the entropy
+// Logits of `width` tokens from `first` on to their gradient, in place. d logprob / d logits = onehot - p, of the entropy
 // -p (log p + H), both over the temperature.
 template <class T>
 void logprobs_backward(T* logits, const int64_t* targets, const float* normaliser,
                        const float* entropy, const float* to_logprob, const float* to_entropy,
-                       int64_t rows, int64_t vocab, float temperature, int threads) {
+                       int64_t rows, int64_t width, int64_t first, float temperature,
+                       int threads) {
   const float inverse = 1.0f / temperature;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < rows; row++) {
-    T* x = logits + row * vocab;
+    T* x = logits + row * width;
     const float level = normaliser[row], slope = to_logprob[row] * inverse;
-    const float at_target = widen(x[targets[row]]) * inverse - level;
+    const int64_t target = targets[row] - first;
+    const bool here = target >= 0 && target < width;
+    const float at_target = here ? widen(x[target]) * inverse - level : 0.0f;
     auto gradient = [=](float own) {  // of a token with this log-prob, which is not the target
       const float more = to_entropy ? (own + entropy[row]) * to_entropy[row] * inverse : 0.0f;
       return -exponential(own) * (slope + more);
     };
     if (to_entropy)
 #pragma omp simd
-      for (int64_t i = 0; i < vocab; i++) narrow(gradient(widen(x[i]) * inverse - level), x[i]);
+      for (int64_t i = 0; i < width; i++) narrow(gradient(widen(x[i]) * inverse - level), x[i]);
     else
 #pragma omp simd
-      for (int64_t i = 0; i < vocab; i++)
+      for (int64_t i = 0; i < width; i++)
         narrow(-exponential(widen(x[i]) * inverse - level) * slope, x[i]);
-    narrow(gradient(at_target) + slope, x[targets[row]]);
+    if (here) narrow(gradient(at_target) + slope, x[target]);
   }
 }
 
@@ -327,18 +344,17 @@ void logprobs_backward(T* logits, const int64_t* targets, const float* normalise
                                float scale, int threads) {                                         \
     softmax_backward(shares, gradient, rows, length, scale, threads);                              \
   }                                                                                                \
-  void logprobs_##NAME(const T* logits, const int64_t* targets, float* logprob,                    \
-                       float* normaliser, float* plain, float* entropy, int64_t rows,              \
-                       int64_t vocab, float temperature, int threads) {                            \
-    logprobs(logits, targets, logprob, normaliser, plain, entropy, rows, vocab, temperature,       \
-             threads);                                                                             \
+  void logprobs_##NAME(const T* logits, const int64_t* targets, Sums* sums, int64_t rows,          \
+                       int64_t width, int64_t first, int64_t entropy, float temperature,           \
+                       int threads) {                                                              \
+    logprobs(logits, targets, sums, rows, width, first, entropy, temperature, threads);            \
   }                                                                                                \
   void logprobs_backward_##NAME(T* logits, const int64_t* targets, const float* normaliser,        \
                                 const float* entropy, const float* to_logprob,                     \
-                                const float* to_entropy, int64_t rows, int64_t vocab,              \
-                                float temperature, int threads) {                                  \
-    logprobs_backward(logits, targets, normaliser, entropy, to_logprob, to_entropy, rows, vocab,   \
-                      temperature, threads);                                                       \
+                                const float* to_entropy, int64_t rows, int64_t width,              \
+                                int64_t first, float temperature, int threads) {                   \
+    logprobs_backward(logits, targets, normaliser, entropy, to_logprob, to_entropy, rows, width,   \
+                      first, temperature, threads);                                                \
   }
 
 extern "C" {

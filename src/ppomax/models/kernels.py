@@ -1,5 +1,6 @@
 """What lies between the matrix products of training, compiled: kernels.cpp."""
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -42,8 +43,8 @@ class Kernels(Compiled):
         "join_heads": "pppppp nnnnnn i",
         "softmax": "p nn i",
         "softmax_backward": "pp nn f i",
-        "logprobs": "pppppp nn f i",
-        "logprobs_backward": "pppppp nn f i",
+        "logprobs": "ppp nnnn f i",
+        "logprobs_backward": "pppppp nnn f i",
     }
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -133,28 +134,43 @@ class Kernels(Compiled):
         return gradient
 
     def logprobs(
-        self, logits: Tensor, targets: Tensor, temperature: float, *, entropy: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        self,
+        parts: Iterable[tuple[int, Tensor]],
+        targets: Tensor,
+        vocab: int,
+        temperature: float,
+        *,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Log-probs, log normalisers, log-probs at temperature 1 and entropies, fp32, [tokens].
 
         Args:
-            logits: [tokens, vocab].
+            parts: logits of the vocabulary's parts, [tokens, width], each with its first token.
+            entropy: False leaves it 0.
 
         Raises:
             IndexError: a target is no token.
         """
-        if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
-            raise IndexError(f"a target is none of the {logits.shape[1]} tokens")
-        sums = logits.new_empty(3, len(logits), dtype=torch.float32)
-        logprob, normaliser, plain = sums
-        entropies = torch.empty_like(logprob) if entropy else None
-        given = (logits, targets.long().contiguous(), logprob, normaliser, plain, entropies)
-        self._logprobs(*map(address, given), *logits.shape, temperature, threads())
-        return logprob, normaliser, plain, entropies
+        if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
+            raise IndexError(f"a target is none of the {vocab} tokens")
+        sums = torch.zeros(len(targets), 5, dtype=torch.float64)
+        sums[:, 0] = -torch.inf
+        targets = targets.long().contiguous()
+        for first, logits in parts:
+            given = (logits, targets, sums)
+            sizes = (*logits.shape, first, int(entropy))
+            self._logprobs(*map(address, given), *sizes, temperature, threads())
+        top, total, plain, weighted, target = sums.unbind(1)
+        level = top / temperature + total.log()
+        logprobs = target / temperature - level
+        entropies = total.log() - weighted / total if entropy else torch.zeros_like(total)
+        plain = logprobs if temperature == 1.0 else target - top - plain.log()
+        return logprobs.float(), level.float(), plain.float(), entropies.float()
 
     def logprobs_backward_(
         self,
         logits: Tensor,
+        first: int,
         targets: Tensor,
         normaliser: Tensor,
         entropy: Tensor,
@@ -162,10 +178,12 @@ class Kernels(Compiled):
         to_entropy: Tensor | None,
         temperature: float,
     ) -> Tensor:
-        """The logits' gradient in their place, from that of `logprobs`' log-probs and entropies."""
+        """A part's gradient in its place, from that of `logprobs`' log-probs and entropies."""
         given = [t if t is None else t.contiguous() for t in (to_logprob, to_entropy)]
-        parts = (logits, targets.long().contiguous(), normaliser, entropy, *given)
-        self._logprobs_backward(*map(address, parts), *logits.shape, temperature, threads())
+        tensors = (logits, targets.long().contiguous(), normaliser, entropy, *given)
+        self._logprobs_backward(
+            *map(address, tensors), *logits.shape, first, temperature, threads()
+        )
         return logits
 
     _norm: Any
