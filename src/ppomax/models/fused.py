@@ -5,6 +5,8 @@ Kept for backward are the residual stream, both normed inputs, heads before and 
 mixed, gate and up; backward casts weights, and computes shares and the MLP's product, again.
 """
 
+import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -212,8 +214,36 @@ def _shares(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
     """Causal softmax of the scaled scores, [batch * groups, heads / groups * length, length]."""
     groups = k.shape[1]
     rows, keys = _groups(q, groups), _groups(k, groups).mT
-    scores = torch.baddbmm(q.new_empty(()), rows, keys, beta=0, alpha=layout.scale)
+    scores = ROOMS.shares.of(q, *rows.shape[:2], keys.shape[2])
+    torch.baddbmm(q.new_empty(()), rows, keys, beta=0, alpha=layout.scale, out=scores)
     return layout.kernels.softmax_(scores)
+
+
+class _Room:
+    """Memory for one tensor at a time, whose size changes from call to call."""
+
+    def __init__(self) -> None:
+        self.held = torch.empty(0)
+
+    def of(self, like: Tensor, *shape: int) -> Tensor:
+        """A tensor of this shape that the next one of this room overwrites."""
+        size = math.prod(shape)
+        if self.held.dtype != like.dtype or len(self.held) < size:
+            self.held = like.new_empty(size)
+        return self.held[:size].view(shape)
+
+
+class _Rooms(threading.local):
+    """For scores and their gradient, the largest tensors that a block makes and drops.
+
+    Among blocks of what is kept for backward, each would leave a hole of its size.
+    """
+
+    def __init__(self) -> None:
+        self.shares, self.gradient = _Room(), _Room()
+
+
+ROOMS = _Rooms()
 
 
 class _Block(torch.autograd.Function):
@@ -277,7 +307,8 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa:
     to_mixed = _to_input(rounded, out).view(len(q), q.shape[2], -1, q.shape[3])
     mixing = _groups(to_mixed.transpose(1, 2).contiguous(), groups)
     shares = _shares(q, k, layout)
-    to_scores = torch.bmm(mixing, _groups(v, groups).mT)
+    to_scores = ROOMS.gradient.of(v, *shares.shape)
+    torch.bmm(mixing, _groups(v, groups).mT, out=to_scores)
     kernels.softmax_backward_(shares, to_scores, layout.scale)
     to_qkv = kernels.join_heads(
         torch.bmm(to_scores, _groups(k, groups)).view(q.shape),
