@@ -108,10 +108,10 @@ def kept_bytes(shape: Size, compute: torch.dtype) -> int:
     mixed values, gate, its activation, up, their product, and the inputs of the matrix products:
     one tensor for q, k, v and one for gate and up, but under autocast each product casts its own.
     Lean blocks keep no normalised input, no activation and one cast for all; fused ones also make
-    the product again.
+    the product and the norms again.
     """
     if shape.fused:
-        products = 2 * shape.hidden + 2 * shape.q_width + shape.kv_width + 2 * shape.intermediate
+        products = 2 * shape.q_width + shape.kv_width + 2 * shape.intermediate
         return 8 * shape.hidden + compute.itemsize * products
     if shape.lean:
         products = 2 * shape.hidden + 2 * shape.q_width + shape.kv_width + 3 * shape.intermediate
@@ -121,8 +121,30 @@ def kept_bytes(shape: Size, compute: torch.dtype) -> int:
     return 16 * shape.hidden + compute.itemsize * products
 
 
-HOLES = 1.15
+HOLES = 1.25
 """What freed blocks of other sizes add: of 1.9 GB asked for glibc's allocator held 1.9 to 2.4."""
+
+
+def kept_gb(
+    tokens: int,
+    shape: Size,
+    compute: torch.dtype,
+    *,
+    checkpointing: bool,
+    frozen: int = 0,
+    adapters: bool = False,
+) -> float:
+    """GB that a micro-batch's forward holds until backward, and one layer of it made anew.
+
+    Args:
+        tokens, frozen, adapters: as for `activations_gb`.
+    """
+    layer = kept_bytes(replace(shape, fused=False) if adapters else shape, compute)
+    layers = shape.layers - frozen
+    held = layer * (layers + 1)
+    if checkpointing:
+        held = 4 * shape.hidden * layers + 2 * layer  # the inputs; one layer is made anew
+    return HOLES * tokens * held / GB
 
 
 def activations_gb(
@@ -151,13 +173,18 @@ def activations_gb(
         shape = replace(shape, fused=False)
     squares = tokens * length * shape.heads if shape.fused and length <= LONGEST else 0
     scores = 2 * compute.itemsize * (squares if squares <= MOST_SCORES else 0)
-    layer, layers = kept_bytes(shape, compute), shape.layers - frozen
-    held = layer * (layers + 1)
+    layers = shape.layers - frozen
+    held = kept_gb(
+        tokens,
+        shape,
+        compute,
+        checkpointing=checkpointing,
+        frozen=frozen,
+        adapters=adapters,
+    )
     casts = compute.itemsize * (shape.parameters - shape.embedding) * layers // shape.layers
     if checkpointing or shape.fused:
         casts //= max(1, layers)  # made anew in backward
-    if checkpointing:
-        held = 4 * shape.hidden * layers + 2 * layer  # the inputs; one layer is made anew
     once = (casts if compute != torch.float32 else 0) + (4 * shape.embedding if trained else 0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     compiled = device == "cpu" and kernels_for(compute) is not None
@@ -165,4 +192,4 @@ def activations_gb(
         logits = compute.itemsize * tokens * min(part_width(tokens), shape.vocab)
     else:  # a chunk's logits, slope and gradient, the last chunk's two, and a cast copy
         logits = 5 * 4 * min(tokens * shape.vocab, chunk_elements(device))
-    return HOLES * (tokens * held + once + logits + scores) / GB
+    return held + HOLES * (once + logits + scores) / GB

@@ -12,7 +12,15 @@ import torch
 from ppomax import preflight
 from ppomax.data.template import ChatTemplate
 from ppomax.errors import PpomaxError
-from ppomax.footprint import GB, Size, activations_gb, adapter_parameters, model_size, trained_gb
+from ppomax.footprint import (
+    GB,
+    Size,
+    activations_gb,
+    adapter_parameters,
+    kept_gb,
+    model_size,
+    trained_gb,
+)
 from ppomax.models.blocks import check_frozen
 from ppomax.models.ensembles import members
 from ppomax.models.load import load_tokenizer
@@ -181,15 +189,25 @@ def _plan_ppo(
     slots = min(config.engine.slots, config.replies)
     length = config.max_prompt + config.sampling.max_new_tokens
     cache = slots * length * shape.layers * shape.kv_width * compute / GB
+    tokens = min(config.micro_tokens, config.minibatch_size * length)
+    adapters = config.lora is not None
     activations = activations_gb(
-        min(config.micro_tokens, config.minibatch_size * length),
+        tokens,
         shape,
         config.compute_dtype,
         checkpointing=config.gradient_checkpointing,
         trained=config.lora is None and not below,
         frozen=below,
-        adapters=config.lora is not None,
+        adapters=adapters,
         length=length,
+    )
+    critic_keeps = kept_gb(
+        tokens,
+        shape,
+        config.compute_dtype,
+        checkpointing=config.gradient_checkpointing,
+        frozen=below,
+        adapters=adapters,
     )
     shared = _held_once(config, shape, own)
     held = policy + critic + sum(frozen.values()) - shared
@@ -200,8 +218,11 @@ def _plan_ppo(
     if below:
         held += min(REMEMBERED_BYTES, 4 * config.replies * length * shape.hidden) / GB
     lent = engine if config.engine.kind == "native" else 0.0  # others keep their copy
+    both = activations + critic_keeps - gradients  # scoring keeps forwards of policy and critic
+    if not config.critic or config.replies * length > config.micro_tokens:
+        both = 0.0
     # while replies are written there are copy and cache and no gradients, in the update the reverse
-    memory = PROCESS_GB + held + engine - lent + max(lent + cache - gradients, activations)
+    memory = PROCESS_GB + held + engine - lent + max(lent + cache - gradients, activations, both)
     critic_rollouts = config.critic_pretraining.max_rollouts if config.critic_pretraining else 0
     rollouts = config.iterations + critic_rollouts
     replies = rollouts * config.replies

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-KEPT = 2**30
-"""Bytes that the C allocator keeps for what is asked next instead of giving them back."""
+KEPT = 2**40
+"""Bytes that the C allocator keeps for what is asked next instead of giving them back: all."""
 
 
 def allocator_environment(environment: Mapping[str, str]) -> dict[str, str]:

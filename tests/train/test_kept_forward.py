@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ppomax.models.heads import ScalarModel
 from ppomax.models.language import LanguageModel
 from ppomax.train import ppo, trainable
 from ppomax.train.ppo import train_ppo
@@ -24,16 +25,16 @@ def rows(run):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Whether gradients were on in each of the policy's forwards."""
-    seen = []
-    plain = LanguageModel.forward
+    """Whether gradients were on in each forward of the policy, and in each of the critic."""
+    seen = {LanguageModel: [], ScalarModel: []}
+    for kind in seen:
 
-    def spy(self, *args, **kwargs):
-        if any(p.requires_grad for p in self.parameters()):
-            seen.append(torch.is_grad_enabled())
-        return plain(self, *args, **kwargs)
+        def spy(self, *args, kind=kind, plain=kind.forward, **kwargs):
+            if any(p.requires_grad for p in self.parameters()):
+                seen[kind].append(torch.is_grad_enabled())
+            return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(LanguageModel, "forward", spy)
+        monkeypatch.setattr(kind, "forward", spy)
     return seen
 
 
@@ -44,11 +45,12 @@ def graphs(monkeypatch):
         {},
         {"minibatch_size": 4},
         {"micro_tokens": 50, "epochs": 2},
-        {"freeze_layers": 1, "loss": {"entropy_coef": 0.1}},
-        {"lora": {"rank": 2}, "gradient_checkpointing": True},
+        {"minibatch_size": 4, "freeze_layers": 1, "loss": {"entropy_coef": 0.1}},
+        {"minibatch_size": 4, "lora": {"rank": 2}, "gradient_checkpointing": True},
         {"buffer_iterations": 2, "critic_pretraining": {"max_rollouts": 1}},
         {"kl": EXACT},
-        {"dtype": "bfloat16"},
+        {"minibatch_size": 4, "dtype": "bfloat16"},
+        {"minibatch_size": 4, "kl": EXACT},
     ],
     ids=str,
 )
@@ -58,8 +60,9 @@ def test_with_and_without_the_kept_forward_a_run_is_the_same_to_the_bit(
     change = {"optim": {"lr": 1e-2}} | change
     monkeypatch.setattr(ppo, "CHECKED_EVERY", 1)
     kept = train_ppo(small("ppo", tmp_path / "kept", change))
-    every = len(graphs)
-    graphs.clear()
+    every = {kind: len(seen) for kind, seen in graphs.items()}
+    for seen in graphs.values():
+        seen.clear()
     monkeypatch.setattr(trainable.Trainable, "keep", lambda *_: None)
     again = train_ppo(small("ppo", tmp_path / "again", change))
     assert rows(kept) == rows(again)
@@ -67,7 +70,9 @@ def test_with_and_without_the_kept_forward_a_run_is_the_same_to_the_bit(
     files = [load_file(run / "export" / "model.safetensors") for run in (kept, again)]
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
     saved = 0 if change.get("kl") else 2  # one in each of two iterations
-    assert len(graphs) - every == saved
+    assert len(graphs[LanguageModel]) - every[LanguageModel] == saved
+    whole = change.get("minibatch_size") == 4  # all replies, in one micro-batch
+    assert len(graphs[ScalarModel]) - every[ScalarModel] == (saved if whole else 0)
 
 
 @pytest.mark.slow

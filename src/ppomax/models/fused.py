@@ -1,8 +1,8 @@
 """A Llama block in training as one operation: its products, and compiled kernels between them.
 
 What `transformers` computes, with the same rounding in bf16 but for the sums of norms and softmax.
-Kept for backward are the residual stream, both normed inputs, heads before and after they are
-mixed, gate and up; backward casts weights, and computes shares and the MLP's product, again.
+Kept for backward are the residual stream, heads before and after they are mixed, gate and up;
+backward casts weights, and computes norms, shares and the MLP's product, again.
 """
 
 import math
@@ -229,7 +229,8 @@ class _Room:
         """A tensor of this shape that the next one of this room overwrites."""
         size = math.prod(shape)
         if self.held.dtype != like.dtype or len(self.held) < size:
-            self.held = like.new_empty(size)
+            with torch.inference_mode(mode=False):  # training may be next to write to it
+                self.held = like.new_empty(size)
         return self.held[:size].view(shape)
 
 
@@ -284,21 +285,22 @@ def _forward(
     )
     gate_up = _product(mlp_normed, gate, up)
     added = _product(kernels.swiglu(gate_up), down)
-    ctx.save_for_backward(x, normed, q, k, v, mixed, between, mlp_normed, gate_up, *weights)
+    ctx.save_for_backward(x, q, k, v, mixed, between, gate_up, *weights)
     ctx.layout = layout
     return (between + added).view(hidden.shape)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - autograd's
-    x, normed, q, k, v, mixed, between, mlp_normed, gate_up, *weights = ctx.saved_tensors
+    x, q, k, v, mixed, between, gate_up, *weights = ctx.saved_tensors
     norm, query, key, value, out, mlp_norm, gate, up, down = weights
     layout, wanted = ctx.layout, ctx.needs_input_grad[2:]
     kernels, groups = layout.kernels, k.shape[1]
     around = gradient.reshape(x.shape).contiguous()
 
-    rounded = around.to(normed.dtype)
+    rounded = around.to(q.dtype)
     to_gate_up, product = kernels.swiglu_backward(gate_up, _to_input(rounded, down))
     to_down = _to_weights(rounded, product, [down], wanted[8:])
+    mlp_normed = kernels.norm(between, mlp_norm.float(), layout.mlp_eps)
     to_gate = _to_weights(to_gate_up, mlp_normed, [gate, up], wanted[6:8])
     around, rounded, to_mlp_norm = kernels.norm_backward(
         between, mlp_norm.float(), _to_input(to_gate_up, gate, up), around, layout.mlp_eps
@@ -316,6 +318,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa:
         torch.bmm(shares.mT, mixing).view(k.shape),
         layout.turns,
     )
+    normed = kernels.norm(x, norm.float(), layout.attention_eps)
     to_query = _to_weights(to_qkv, normed, [query, key, value], wanted[1:4])
     to_x, _, to_norm = kernels.norm_backward(
         x, norm.float(), _to_input(to_qkv, query, key, value), around, layout.attention_eps

@@ -125,8 +125,9 @@ def score(
     Args:
         update_follows: the policy's first step comes next, on the first minibatch. It begins with
             the micro-batch that is scored first, whose forward is then kept for it: one less.
-            Not of a sharded model, which frees its parameters between forwards, and not where
-            the exact KL is measured meanwhile.
+            So is the critic's where that micro-batch holds all replies; else it would hold memory
+            for long and save little. Not of a sharded model, which frees its parameters between
+            forwards, and not where the exact KL is measured meanwhile.
     """
     mask = response_mask(rollout, here.device)
     tables: dict[str, Tensor] = defaultdict(lambda: torch.zeros(mask.shape, device=here.device))
@@ -134,6 +135,7 @@ def score(
     exact = config.kl is not None and config.kl.exact_loss  # that forward is another one
     measured = config.kl is not None and config.kl.exact_replies is not None
     keep = update_follows and here.size == 1 and not exact and not measured
+    whole = [len(minibatch) for minibatch in plan] == [1]
     for minibatch in plan:
         for indices, weight in watched(rank_micro_batches(minibatch, here)):
             batch = reply_batch(rollout, indices, actors.pad, here.device)
@@ -142,14 +144,18 @@ def score(
                     own = actors.policy.model(batch, config.sampling.temperature, entropy=True)
                 flat = _log_probs(batch, own, actors, config)
                 if actors.critic is not None:
-                    flat["values"], last = values_of_replies(actors.critic.model, batch)
+                    with torch.set_grad_enabled(keep and whole):
+                        values, last = values_of_replies(actors.critic.model, batch)
+                    flat["values"], last = values.detach(), last.detach()
+                    if keep and whole:
+                        actors.critic.keep(indices, values)
             if keep:
                 actors.policy.keep(indices, own)
                 keep = False
-            for name, values in flat.items():
+            for name, found in flat.items():
                 table = tables[name]  # on every rank, also where its micro-batch is a filler
                 if weight:
-                    table[indices] = unflatten(values, mask[indices])
+                    table[indices] = unflatten(found, mask[indices])
             if weight and actors.critic is not None:
                 last_values[indices] = last
     tables = {name: sum_tensor(table, here) for name, table in sorted(tables.items())}

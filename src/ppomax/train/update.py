@@ -146,8 +146,10 @@ def update_critic(
     num_tokens = max(1, int(experience.mask[rows].sum()))
     for indices, weight in now.run.watched(rank_micro_batches(minibatch, now.here)):
         part = micro_batch(experience, indices, now)
-        with autocast(now.here, now.config.compute_dtype):
-            flat = values_before_targets(critic.model, part.batch)
+        flat = critic.kept(part.rows)
+        if flat is None:
+            with autocast(now.here, now.config.compute_dtype):
+                flat = values_before_targets(critic.model, part.batch)
         found = clipped_value_loss(
             part.unflat(flat),
             part.of(experience.scored.values),
