@@ -6,8 +6,9 @@ The same model (SmolLM2-135M) as policy, reference, critic and reward model, the
 36 tokens, from a list in ppomax_worker.py), 64 new tokens for each, one epoch, one optimizer step
 of each model: 4.1 TFLOP. TRL runs in an environment of its own, made once in the cache with pip
 (`trl==1.12.*` and this environment's torch and transformers), or given by `--env`. Both are loaded
-at once (about 16 GB in float32) and take turns; the first iteration of each is left out. `--add`
-counts earlier rounds in the result file too, where one sitting is too short for five.
+at once (about 16 GB in float32) and take turns; the first two iterations of each, which take memory
+for the first time, are left out. `--add` counts earlier rounds in the result file too, where one
+sitting is too short for five.
 
 On a machine with bfloat16 units `--dtype bfloat16` compares ppomax (fp32 masters, bfloat16
 products) with TRL on bfloat16 weights, its only way to use the units, which rounds most of an
@@ -163,7 +164,7 @@ def main():
             rate = matmul_rate(
                 given.dtype, shape.products(given.prompts * (given.prompt + given.new))
             )
-            answers = in_turn(running, given.rounds, minutes=given.minutes)
+            answers = in_turn(running, given.rounds, warm=2, minutes=given.minutes)
             again = matmul_rate(given.dtype)
         opening = len(opening_of(json.loads(ids.read_text(encoding="utf-8"))))
         flops = iteration_flops(shape, given.prompts, given.prompt, given.new, opening=opening)
