@@ -176,7 +176,7 @@ def iteration_flops(shape, prompts, prompt, new, epochs=1, opening=0):
     padding and nothing computed twice. Policy and reference are read at reply tokens through the
     output matrix; critic and reward model have a head of one row, which is not counted. Tokens that
     all prompts begin with, `opening` of them, are read once to write the replies. `kept` is what an
-    update of one step need not compute where scoring keeps the policy's forward.
+    update of one step need not compute where scoring keeps the forwards of policy and critic.
     """
     whole = prompt + new
     rollout = shape.forward(whole - 1, new)
@@ -185,7 +185,7 @@ def iteration_flops(shape, prompts, prompt, new, epochs=1, opening=0):
     parts = {"rollout": rollout, "score": score, "update": update}
     parts = {name: prompts * value for name, value in parts.items()}
     parts["rollout"] -= (prompts - 1) * shape.forward(opening, 0)
-    kept = prompts * shape.forward(whole, new)
+    kept = prompts * (shape.forward(whole, new) + shape.forward(whole, 0))
     return {**parts, "whole": sum(parts.values()), "kept": kept}
 
 

@@ -113,7 +113,7 @@ def table(found, rate):
     shares = ", ".join(
         f"{phase} {share:.0%}" for phase, share in found["ppomax"]["computed"].items()
     )
-    lines.append(f"ppomax, less the forward that scoring keeps for the update: {shares}")
+    lines.append(f"ppomax, less the forwards that scoring keeps for the update: {shares}")
     return [*lines, f"matrix rate: {rate['best'] / 1e9:.0f} GFLOP/s in {rate['dtype']}"]
 
 

@@ -50,6 +50,7 @@ def graphs(monkeypatch):
         {"buffer_iterations": 2, "critic_pretraining": {"max_rollouts": 1}},
         {"kl": EXACT},
         {"minibatch_size": 4, "dtype": "bfloat16"},
+        {"minibatch_size": 4, "epochs": 2, "buffer_iterations": 2},
         {"minibatch_size": 4, "kl": EXACT},
     ],
     ids=str,
