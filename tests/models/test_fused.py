@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -284,6 +285,30 @@ def test_the_same_twice_is_the_same_to_the_bit(dtype):
     one, two = result(model, ids, dtype), result(model, ids, dtype)
     assert torch.equal(one[0], two[0])
     assert all(torch.equal(one[1][key], two[1][key]) for key in one[1])
+
+
+def test_sizes_dtypes_inference_and_threads_take_turns_in_the_rooms_of_scores(monkeypatch):
+    monkeypatch.setattr(fused, "ROOMS", fused._Rooms())
+    model, long, short = make("llama"), ids_of(4, 40), ids_of(2, 9)
+    with torch.inference_mode():
+        hidden_states(model, long)
+    for ids in (short, long, short):
+        for dtype in (torch.float32, torch.bfloat16):
+            found, grads = result(model, ids, dtype)
+            monkeypatch.setattr(fused, "ROOMS", fused._Rooms())
+            alone, same = result(model, ids, dtype)
+            assert torch.equal(found, alone)
+            assert all(torch.equal(grads[key], same[key]) for key in grads)
+    like, places = torch.empty(0), []
+
+    def take():
+        places.append(fused.ROOMS.shares.of(like, 3, 4))
+
+    worker = threading.Thread(target=take)
+    worker.start()
+    worker.join()
+    take()
+    assert places[0].data_ptr() != places[1].data_ptr()
 
 
 def test_frozen_weights_get_no_gradient_and_the_others_the_same(calls):
