@@ -1,5 +1,6 @@
 """A run: the stages of a recipe in order, less those that are finished, and the report."""
 
+import gc
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,6 @@ from ppomax.distributed import barrier, world
 from ppomax.errors import CheckpointError, ConfigError, DataError, Interrupted, ModelError
 from ppomax.eval.policy import evaluate_policy
 from ppomax.eval.policy_config import EvalConfig
-from ppomax.process import give_back
 from ppomax.recipe import STAGES, Recipe
 from ppomax.report.page import write_report
 from ppomax.train.disk import refusals_told
@@ -81,7 +81,7 @@ def run_recipe(
                     rundir.forget(config.out)
                     rundir.forget(out, rundir.ASKED)
                 raise
-            give_back()
+            gc.collect()  # models in a trunk hold on to each other
         report = out / "report.html"
         if here.is_main:
             try:

@@ -1,7 +1,5 @@
 """The process itself: its environment before it starts, its umask. Imports nothing heavy."""
 
-import ctypes
-import gc
 import os
 import sys
 from collections.abc import Mapping
@@ -23,18 +21,6 @@ def allocator_environment(environment: Mapping[str, str]) -> dict[str, str]:
     tunables = {"hugetlb": 1, "trim_threshold": KEPT, "mmap_max": 0}
     text = ":".join(f"glibc.malloc.{name}={value}" for name, value in tunables.items())
     return {"GLIBC_TUNABLES": text}
-
-
-def give_back() -> None:
-    """Free what holds on to itself, and let glibc give back all that it keeps.
-
-    For the end of a stage: the next one's tensors have other sizes, and fit among holes badly.
-    """
-    gc.collect()  # models in a trunk hold on to each other
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(0)
 
 
 def open_as_umask_says(folder: Path) -> None:
