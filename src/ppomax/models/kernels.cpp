@@ -275,8 +275,8 @@ void logprobs(const T* logits, const int64_t* targets, Sums* sums, int64_t rows,
   }
 }
 
-// Logits of `width` tokens from `first` on to their gradient, in place. d logprob / d logits = onehot - p, of the entropy
-// -p (log p + H), both over the temperature.
+// Logits of `width` tokens from `first` on to their gradient, in place. d logprob / d logits =
+// onehot - p, of the entropy -p (log p + H), both over the temperature.
 template <class T>
 void logprobs_backward(T* logits, const int64_t* targets, const float* normaliser,
                        const float* entropy, const float* to_logprob, const float* to_entropy,
