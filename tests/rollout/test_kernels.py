@@ -58,7 +58,9 @@ def test_what_is_rounded_to_bfloat16_is_rounded_as_pytorch_does():
     found = Kernels(FOUND, torch.bfloat16).norm(ones, None, weight, 0.0)[0]
     expected = weight.to(torch.bfloat16)
     assert torch.equal(found.isnan(), expected.isnan())
-    kept = ~expected.isnan()
+    faint = weight.abs() < torch.finfo(torch.float32).tiny  # a processor may round them to 0
+    assert ((found[faint] == 0) | (found[faint] == expected[faint])).all()
+    kept = ~(expected.isnan() | faint)
     assert torch.equal(found[kept].view(torch.int16), expected[kept].view(torch.int16))
 
 

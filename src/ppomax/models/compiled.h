@@ -11,7 +11,10 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX512BF16__
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define MASKED
+#endif
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -73,7 +76,7 @@ inline Lanes load(const bf16* from) {
   return widen(halves);
 }
 
-inline Halves halved(Lanes x) {  // as bf16; a NaN stays one
+inline Halves halved(Lanes x) {  // as bf16; a NaN stays one, below 1.2e-38 it may be 0
 #ifdef __AVX512BF16__
   return (Halves)_mm512_cvtneps_pbh((__m512)x);
 #else
@@ -89,6 +92,42 @@ inline void store(Lanes x, bf16* to) {
   std::memcpy(static_cast<void*>(to), &halves, sizeof halves);
 }
 
+// Loads and stores of `count` numbers, where fewer than LANES are left; `rest` stands for the others.
+#ifdef MASKED
+inline __mmask16 first_bits(int64_t count) {
+  return __mmask16(count < LANES ? (1 << count) - 1 : 0xFFFF);
+}
+inline Lanes load_first(const float* from, int64_t count, float rest) {
+  return (Lanes)_mm512_mask_loadu_ps(_mm512_set1_ps(rest), first_bits(count), from);
+}
+inline Lanes load_first(const bf16* from, int64_t count, float rest) {
+  const __m256i halves = _mm256_maskz_loadu_epi16(first_bits(count), from);
+  return (Lanes)_mm512_mask_mov_ps(_mm512_set1_ps(rest), first_bits(count),
+                                   (__m512)widen((Halves)halves));
+}
+inline void store_first(Lanes x, float* to, int64_t count) {
+  _mm512_mask_storeu_ps(to, first_bits(count), (__m512)x);
+}
+inline void store_first(Lanes x, bf16* to, int64_t count) {
+  _mm256_mask_storeu_epi16(to, first_bits(count), (__m256i)halved(x));
+}
+#else
+template <class T>
+inline Lanes load_first(const T* from, int64_t count, float rest) {
+  if (count >= LANES) return load(from);
+  T some[LANES];
+  for (T& each : some) narrow(rest, each);
+  std::memcpy(static_cast<void*>(some), from, count * sizeof(T));
+  return load(some);
+}
+template <class T>
+inline void store_first(Lanes x, T* to, int64_t count) {
+  T some[LANES];
+  store(x, some);
+  std::memcpy(static_cast<void*>(to), some, std::min(count, LANES) * sizeof(T));
+}
+#endif
+
 template <class T>
 inline Lanes round_lanes(Lanes x) {
   if constexpr (sizeof(T) == 4)
@@ -97,49 +136,54 @@ inline Lanes round_lanes(Lanes x) {
     return widen(halved(x));
 }
 
-// e^x for x <= 88, to 2 units in the last place (Cephes' polynomial); 1e-38 below -87
-inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  float whole = std::floor(x * 1.44269504f + 0.5f);
-  float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  float sum = 1.9875691500e-4f;
-  sum = sum * rest + 1.3981999507e-3f;
-  sum = sum * rest + 8.3334519073e-3f;
-  sum = sum * rest + 4.1665795894e-2f;
-  sum = sum * rest + 1.6666665459e-1f;
-  sum = sum * rest + 5.0000001201e-1f;
-  sum = sum * rest * rest + rest + 1.0f;
-  uint32_t word = uint32_t(int32_t(whole) + 127) << 23;
-  float power;
-  std::memcpy(&power, &word, 4);
-  return sum * power;
+// At least, at most; what is no number stays so.
+#ifdef __AVX512F__
+inline Lanes at_least(Lanes x, float low) {
+  return (Lanes)_mm512_max_ps(_mm512_set1_ps(low), (__m512)x);
+}
+inline Lanes at_most(Lanes x, float high) {
+  return (Lanes)_mm512_min_ps(_mm512_set1_ps(high), (__m512)x);
+}
+#else
+inline Lanes at_least(Lanes x, float low) { return x < low ? Lanes{} + low : x; }
+inline Lanes at_most(Lanes x, float high) { return x > high ? Lanes{} + high : x; }
+#endif
+inline float at_least(float x, float low) { return x < low ? low : x; }
+inline float at_most(float x, float high) { return x > high ? high : x; }
+
+inline float power_of_2(float whole, float times) {
+  uint32_t count, word;
+  std::memcpy(&count, &whole, 4);
+  std::memcpy(&word, &times, 4);
+  word += count << 23;
+  float result;
+  std::memcpy(&result, &word, 4);
+  return result;
+}
+inline Lanes power_of_2(Lanes whole, Lanes times) {
+  return (Lanes)((Words)times + ((Words)whole << 23));
 }
 
-typedef int32_t Numbers __attribute__((vector_size(LANES * 4)));
-
-inline Lanes exponential(Lanes x) {
+// e^x for x <= 88, 1e-38 below -87: 2^(whole + rest), the latter by Cephes' polynomial. Wrong by a
+// unit in the last place near 0, by |x| / 8 elsewhere; four times that without fused products.
+template <class V>
+inline V exponential(V x) {
   constexpr float ROUNDING = 12582912.0f;  // 1.5 * 2^23: a sum with it has no fraction
-  x = x < -87.0f ? Lanes{} - 87.0f : x;
-  Lanes whole = (x * 1.44269504f + ROUNDING) - ROUNDING;
-  Lanes rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  Lanes sum = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-  sum = sum * rest + 8.3334519073e-3f;
-  sum = sum * rest + 4.1665795894e-2f;
-  sum = sum * rest + 1.6666665459e-1f;
-  sum = sum * rest + 5.0000001201e-1f;
-  sum = sum * rest * rest + rest + 1.0f;
-  Numbers power = (__builtin_convertvector(whole, Numbers) + 127) << 23;
-  return sum * (Lanes)power;
-}
-
-// Marks the first lanes of a vector.
-inline Numbers first_of(int64_t count) {
-  Numbers lane;
-  for (int64_t i = 0; i < LANES; i++) lane[i] = int32_t(i);
-  return lane < int32_t(count);
+  x = at_least(x, -87.0f);
+  const V shifted = x * 1.44269504f + ROUNDING, rest = x * 1.44269504f - (shifted - ROUNDING);
+  V sum = rest * 1.535336188e-4f + 1.339887440e-3f;
+  sum = sum * rest + 9.618437357e-3f;
+  sum = sum * rest + 5.550332471e-2f;
+  sum = sum * rest + 2.402264791e-1f;
+  sum = sum * rest + 6.931472028e-1f;
+  return power_of_2(shifted, sum * rest + 1.0f);
 }
 
 // All lanes by halves: a chain of LANES steps would take as long as a row of attention.
+#ifdef __AVX512F__
+inline float sum_of_lanes(Lanes x) { return _mm512_reduce_add_ps((__m512)x); }
+inline float largest_lane(Lanes x) { return _mm512_reduce_max_ps((__m512)x); }
+#else
 template <class F>
 inline float folded(Lanes x, F both) {
   float each[LANES];
@@ -154,6 +198,7 @@ inline float sum_of_lanes(Lanes x) {
 inline float largest_lane(Lanes x) {
   return folded(x, [](float a, float b) { return a > b ? a : b; });
 }
+#endif
 
 // The largest number; one that is none counts for nothing, and of none comes -infinity.
 template <class T>
@@ -182,29 +227,32 @@ void norm(const float* stream, const T* added, const float* weight, float* total
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < rows; row++) {
     const float* x = stream + row * width;
-    if (added) {
-      const T* more = added + row * width;
-      float* sum = total + row * width;
-#pragma omp simd
-      for (int64_t i = 0; i < width; i++) sum[i] = x[i] + widen(more[i]);
-      x = sum;
+    Lanes squares = {};
+    for (int64_t i = 0; i < width; i += LANES) {
+      Lanes some = load_first(x + i, width - i, 0);
+      if (added) {
+        some += load_first(added + row * width + i, width - i, 0);
+        store_first(some, total + row * width + i, width - i);
+      }
+      squares += some * some;
     }
-    float squares = 0;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t i = 0; i < width; i++) squares += x[i] * x[i];
-    float scale = 1.0f / std::sqrt(squares / float(width) + eps);
+    if (added) x = total + row * width;
+    const float scale = 1.0f / std::sqrt(sum_of_lanes(squares) / float(width) + eps);
     T* result = out + row * width;
-#pragma omp simd
-    for (int64_t i = 0; i < width; i++) narrow(x[i] * scale * weight[i], result[i]);
+    for (int64_t i = 0; i < width; i += LANES) {
+      const int64_t left = width - i;
+      const Lanes some = load_first(x + i, left, 0) * scale * load_first(weight + i, left, 0);
+      store_first(some, result + i, left);
+    }
   }
 }
 
 // --- SwiGLU ---------------------------------------------------------------------------------
 
 // 1 / (1 + e^-x)
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(std::min(-x, 87.0f))); }
-inline Lanes sigmoid(Lanes x) {
-  return 1.0f / (1.0f + exponential(x < -87.0f ? Lanes{} + 87.0f : -x));
+template <class V>
+inline V sigmoid(V x) {
+  return 1.0f / (1.0f + exponential(at_most(-x, 87.0f)));
 }
 
 template <class T>

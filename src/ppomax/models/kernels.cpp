@@ -25,24 +25,24 @@ void norm_backward(const float* x, const float* weight, const T* gradient, const
     for (int64_t row = 0; row < rows; row++) {
       const float *from = x + row * width, *past = around + row * width;
       const T* given = gradient + row * width;
-      float squares = 0, along = 0;
-#pragma omp simd reduction(+ : squares, along)
-      for (int64_t i = 0; i < width; i++) {
-        squares += from[i] * from[i];
-        along += from[i] * weight[i] * widen(given[i]);
+      Lanes squares = {}, alongs = {};
+      for (int64_t i = 0; i < width; i += LANES) {
+        const int64_t left = width - i;
+        const Lanes some = load_first(from + i, left, 0);
+        squares += some * some;
+        alongs += some * load_first(weight + i, left, 0) * load_first(given + i, left, 0);
       }
-      const float scale = 1.0f / std::sqrt(squares / float(width) + eps);
-      const float back = scale * scale * scale * along / float(width);
-      float* result = out + row * width;
-#pragma omp simd
-      for (int64_t i = 0; i < width; i++) {
-        const float slope = widen(given[i]);
-        own[i] += slope * from[i] * scale;
-        result[i] = past[i] + slope * weight[i] * scale - from[i] * back;
+      const float scale = 1.0f / std::sqrt(sum_of_lanes(squares) / float(width) + eps);
+      const float back = scale * scale * scale * sum_of_lanes(alongs) / float(width);
+      for (int64_t i = 0; i < width; i += LANES) {
+        const int64_t left = width - i;
+        const Lanes some = load_first(from + i, left, 0), slope = load_first(given + i, left, 0);
+        const Lanes result = load_first(past + i, left, 0) - some * back +
+                             slope * load_first(weight + i, left, 0) * scale;
+        store_first(load_first(own + i, left, 0) + slope * some * scale, own + i, left);
+        store_first(result, out + row * width + i, left);
+        if (rounded) store_first(result, rounded + row * width + i, left);
       }
-      if (rounded)
-#pragma omp simd
-        for (int64_t i = 0; i < width; i++) narrow(result[i], rounded[row * width + i]);
     }
   }
 #pragma omp simd
@@ -151,48 +151,50 @@ void join_heads(const T* q, const T* k, const T* v, const float* cos, const floa
   });
 }
 
+constexpr int64_t TILE = 8;  // rows of scores that take turns: one alone would wait for itself
+
 // Scores to shares in place, [rows * heads * length, length], a query's row after the other; it sees
 // itself and what stands before it.
 template <class T>
 void softmax(T* scores, int64_t rows, int64_t length, int threads) {
+  const int64_t wide = (length + LANES - 1) / LANES * LANES;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> room(length + LANES);
-    std::vector<T> last(LANES);
-    float* x = room.data();
+    std::vector<float> room(TILE * wide);
+    float tops[TILE], sums[TILE];
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-      T* own = scores + row * length;
-      const int64_t span = row % length + 1, whole = span / LANES * LANES, rest = span - whole;
-      Lanes tops = Lanes{} - INFINITY, sums = {};
-      for (int64_t i = 0; i < whole; i += LANES) {
-        const Lanes some = load(own + i);
-        store(some, x + i);
-        tops = some > tops ? some : tops;
-      }
-      const bool fits = whole + LANES <= length;  // a whole vector may be read and written
-      if (rest) {
-        T* tail = own + whole;
-        if (!fits) tail = std::copy(tail, tail + rest, last.data()) - rest;
-        const Lanes some = first_of(rest) ? load(tail) : Lanes{} - INFINITY;
-        store(some, x + whole);
-        tops = some > tops ? some : tops;
-      }
-      const float top = largest_lane(tops);
-      for (int64_t i = 0; i < span; i += LANES) {
-        const Lanes some = exponential(load(x + i) - top);
-        store(some, x + i);
-        sums += some;
-      }
-      const float sum = sum_of_lanes(sums);
-      for (int64_t i = 0; i < whole; i += LANES) store(load(x + i) / sum, own + i);
-      if (rest) {
-        T* tail = fits ? own + whole : last.data();
-        store(first_of(rest) ? load(x + whole) / sum : Lanes{}, tail);
-        if (!fits) std::copy(tail, tail + rest, own + whole);
-      }
-      const int64_t done = rest && fits ? whole + LANES : span;
-      std::memset(static_cast<void*>(own + done), 0, (length - done) * sizeof(T));
+    for (int64_t first = 0; first < rows; first += TILE) {
+      const int64_t count = std::min(TILE, rows - first);
+      auto each = [&](auto step) {
+        for (int64_t j = 0; j < count; j++) {
+          const int64_t row = first + j;
+          step(j, room.data() + j * wide, scores + row * length, row % length + 1);
+        }
+      };
+      each([&](int64_t j, float* x, const T* own, int64_t span) {
+        Lanes top = Lanes{} - INFINITY;
+        for (int64_t i = 0; i < span; i += LANES) {
+          const Lanes some = load_first(own + i, span - i, -INFINITY);
+          store(some, x + i);
+          top = some > top ? some : top;
+        }
+        tops[j] = largest_lane(top);
+      });
+      each([&](int64_t j, float* x, const T*, int64_t span) {
+        Lanes sum = {};
+        for (int64_t i = 0; i < span; i += LANES) {
+          const Lanes some = exponential(load(x + i) - tops[j]);
+          store(some, x + i);
+          sum += some;
+        }
+        sums[j] = sum_of_lanes(sum);
+      });
+      each([&](int64_t j, const float* x, T* own, int64_t span) {
+        const float inverse = 1.0f / sums[j];
+        for (int64_t i = 0; i < span; i += LANES)
+          store_first(load(x + i) * inverse, own + i, span - i);
+        std::memset(static_cast<void*>(own + span), 0, (length - span) * sizeof(T));
+      });
     }
   }
 }
@@ -206,12 +208,14 @@ void softmax_backward(const T* shares, T* gradient, int64_t rows, int64_t length
     const T* share = shares + row * length;
     T* own = gradient + row * length;
     const int64_t span = row % length + 1;
-    float along = 0;
-#pragma omp simd reduction(+ : along)
-    for (int64_t i = 0; i < span; i++) along += widen(share[i]) * widen(own[i]);
-#pragma omp simd
-    for (int64_t i = 0; i < span; i++)
-      narrow(widen(share[i]) * (widen(own[i]) - along) * scale, own[i]);
+    Lanes sums = {};
+    for (int64_t i = 0; i < span; i += LANES)
+      sums += load_first(share + i, span - i, 0) * load_first(own + i, span - i, 0);
+    const float along = sum_of_lanes(sums);
+    for (int64_t i = 0; i < span; i += LANES) {
+      const Lanes slope = load_first(own + i, span - i, 0) - along;
+      store_first(load_first(share + i, span - i, 0) * slope * scale, own + i, span - i);
+    }
     std::memset(static_cast<void*>(own + span), 0, (length - span) * sizeof(T));
   }
 }
