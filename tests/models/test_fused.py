@@ -16,12 +16,14 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from ppomax.data.batching import collate
 from ppomax.models import fused
 from ppomax.models.attention import use_grouped_attention
 from ppomax.models.blocks import decoder_blocks
 from ppomax.models.fused import is_fused, use_fused_blocks
-from ppomax.models.heads import hidden_states
+from ppomax.models.heads import ScalarModel, hidden_states
 from ppomax.models.kernels import Turns, kernels_for
+from ppomax.models.language import LanguageModel, values_of_replies
 from ppomax.models.lean import use_lean_blocks
 from ppomax.models.lora import LoraSettings, add_lora
 
@@ -354,6 +356,87 @@ def test_checkpointing_recomputes_the_same(calls):
     assert len(calls) == 2 + 2 * 2
     assert torch.equal(again, hidden)
     assert all(torch.equal(same[key], grads[key]) for key in grads)
+
+
+def asked_for(monkeypatch, model, ids, dtype, asked, *, told):
+    """States and gradients where only those of some tokens are read, and tokens of the last MLP."""
+    rows, original = [], fused.Kernels.add_and_norm
+
+    def watched(kernels, x, *given):
+        rows.append(len(x))
+        return original(kernels, x, *given)
+
+    model.zero_grad()
+    with monkeypatch.context() as patch:
+        patch.setattr(fused.Kernels, "add_and_norm", watched)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            hidden = hidden_states(model, ids, asked=asked if told else None)[asked]
+        (hidden * randn(*hidden.shape, seed=5)).sum().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return hidden.detach(), grads, rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_last_block_goes_on_with_the_tokens_that_are_asked_for(
+    name, dtype, checkpointing, monkeypatch
+):
+    model, ids = make(name), ids_of()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    asked = randn(*ids.shape, seed=3) > 0.5
+    asked[1] = False  # a text of which nothing is read
+    hidden, grads, rows = asked_for(monkeypatch, model, ids, dtype, asked, told=True)
+    wanted, others, whole = asked_for(monkeypatch, model, ids, dtype, asked, told=False)
+    some, every = int(asked.sum()), ids.numel()
+    assert rows == ([every, some, some, every] if checkpointing else [every, some])
+    assert set(whole) == {every}
+    rtol = 1e-5 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(hidden, wanted, rtol=rtol, atol=rtol)
+    assert apart(grads, others) < rtol
+
+
+@torch.no_grad()
+def test_every_reading_of_a_batch_asks_for_all_that_it_reads(monkeypatch):
+    rows = [([*range(1, 2 + n)], [False] * 2 + [True] * (n - 2) + [False]) for n in (9, 5, 2)]
+    batch = collate(rows, 0, torch.device("cpu"))
+    scalar = ScalarModel.from_causal_lm(make("llama"), seed=0)
+
+    def readings():
+        values, last = values_of_replies(scalar, batch)
+        scores = scalar.scores(batch.input_ids, batch.lengths)
+        return (*LanguageModel(make("llama"))(batch)[:2], values, last, scores)
+
+    found = readings()
+    monkeypatch.setattr(fused, "kernels_for", lambda dtype: None)
+    for one, two in zip(found, readings(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_token_at_all_may_be_asked_for(dtype, monkeypatch):
+    model, ids = make("llama"), ids_of()
+    asked = torch.zeros(ids.shape, dtype=torch.bool)
+    hidden, grads, rows = asked_for(monkeypatch, model, ids, dtype, asked, told=True)
+    assert rows == [ids.numel(), 0]
+    assert len(hidden) == 0
+    assert not any(grad.any() for grad in grads.values())
+
+
+def test_a_last_block_that_remembers_or_is_watched_makes_every_state(monkeypatch):
+    model, ids = make("llama"), ids_of()
+    asked = ids % 2 == 0
+    whole = hidden_states(model, ids)
+    block = decoder_blocks(model)[-1]
+    forward = block.forward
+    with monkeypatch.context() as patch:  # as a trunk of all blocks does, for whoever reads next
+        patch.setattr(block, "forward", lambda *given, **more: forward(*given, **more))
+        assert torch.equal(hidden_states(model, ids, asked=asked), whole)
+    block.mlp.register_forward_hook(lambda *_: None)
+    watched = hidden_states(model, ids, asked=asked)
+    torch.testing.assert_close(watched, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_the_class_keeps_its_name_and_a_copy_is_its_own():

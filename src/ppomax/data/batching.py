@@ -3,9 +3,9 @@
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -159,11 +159,15 @@ def collate(
     rows: Sequence[tuple[Sequence[int], Sequence[bool]]], pad_id: int, device: torch.device
 ) -> TokenBatch:
     """Right-pad (ids, target mask) rows; masks come from lengths, never from ids."""
-    longest = max(len(ids) for ids, _ in rows)
-    input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
-    targets = torch.zeros((len(rows), longest), dtype=torch.bool)
-    for row, (ids, mask) in enumerate(rows):
-        input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-        targets[row, : len(ids)] = torch.tensor(mask, dtype=torch.bool)
     lengths = torch.tensor([len(ids) for ids, _ in rows])
+    inside = torch.arange(int(lengths.max())) < lengths[:, None]
+    input_ids = torch.full(inside.shape, pad_id)
+    input_ids[inside] = _flat([ids for ids, _ in rows], np.int64)
+    targets = torch.zeros_like(inside)
+    targets[inside] = _flat([mask for _, mask in rows], np.bool_)
     return TokenBatch(input_ids.to(device), targets.to(device), lengths.to(device))
+
+
+def _flat(rows: Iterable[Sequence[int]], kind: type[np.generic]) -> Tensor:
+    """All rows, one after the other."""
+    return torch.from_numpy(np.fromiter(chain.from_iterable(rows), kind))

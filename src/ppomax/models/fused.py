@@ -2,7 +2,8 @@
 
 What `transformers` computes, with the same rounding in bf16 but for the sums of norms and softmax.
 Kept for backward are the residual stream, heads before and after they are mixed, gate and up;
-backward casts weights, and computes norms, shares and the MLP's product, again.
+backward casts weights, and computes norms, shares and the MLP's product, again. After attention the
+last block goes on with those tokens alone whose states are asked for.
 """
 
 import math
@@ -13,7 +14,7 @@ from functools import cache
 from typing import Any, SupportsIndex
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
@@ -50,6 +51,28 @@ def is_fused(model: PreTrainedModel) -> bool:
     return bool(blocks) and plain and kernels_for(torch.float32) is not None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """Whose states a caller reads."""
+
+    last: nn.Module
+    """The block that heeds it: what others make of a token, later ones read."""
+    tokens: Int[Tensor, " asked"]
+    """Of all texts, one after the other."""
+
+
+def asked_of(backbone: Any, asked: Bool[Tensor, "batch length"]) -> dict[str, Asked]:  # noqa: ANN401
+    """An argument for a backbone's forward, whose states of other tokens then mean nothing.
+
+    Without effect, and empty, where its last block is none of these, or not on a processor.
+    """
+    blocks = getattr(backbone, "layers", None)
+    last = blocks[-1] if isinstance(blocks, nn.ModuleList) and blocks else None
+    if asked.device.type != "cpu" or not isinstance(last, _Fused) or "forward" in vars(last):
+        return {}
+    return {"asked": Asked(last, asked.flatten().nonzero().flatten())}
+
+
 class _Fused:
     """Marks the subclasses, which no module holds: a copy or a pickle makes its class anew."""
 
@@ -72,11 +95,13 @@ def _fused(family: Any) -> Any:  # noqa: ANN401 - each architecture's class
         *args: Any,  # noqa: ANN401 - as the family's
         **kwargs: Any,  # noqa: ANN401 - as the family's
     ) -> Any:  # noqa: ANN401 - as the family's
+        asked: Asked | None = kwargs.pop("asked", None)
         layout = None if args else _layout(self, hidden_states, kwargs)
         if layout is None:
             return family.forward(self, hidden_states, *args, **kwargs)
+        tokens = asked.tokens if asked is not None and asked.last is self else None
         weights = [part.weight for part in _parts(self)]
-        return _Block.apply(layout, hidden_states, *weights)  # type: ignore[no-untyped-call]
+        return _Block.apply(layout, tokens, hidden_states, *weights)  # type: ignore[no-untyped-call]
 
     return type(
         family.__name__, (_Fused, family), {"forward": forward, "__module__": family.__module__}
@@ -219,6 +244,18 @@ def _shares(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
     return layout.kernels.softmax_(scores)
 
 
+def _only(asked: Tensor | None, rows: Tensor) -> Tensor:
+    """The tokens that are asked for; None: all are."""
+    return rows if asked is None else rows[asked]
+
+
+def _among_all(asked: Tensor | None, rows: Tensor, like: Tensor) -> Tensor:
+    """The way back, to as many tokens as `like` has; 0 for the others."""
+    if asked is None:
+        return rows
+    return rows.new_zeros(len(like), rows.shape[1]).index_copy_(0, asked, rows)
+
+
 class _Room:
     """Memory for one tensor at a time, whose size changes from call to call."""
 
@@ -252,11 +289,12 @@ class _Block(torch.autograd.Function):
     def forward(
         ctx: Any,  # noqa: ANN401 - autograd's
         layout: Layout,
+        asked: Int[Tensor, " asked"] | None,
         hidden: Float[Tensor, "batch length hidden"],
         *weights: Tensor,
     ) -> Float[Tensor, "batch length hidden"]:
         with torch.autocast("cpu", enabled=False):  # every dtype is said
-            return _forward(ctx, layout, hidden, *weights)
+            return _forward(ctx, layout, asked, hidden, *weights)
 
     @staticmethod
     @once_differentiable
@@ -268,6 +306,7 @@ class _Block(torch.autograd.Function):
 def _forward(
     ctx: Any,  # noqa: ANN401 - autograd's
     layout: Layout,
+    asked: Tensor | None,
     hidden: Tensor,
     *weights: Tensor,
 ) -> Tensor:
@@ -280,22 +319,23 @@ def _forward(
     shares = _shares(q, k, layout)
     mixed = torch.bmm(shares, _groups(v, k.shape[1])).view(q.shape)
     mixed = mixed.transpose(1, 2).reshape(len(x), -1)
+    around, mixed = _only(asked, x), _only(asked, mixed)
     between, mlp_normed = kernels.add_and_norm(
-        x, _product(mixed, out), mlp_norm.float(), layout.mlp_eps
+        around, _product(mixed, out), mlp_norm.float(), layout.mlp_eps
     )
     gate_up = _product(mlp_normed, gate, up)
-    added = _product(kernels.swiglu(gate_up), down)
-    ctx.save_for_backward(x, q, k, v, mixed, between, gate_up, *weights)
+    total = between + _product(kernels.swiglu(gate_up), down)
+    ctx.save_for_backward(asked, x, q, k, v, mixed, between, gate_up, *weights)
     ctx.layout = layout
-    return (between + added).view(hidden.shape)
+    return _among_all(asked, total, x).view(hidden.shape)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - autograd's
-    x, q, k, v, mixed, between, gate_up, *weights = ctx.saved_tensors
+    asked, x, q, k, v, mixed, between, gate_up, *weights = ctx.saved_tensors
     norm, query, key, value, out, mlp_norm, gate, up, down = weights
-    layout, wanted = ctx.layout, ctx.needs_input_grad[2:]
+    layout, wanted = ctx.layout, ctx.needs_input_grad[3:]
     kernels, groups = layout.kernels, k.shape[1]
-    around = gradient.reshape(x.shape).contiguous()
+    around = _only(asked, gradient.reshape(x.shape).contiguous())
 
     rounded = around.to(q.dtype)
     to_gate_up, product = kernels.swiglu_backward(gate_up, _to_input(rounded, down))
@@ -306,7 +346,8 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa:
         between, mlp_norm.float(), _to_input(to_gate_up, gate, up), around, layout.mlp_eps
     )
     to_out = _to_weights(rounded, mixed, [out], wanted[4:5])
-    to_mixed = _to_input(rounded, out).view(len(q), q.shape[2], -1, q.shape[3])
+    around, to_mixed = _among_all(asked, around, x), _among_all(asked, _to_input(rounded, out), x)
+    to_mixed = to_mixed.view(len(q), q.shape[2], -1, q.shape[3])
     mixing = _groups(to_mixed.transpose(1, 2).contiguous(), groups)
     shares = _shares(q, k, layout)
     to_scores = ROOMS.gradient.of(v, *shares.shape)
@@ -324,4 +365,4 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa:
         x, norm.float(), _to_input(to_qkv, query, key, value), around, layout.attention_eps
     )
     to_weights = (to_norm, *to_query, *to_out, to_mlp_norm, *to_gate, *to_down)
-    return None, to_x.view(gradient.shape), *to_weights
+    return None, None, to_x.view(gradient.shape), *to_weights

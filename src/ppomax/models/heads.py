@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -24,6 +24,7 @@ from transformers import (
 
 from ppomax.errors import ModelError
 from ppomax.models.folders import quiet
+from ppomax.models.fused import asked_of
 from ppomax.models.lora import effective_state_dict, has_lora
 
 LM_HEAD_FILE = "lm_head.safetensors"
@@ -45,6 +46,7 @@ def hidden_states(
     position_ids: Int[Tensor, "batch sequence"] | None = None,
     attention_mask: Tensor | None = None,
     past: Cache | None = None,
+    asked: Bool[Tensor, "batch sequence"] | None = None,
 ) -> Float[Tensor, "batch sequence hidden"]:
     """Last hidden states of a causal model, without logits; adapters and wrappers looked through.
 
@@ -55,11 +57,15 @@ def hidden_states(
 
     Args:
         past: keys and values of what stands before the ids; theirs are added to it.
+        asked: whose states are read, which saves work in the last block; those of other positions
+            may then be anything. None: all are.
     """
     backbone = backbone_of(model)
-    inputs: dict[str, Tensor] = {"input_ids": input_ids}
+    inputs: dict[str, Any] = {"input_ids": input_ids}
     if torch.is_autocast_enabled(input_ids.device.type):
         inputs = {"inputs_embeds": backbone.get_input_embeddings()(input_ids).float()}
+    if asked is not None:
+        inputs |= asked_of(backbone, asked)
     trunk = getattr(backbone, "trunk", None)
     plain = position_ids is None and attention_mask is None and past is None
     with trunk.reading(input_ids) if trunk is not None and plain else nullcontext():
@@ -152,15 +158,22 @@ class ScalarModel(nn.Module):
         input_ids: Int[Tensor, "batch sequence"],
         position_ids: Int[Tensor, "batch sequence"] | None = None,
         attention_mask: Tensor | None = None,
+        *,
+        asked: Bool[Tensor, "batch sequence"] | None = None,
     ) -> ScalarOutput:
         """Hidden states and the head's reading of each, the latter in fp32 even under autocast.
 
         Args:
             attention_mask: additive, [batch, 1, sequence, sequence]; None: every token sees those
                 before it.
+            asked: as in `hidden_states`.
         """
         hidden = hidden_states(
-            self.backbone, input_ids, position_ids=position_ids, attention_mask=attention_mask
+            self.backbone,
+            input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            asked=asked,
         )
         with torch.autocast(hidden.device.type, enabled=False):
             values = F.linear(hidden.float(), self.score.weight.float()).squeeze(-1)
@@ -185,7 +198,8 @@ class ScalarModel(nn.Module):
         self, input_ids: Int[Tensor, "batch sequence"], lengths: Int[Tensor, " batch"]
     ) -> Float[Tensor, " batch"]:
         """The number at each row's last token, position `lengths - 1`."""
-        return read_scores(self.values(input_ids), lengths)
+        output: ScalarOutput = self(input_ids, asked=last_tokens(input_ids, lengths))
+        return read_scores(output.values, lengths)
 
     def output_weight(self) -> Float[Tensor, "vocab hidden"]:
         """The unembedding for the imitation loss.
@@ -212,6 +226,14 @@ class ScalarModel(nn.Module):
         the embedding goes into an extra file.
         """
         save_scalar(self, folder, tokenizer)
+
+
+def last_tokens(
+    input_ids: Int[Tensor, "batch sequence"], lengths: Int[Tensor, " batch"]
+) -> Bool[Tensor, "batch sequence"]:
+    """Where each row ends, position `lengths - 1`."""
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return places == (lengths.to(input_ids.device) - 1)[:, None]
 
 
 def read_scores(

@@ -3,7 +3,8 @@
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -12,7 +13,7 @@ from ppomax.data.batching import TokenBatch
 from ppomax.distributed import World
 from ppomax.models.blocks import decoder_blocks
 from ppomax.models.exact_kl import TargetStates, token_kl
-from ppomax.models.heads import ScalarModel, hidden_states, output_weight
+from ppomax.models.heads import ScalarModel, hidden_states, last_tokens, output_weight
 from ppomax.models.logprobs import token_logprobs
 from ppomax.models.lora import has_lora
 
@@ -66,8 +67,13 @@ class LanguageModel(nn.Module):
         return TargetStates(hidden, weight.clone() if distributed.is_wrapped(self) else weight)
 
     def _states(self, batch: TokenBatch) -> TargetStates:
-        hidden = hidden_states(self.lm, batch.input_ids)
+        hidden = hidden_states(self.lm, batch.input_ids, asked=before_targets(batch))
         return TargetStates(hidden[:, :-1][batch.targets[:, 1:]], output_weight(self.lm))
+
+
+def before_targets(batch: TokenBatch) -> Bool[Tensor, "batch sequence"]:
+    """The left neighbours of target tokens, in whose states these are chosen."""
+    return F.pad(batch.targets[:, 1:], (0, 1))
 
 
 def values_before_targets(model: ScalarModel, batch: TokenBatch) -> torch.Tensor:
@@ -79,7 +85,8 @@ def values_of_replies(
     model: ScalarModel, batch: TokenBatch
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " batch"]]:
     """`values_before_targets`, and V after each row's last token; fp32."""
-    values = model(batch.input_ids).values
+    asked = before_targets(batch) | last_tokens(batch.input_ids, batch.lengths)
+    values = model(batch.input_ids, asked=asked).values
     rows = torch.arange(len(values), device=values.device)
     return values[:, :-1][batch.targets[:, 1:]], values[rows, batch.lengths - 1]
 

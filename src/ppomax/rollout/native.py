@@ -57,6 +57,8 @@ class Reply:
     seed: int
     group: int
     """Index of the first reply with the same prompt."""
+    most: int
+    """Tokens it may have."""
     ids: list[int]
     logprobs: list[float]
 
@@ -307,10 +309,11 @@ class NativeEngine:
         """One reply per prompt, in the prompts' order."""
         check_prompts(prompts, self.max_positions)
         first: dict[tuple[int, ...], int] = {}
-        replies = [
-            Reply(index, prompt, seed, first.setdefault(tuple(prompt), index), [], [])
-            for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
-        ]
+        replies = []
+        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            most = min(params.max_new_tokens, self.max_positions - len(prompt))
+            group = first.setdefault(tuple(prompt), index)
+            replies.append(Reply(index, prompt, seed, group, most, [], []))
         finished = [False] * len(replies)
         if replies:
             slots = min(self.settings.slots, len(replies))
@@ -352,23 +355,20 @@ class NativeEngine:
             if waiting and (free >= refill or len(waiting) <= free):
                 stepping = self._take(waiting, free)
                 found: Found = self._prefill(stepping, cache, len(active))
+                columns = _columns(stepping).to(self.device)
                 active += stepping
             else:
-                stepping = active
-                given = [
-                    (reply.ids[-1], reply.length - 1, reply.seed, len(reply.ids))
-                    for reply in active
-                ]
-                columns = torch.tensor(given, device=self.device).T
-                found = step(columns, max(reply.length for reply in active))
-            self._extend(stepping, found, params)
+                stepping, columns = active, _columns(active)
+                span = int(columns[1].max()) + 1
+                columns = columns.to(self.device)
+                found = step(columns, span)
+            self._extend(stepping, found, columns, params)
             for slot in reversed(range(len(active))):
                 reply = active[slot]
                 ended = reply.ids[-1] in self.template.end_ids or self.stops.hit(
                     reply.ids, params.stop
                 )
-                full = reply.length >= self.max_positions
-                if ended or full or len(reply.ids) >= params.max_new_tokens:
+                if ended or len(reply.ids) >= reply.most:
                     finished[reply.index] = ended
                     self._leave(active, slot, cache)
 
@@ -384,10 +384,11 @@ class NativeEngine:
             taken.append(waiting.pop(0))
         return taken
 
-    def _extend(self, replies: list[Reply], found: Found, params: SamplingParams) -> None:
+    def _extend(
+        self, replies: list[Reply], found: Found, columns: Tensor, params: SamplingParams
+    ) -> None:
         """Draw one token for each reply, as far as the step has not."""
-        seeds = torch.tensor([reply.seed for reply in replies], device=self.device)
-        steps = torch.tensor([len(reply.ids) for reply in replies], device=self.device)
+        _, _, seeds, steps = columns
         if isinstance(found, Draft):
             draw = settle(found, seeds, steps, params)
         else:
@@ -417,3 +418,20 @@ class NativeEngine:
             cache.copy(last, slot, active[last].length)
             active[slot] = active[last]
         active.pop()
+
+
+def _columns(replies: list[Reply]) -> Tensor:
+    """Of each reply its newest token, where that stands, its seed, and how many there are.
+
+    [4, replies]; where there are none yet, the prompt's last.
+    """
+    rows = [
+        (
+            reply.ids[-1] if reply.ids else reply.prompt[-1],
+            len(reply.prompt) + len(reply.ids) - 1,
+            reply.seed,
+            len(reply.ids),
+        )
+        for reply in replies
+    ]
+    return torch.tensor(rows).T

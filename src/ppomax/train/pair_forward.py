@@ -14,7 +14,8 @@ from torch import Tensor
 from ppomax.data.batching import TokenBatch, collate, plan_micro_batches
 from ppomax.distributed import World
 from ppomax.errors import ConfigError
-from ppomax.models.heads import ScalarModel, read_scores
+from ppomax.models.heads import ScalarModel, last_tokens, read_scores
+from ppomax.models.language import before_targets
 from ppomax.models.logprobs import token_logprobs
 from ppomax.train.pairs import Pair, stack
 
@@ -68,7 +69,8 @@ def _apart(
     model: ScalarModel, pairs: Sequence[Pair], pad: int, here: World, imitate: bool
 ) -> PairOutput:
     batch = stack(pairs, pad, here, imitate=imitate)
-    output = model(batch.input_ids)
+    asked = before_targets(batch) | last_tokens(batch.input_ids, batch.lengths)
+    output = model(batch.input_ids, asked=asked)
     chosen, rejected = read_scores(output.values, batch.lengths).chunk(2)
     return PairOutput(chosen, rejected, _logprobs(model, output.hidden, batch, imitate))
 
