@@ -211,10 +211,12 @@ inline float largest(const T* x, int64_t count) {
       const Lanes some = load(x + i + j * LANES);
       tops[j] = some > tops[j] ? some : tops[j];
     }
-  float top = -INFINITY;
-  for (; i < count; i++) top = std::max(top, widen(x[i]));
+  for (; i < count; i += LANES) {
+    const Lanes some = load_first(x + i, count - i, -INFINITY);
+    tops[0] = some > tops[0] ? some : tops[0];
+  }
   for (const Lanes& each : tops) tops[0] = each > tops[0] ? each : tops[0];
-  return std::max(top, largest_lane(tops[0]));
+  return largest_lane(tops[0]);
 }
 
 // --- norm -----------------------------------------------------------------------------------

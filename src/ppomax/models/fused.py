@@ -96,11 +96,12 @@ def _fused(family: Any) -> Any:  # noqa: ANN401 - each architecture's class
         **kwargs: Any,  # noqa: ANN401 - as the family's
     ) -> Any:  # noqa: ANN401 - as the family's
         asked: Asked | None = kwargs.pop("asked", None)
-        layout = None if args else _layout(self, hidden_states, kwargs)
+        parts = _parts(self)
+        layout = None if args else _layout(self, parts, hidden_states, kwargs)
         if layout is None:
             return family.forward(self, hidden_states, *args, **kwargs)
         tokens = asked.tokens if asked is not None and asked.last is self else None
-        weights = [part.weight for part in _parts(self)]
+        weights = [part.weight for part in parts]
         return _Block.apply(layout, tokens, hidden_states, *weights)  # type: ignore[no-untyped-call]
 
     return type(
@@ -133,6 +134,7 @@ def _parts(block: Any) -> tuple[Any, ...]:  # noqa: ANN401 - each architecture's
 
 def _layout(
     block: Any,  # noqa: ANN401 - each architecture's class
+    parts: Sequence[Any],
     x: Tensor,
     rest: dict[str, Any],
 ) -> Layout | None:
@@ -162,7 +164,7 @@ def _layout(
     dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
     kv_heads = int(config.num_key_value_heads)
     kernels = kernels_for(dtype)
-    if kernels is None or not _is_plain(block, dtype):
+    if kernels is None or not _is_plain(block, parts, dtype):
         return None
     dim = turns[0].shape[-1]
     sizes = [len(part.weight) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
@@ -181,22 +183,22 @@ def _layout(
     )
 
 
-def _is_plain(block: Any, dtype: torch.dtype) -> bool:  # noqa: ANN401 - each architecture's class
+def _is_plain(block: Any, parts: Sequence[Any], dtype: torch.dtype) -> bool:  # noqa: ANN401
     """Whether weights are all there is to its parts, fp32 or in the compute dtype.
 
     No adapter, no bias, nobody who watches or replaces a call.
     """
     if any(GLOBAL_HOOKS):
         return False
-    for part in _parts(block):
+    for part in parts:
         kind = type(part)
         if not (kind is Norm or (kind is nn.Linear and part.bias is None)):
             return False
         if part.weight.dtype not in (torch.float32, dtype):
             return False
-    parts = (*_parts(block), block.self_attn, block.mlp)
-    return not any(getattr(part, name) for part in parts for name in HOOKS) and not any(
-        "forward" in vars(part) for part in parts
+    watched = (*parts, block.self_attn, block.mlp)
+    return not any(getattr(part, name) for part in watched for name in HOOKS) and not any(
+        "forward" in vars(part) for part in watched
     )
 
 

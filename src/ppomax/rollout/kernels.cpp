@@ -157,7 +157,8 @@ void product(const T* x, const T* packed, const T* bias, O* out, int64_t rows, i
       block(row / ROWS, x, rows, panel, next, inputs, sum);
       for (int64_t r = 0; r < std::min(ROWS, rows - row); r++) {
         O rounded[PANEL];
-        for (int64_t c = 0; c < PANEL; c++) narrow(round_to<T>(sum[r][c] + offset[c]), rounded[c]);
+        for (int64_t c = 0; c < PANEL; c += LANES)
+          store(round_lanes<T>(load(sum[r] + c) + load(offset + c)), rounded + c);
         std::memcpy(out + (row + r) * outputs + first, rounded, width * sizeof(O));
       }
     }

@@ -350,6 +350,8 @@ class NativeEngine:
         waiting = sorted(replies, key=lambda reply: (-len(reply.prompt), reply.group, reply.index))
         active: list[Reply] = []
         refill, step = max(1, slots // 8), self._stepper(slots, cache, params)
+        columns: Tensor | None = None
+        """Of `_columns`, as long as the same replies are active."""
         while active or waiting:
             free = slots - len(active)
             if waiting and (free >= refill or len(waiting) <= free):
@@ -358,11 +360,12 @@ class NativeEngine:
                 columns = _columns(stepping).to(self.device)
                 active += stepping
             else:
-                stepping, columns = active, _columns(active)
-                span = int(columns[1].max()) + 1
-                columns = columns.to(self.device)
-                found = step(columns, span)
-            self._extend(stepping, found, columns, params)
+                stepping = active
+                if columns is None:
+                    columns = _columns(active).to(self.device)
+                found = step(columns, max(reply.length for reply in active))
+            tokens = self._extend(stepping, found, columns, params)
+            columns = _after(columns, tokens) if stepping is active else None
             for slot in reversed(range(len(active))):
                 reply = active[slot]
                 ended = reply.ids[-1] in self.template.end_ids or self.stops.hit(
@@ -371,6 +374,7 @@ class NativeEngine:
                 if ended or len(reply.ids) >= reply.most:
                     finished[reply.index] = ended
                     self._leave(active, slot, cache)
+                    columns = None
 
     def _take(self, waiting: list[Reply], free: int) -> list[Reply]:
         """The next replies for the free slots, with as many prompts as one prefill holds."""
@@ -386,7 +390,7 @@ class NativeEngine:
 
     def _extend(
         self, replies: list[Reply], found: Found, columns: Tensor, params: SamplingParams
-    ) -> None:
+    ) -> Tensor:
         """Draw one token for each reply, as far as the step has not."""
         _, _, seeds, steps = columns
         if isinstance(found, Draft):
@@ -399,6 +403,7 @@ class NativeEngine:
         ):
             reply.ids.append(token)
             reply.logprobs.append(logprob)
+        return draw.tokens
 
     def _past(self, replies: list[Reply], params: SamplingParams) -> Tensor | None:
         """What the replies hold, where that is penalised; -1 where one is shorter than another."""
@@ -435,3 +440,9 @@ def _columns(replies: list[Reply]) -> Tensor:
         for reply in replies
     ]
     return torch.tensor(rows).T
+
+
+def _after(columns: Tensor, tokens: Tensor) -> Tensor:
+    """`_columns` of the same replies with one token more each."""
+    _, places, seeds, counts = columns
+    return torch.stack([tokens, places + 1, seeds, counts + 1])

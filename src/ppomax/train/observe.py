@@ -13,7 +13,7 @@ from ppomax.losses import explained_variance
 from ppomax.masked import masked_mean, masked_moments, unbiased_std
 from ppomax.rollout.engine import Rollout
 from ppomax.train.actors import Actors
-from ppomax.train.experience_batch import Experience, Scored
+from ppomax.train.experience_batch import Experience, Scored, response_mask
 from ppomax.train.memory import peak_memory_gb
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.prompts import Prompt
@@ -111,11 +111,8 @@ def distinct(ids: Sequence[int], n: int) -> float:
 
 def engine_gap(rollout: Rollout, scored: Scored) -> dict[str, float]:
     """|engine's log-prob − trainer's|, per response token."""
-    gaps: list[Tensor] = []
-    for row, logprobs in enumerate(rollout.logprobs):
-        own = scored.logprobs[row, : len(logprobs)].cpu()
-        gaps.append((torch.tensor(logprobs) - own).abs())
-    every = torch.cat(gaps)
+    own = scored.logprobs[response_mask(rollout, scored.logprobs.device)].cpu()
+    every = (torch.tensor([x for row in rollout.logprobs for x in row]) - own).abs()
     return {
         "engine/logprob_gap_mean": float(every.mean()),
         "engine/logprob_gap_max": float(every.max()),
