@@ -252,7 +252,11 @@ def test_a_computing_verb_starts_again_with_the_allocators_setting(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ppomax", "run", "x", "seed=1"])
     cli._take_huge_pages()
     assert started[0][1][1:] == ["-P", "-m", "ppomax.cli", "run", "x", "seed=1"]
-    assert os.environ["GLIBC_TUNABLES"].startswith("glibc.malloc")
+    given = dict(each.split("=") for each in os.environ["GLIBC_TUNABLES"].split(":"))
+    assert given.pop("glibc.malloc.hugetlb") == "1"
+    assert given.pop("glibc.malloc.mmap_max") == "0"  # and what is freed is kept, all of it
+    assert int(given.pop("glibc.malloc.trim_threshold")) >= 2**40
+    assert not given
 
 
 # --- the verbs, once each

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from ppomax import footprint, planning
-from ppomax.data.batching import collate
 from ppomax.errors import ConfigError, ModelError
 from ppomax.models.attention import use_grouped_attention
 from ppomax.models.fused import is_fused, use_fused_blocks
+from ppomax.models.heads import hidden_states
 from ppomax.models.kernels import kernels_for
 from ppomax.models.language import LanguageModel
 from ppomax.models.lean import use_lean_blocks
@@ -126,8 +126,7 @@ def test_frozen_blocks_in_common_are_counted_once(small, small_reward, tmp_path,
 
 def kept_for_backward(model, tokens, compute):
     """Bytes that autograd holds of a forward over so many tokens, weights left out."""
-    rows = [([5] * tokens, [False] * (tokens - 2) + [True] * 2)]
-    batch = collate(rows, 0, torch.device("cpu"))
+    ids = torch.full((1, tokens), 5)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found, held = {}, []
 
@@ -138,7 +137,7 @@ def kept_for_backward(model, tokens, compute):
 
     casting = torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), casting:
-        model(batch)
+        hidden_states(model.lm, ids)
     return sum(size for place, size in found.items() if place not in weights)
 
 
@@ -227,6 +226,27 @@ def test_what_is_not_held_at_once_is_not_added_up(small, tmp_path, monkeypatch):
     assert parts["engine"] == "4.00 GB"
     upper, _ = memory(freeze_layers=ONE_B.layers, kl=None)  # no gradients to speak of
     assert upper == pytest.approx(3 * 4 + 4 + cache, abs=0.2)
+
+
+def test_forwards_of_both_models_are_counted_where_one_micro_batch_may_hold_all_replies(
+    small, tmp_path, monkeypatch
+):
+    shape = dataclasses.replace(ONE_B, parameters=10**7, embedding=10**6)
+    monkeypatch.setattr(planning, "model_size", lambda *_, **__: shape)
+
+    def memory(minibatch, **change):
+        change |= {"minibatch_size": minibatch, "micro_tokens": 2 * 70}
+        return planned(small("ppo", tmp_path / "x", change), "ppo", tmp_path).memory_gb
+
+    kept = footprint.kept_gb(2 * 70, shape, torch.float32, checkpointing=False)
+    more = memory(4) - memory(2)  # of 4 replies
+    assert more == pytest.approx(kept - 4 * shape.parameters / footprint.GB)
+    assert memory(4, critic=None, advantage={"estimator": "reinforce"}) == memory(
+        2, critic=None, advantage={"estimator": "reinforce"}
+    )
+    with monkeypatch.context() as patch:  # nothing is kept there
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        assert memory(4) == memory(2)
 
 
 def test_the_best_weights_and_every_member_take_disk(small, tmp_path, monkeypatch):

@@ -219,7 +219,8 @@ def _plan_ppo(
         held += min(REMEMBERED_BYTES, 4 * config.replies * length * shape.hidden) / GB
     lent = engine if config.engine.kind == "native" else 0.0  # others keep their copy
     both = activations + critic_keeps - gradients  # scoring keeps forwards of policy and critic
-    if not config.critic or config.replies * length > config.micro_tokens:
+    whole = config.minibatch_size >= config.replies and not torch.cuda.is_available()
+    if not config.critic or not whole:
         both = 0.0
     # while replies are written there are copy and cache and no gradients, in the update the reverse
     memory = PROCESS_GB + held + engine - lent + max(lent + cache - gradients, activations, both)

@@ -251,6 +251,11 @@ def test_rows_are_padded_on_the_right_and_masks_come_from_lengths():
     assert batch.targets.dtype == torch.bool
 
 
+def test_a_mask_of_another_length_than_its_ids_is_refused():
+    with pytest.raises(ValueError, match="as many marks"):
+        collate([([1, 2], [True]), ([3], [False, True])], 0, CPU)
+
+
 @pytest.mark.slow
 @settings(max_examples=60)
 @given(st.lists(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1), min_size=1))

@@ -1,7 +1,10 @@
 """Blocks that run as one operation, and the compiled passes they are made of."""
 
 import copy
+import ctypes
 import pickle
+import platform
+import shutil
 import threading
 
 import pytest
@@ -14,15 +17,17 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from ppomax.data.batching import collate
-from ppomax.models import fused
+from ppomax.models import compiled, fused
 from ppomax.models.attention import use_grouped_attention
 from ppomax.models.blocks import decoder_blocks
 from ppomax.models.fused import is_fused, use_fused_blocks
 from ppomax.models.heads import ScalarModel, hidden_states
-from ppomax.models.kernels import Turns, kernels_for
+from ppomax.models.kernels import SOURCE, HeadNorms, Kernels, Turns, kernels_for
 from ppomax.models.language import LanguageModel, values_of_replies
 from ppomax.models.lean import use_lean_blocks
 from ppomax.models.lora import LoraSettings, add_lora
@@ -46,6 +51,7 @@ SIZES = {
 FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
     "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
 }
 
 
@@ -129,24 +135,36 @@ def test_swiglu_at_the_ends_is_finite(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("own", [False, True])
-def test_heads_are_split_and_rotated_as_transformers_does_and_joined_back(dtype, own):
+@pytest.mark.parametrize("normed", [False, True])
+def test_heads_are_split_normed_and_rotated_as_transformers_does_and_joined_back(
+    dtype, own, normed
+):
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     batch, length, heads, kv_heads, dim = 3, 5, 4, 2, 6
-    qkv = randn(batch * length, (heads + 2 * kv_heads) * dim, dtype=dtype)
+    qkv = 2 * randn(batch * length, (heads + 2 * kv_heads) * dim, dtype=dtype)
     angle = randn(batch if own else 1, length, dim, seed=1)
     turns = Turns(angle.cos(), randn(*angle.shape, seed=2))  # halves that differ, too
-    exact = qkv.double().requires_grad_()
+    norms = HeadNorms(1 + randn(dim, seed=3), 1 + randn(dim, seed=4), EPS)
+    exact, weights = qkv.double().requires_grad_(), [norms.q.double(), norms.k.double()]
     apart = exact.view(batch, length, -1, dim).transpose(1, 2).split([heads, kv_heads, kv_heads], 1)
-    q, k = apply_rotary_pos_emb(apart[0], apart[1], turns.cos.double(), turns.sin.double())
-    wanted = (q, k, apart[2])
+    q, k = apart[:2]
+    if normed:
+        scaled = [part / (part.square().mean(-1, True) + EPS).sqrt() for part in (q, k)]
+        q, k = (x * weight.requires_grad_() for x, weight in zip(scaled, weights, strict=True))
+    q, k = apply_rotary_pos_emb(q, k, turns.cos.double(), turns.sin.double())
+    wanted, norms = (q, k, apart[2]), norms if normed else HeadNorms()
     kernels = kernels_for(dtype)
-    found = kernels.split_heads(qkv, turns, batch, heads, kv_heads)
+    found = kernels.split_heads(qkv, turns, norms, batch, heads, kv_heads)
     slopes = [randn(*part.shape, seed=9 + i, dtype=dtype) for i, part in enumerate(wanted)]
     for one, two in zip(found, wanted, strict=True):
         close(one, two.detach(), dtype)
-    [to_qkv] = torch.autograd.grad(wanted, exact, [slope.double() for slope in slopes])
-    close(kernels.join_heads(*slopes, turns), to_qkv, dtype)
+    to_qkv, to_norms = kernels.join_heads(*slopes, qkv, turns, norms)
+    asked = [exact, *weights] if normed else [exact]
+    first, *others = torch.autograd.grad(wanted, asked, [slope.double() for slope in slopes])
+    close(to_qkv, first, dtype)
+    for one, two in zip(to_norms, others, strict=normed):
+        torch.testing.assert_close(one.double(), two, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -170,12 +188,45 @@ def test_causal_softmax_and_its_gradient_are_those_of_the_formula(dtype, length)
         torch.testing.assert_close(to_scores, 0.3 * through, rtol=1e-4, atol=1e-6)
 
 
-def test_a_score_that_is_no_number_stays_in_its_row():
-    scores = torch.zeros(1, 20, 20)
-    scores[0, 18, 3], scores[0, 5, 9] = float("nan"), float("nan")  # the second is not seen
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00101, 0x7FFFFFFF, -1])
+def test_a_score_that_is_no_number_stays_in_its_row(bits):
+    scores, nan = torch.zeros(1, 20, 20), torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    scores[0, 18, 3], scores[0, 5, 9] = nan, nan  # the second is not seen
     shares = kernels_for(torch.float32).softmax_(scores)
     assert shares[0, 18, :19].isnan().all()
     assert shares.isnan().any(-1).sum() == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have no wide vectors")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_passes_in_narrower_vectors_give_the_same(dtype, monkeypatch, tmp_path):
+    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, "-mno-avx512f"))
+    compiler = next(filter(None, map(shutil.which, compiled.COMPILERS)))
+    narrow = Kernels(ctypes.CDLL(str(compiled.build(compiler, SOURCE, tmp_path))), dtype)
+    rows, width = 5, 37
+    x, weight, around = randn(rows, width), randn(width, seed=1), randn(rows, width, seed=2)
+    slope, wide = randn(rows, width, seed=3, dtype=dtype), randn(rows, 2 * width, dtype=dtype)
+    scores = randn(2, 3 * width, width, seed=4, dtype=dtype)
+    qkv = randn(6, 4 * 22, seed=5, dtype=dtype)
+    turns = Turns(randn(1, 3, 22, seed=6), randn(1, 3, 22, seed=7))
+    norms = HeadNorms(randn(22, seed=8), randn(22, seed=9), EPS)
+    logits, targets = randn(rows, width, seed=10, dtype=dtype), torch.arange(rows)
+
+    def passes(kernels):
+        q, k, v = kernels.split_heads(qkv, turns, norms, 2, 2, 1)
+        yield from (q, k, v, *kernels.join_heads(q, k, v, qkv, turns, norms))
+        yield from (kernels.norm(x, weight, EPS), *kernels.add_and_norm(x, slope, weight, EPS))
+        yield from kernels.norm_backward(x, weight, slope, around, EPS)
+        yield from (kernels.swiglu(wide), *kernels.swiglu_backward(wide, slope))
+        shares = kernels.softmax_(scores.clone())
+        yield from (shares, kernels.softmax_backward_(shares, scores.clone(), 0.3))
+        yield from kernels.logprobs([(0, logits)], targets, width, 0.7, entropy=True)
+
+    for one, two in zip(passes(narrow), passes(kernels_for(dtype)), strict=True):
+        torch.testing.assert_close(
+            one, two, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
+        )
 
 
 # --- whole blocks
@@ -272,8 +323,9 @@ def test_a_text_s_numbers_do_not_hang_on_what_follows_it_or_stands_beside_it(dty
     torch.testing.assert_close(part, whole[:1, :12], rtol=loose, atol=loose)
 
 
-def test_frozen_bf16_weights_give_the_bits_of_their_fp32_masters(calls):
-    model, ids = make("llama"), ids_of()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_frozen_bf16_weights_give_the_bits_of_their_fp32_masters(name, calls):
+    model, ids = make(name), ids_of()
     model.bfloat16().float()
     frozen = copy.deepcopy(model).bfloat16()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -325,15 +377,16 @@ def test_frozen_weights_get_no_gradient_and_the_others_the_same(calls):
     assert all(torch.equal(some[key], whole[key]) for key in some)
 
 
-def test_each_weight_alone_may_be_frozen():
-    model, ids = make("llama"), ids_of()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_weight_alone_may_be_frozen(name):
+    model, ids = make(name), ids_of()
     _, whole = result(model, ids, torch.float32)
     for key, parameter in model.model.layers[1].named_parameters(prefix="model.layers.1"):
         parameter.requires_grad_(False)
         _, some = result(model, ids, torch.float32)
         parameter.requires_grad_(True)
         assert set(whole) - set(some) == {key}
-        assert all(torch.equal(some[name], whole[name]) for name in some)
+        assert all(torch.equal(some[other], whole[other]) for other in some)
 
 
 def test_a_cache_is_filled(calls):
@@ -515,6 +568,15 @@ def test_whoever_watches_a_part_is_heeded(watch, calls):
             handle.remove()
     assert seen
     assert len(calls) <= 1
+
+
+@pytest.mark.parametrize("where", ["q_norm", "k_norm"])
+def test_whoever_watches_a_norm_of_heads_is_heeded(where, calls):
+    model, seen = make("qwen3"), []
+    getattr(model.model.layers[1].self_attn, where).register_forward_hook(lambda *_: seen.append(1))
+    result(model, ids_of(), torch.float32)
+    assert seen
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("where", ["call", "module", "dropout"])

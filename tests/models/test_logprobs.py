@@ -97,6 +97,32 @@ def test_log_probs_and_entropy_are_those_of_log_softmax(dtype, temperature, scal
     )
 
 
+@pytest.mark.parametrize("temperature", [0.1 * 3 / 0.3, 1 - 1e-9])
+def test_a_temperature_that_is_1_but_for_rounding_has_plain_log_probs(temperature):
+    assert temperature != 1.0
+    states, weight, targets = problem()
+    found = token_logprobs(states, weight, targets, temperature=temperature)
+    torch.testing.assert_close(found.plain, found.logprobs)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00101, 0x7FFFFFFF, -1])
+def test_a_number_that_is_none_reaches_the_log_probs_of_its_token_alone(bits):
+    states, weight, targets = problem()
+    states[1, 0] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    found = token_logprobs(states, weight, targets)
+    for part in (found.logprobs, found.plain, found.entropy):
+        assert part.isnan().nonzero().flatten().tolist() == [1]
+
+
+@pytest.mark.parametrize("vocab", [1, 16, 33, 67, 130])
+def test_logits_far_below_zero_lose_nothing(vocab):
+    states, weight = torch.ones(3, 1), torch.linspace(-300, -250, vocab)[:, None]
+    targets = torch.tensor([0, vocab // 2, vocab - 1])
+    found = token_logprobs(states, weight, targets)
+    wanted = weight[:, 0].double().log_softmax(0)[targets]
+    torch.testing.assert_close(found.logprobs.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
 def test_at_temperature_one_the_plain_log_probs_are_the_log_probs_bitwise():
     found = token_logprobs(*problem())
     assert torch.equal(found.logprobs, found.plain)

@@ -158,7 +158,13 @@ class TokenBatch:
 def collate(
     rows: Sequence[tuple[Sequence[int], Sequence[bool]]], pad_id: int, device: torch.device
 ) -> TokenBatch:
-    """Right-pad (ids, target mask) rows; masks come from lengths, never from ids."""
+    """Right-pad (ids, target mask) rows; masks come from lengths, never from ids.
+
+    Raises:
+        ValueError: a row's mask is not as long as its ids.
+    """
+    if any(len(ids) != len(mask) for ids, mask in rows):
+        raise ValueError("a row has not as many marks as ids")
     lengths = torch.tensor([len(ids) for ids, _ in rows])
     inside = torch.arange(int(lengths.max())) < lengths[:, None]
     input_ids = torch.full(inside.shape, pad_id)

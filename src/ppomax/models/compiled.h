@@ -122,9 +122,10 @@ inline Lanes load_first(const T* from, int64_t count, float rest) {
 }
 template <class T>
 inline void store_first(Lanes x, T* to, int64_t count) {
+  if (count >= LANES) return store(x, to);
   T some[LANES];
   store(x, some);
-  std::memcpy(static_cast<void*>(to), some, std::min(count, LANES) * sizeof(T));
+  std::memcpy(static_cast<void*>(to), some, count * sizeof(T));
 }
 #endif
 
@@ -151,24 +152,22 @@ inline Lanes at_most(Lanes x, float high) { return x > high ? Lanes{} + high : x
 inline float at_least(float x, float low) { return x < low ? low : x; }
 inline float at_most(float x, float high) { return x > high ? high : x; }
 
-inline float power_of_2(float whole, float times) {
-  uint32_t count, word;
-  std::memcpy(&count, &whole, 4);
-  std::memcpy(&word, &times, 4);
-  word += count << 23;
+// 2 to the power of what was added to ROUNDING, from -126 to 127.
+constexpr float ROUNDING = 12582912.0f;  // 1.5 * 2^23: a sum with it has no fraction
+inline float power_of_2(float shifted) {
+  uint32_t word;
+  std::memcpy(&word, &shifted, 4);
+  word = (word + 127) << 23;
   float result;
   std::memcpy(&result, &word, 4);
   return result;
 }
-inline Lanes power_of_2(Lanes whole, Lanes times) {
-  return (Lanes)((Words)times + ((Words)whole << 23));
-}
+inline Lanes power_of_2(Lanes shifted) { return (Lanes)(((Words)shifted + 127) << 23); }
 
 // e^x for x <= 88, 1e-38 below -87: 2^(whole + rest), the latter by Cephes' polynomial. Wrong by a
 // unit in the last place near 0, by |x| / 8 elsewhere; four times that without fused products.
 template <class V>
 inline V exponential(V x) {
-  constexpr float ROUNDING = 12582912.0f;  // 1.5 * 2^23: a sum with it has no fraction
   x = at_least(x, -87.0f);
   const V shifted = x * 1.44269504f + ROUNDING, rest = x * 1.44269504f - (shifted - ROUNDING);
   V sum = rest * 1.535336188e-4f + 1.339887440e-3f;
@@ -176,7 +175,7 @@ inline V exponential(V x) {
   sum = sum * rest + 5.550332471e-2f;
   sum = sum * rest + 2.402264791e-1f;
   sum = sum * rest + 6.931472028e-1f;
-  return power_of_2(shifted, sum * rest + 1.0f);
+  return (sum * rest + 1.0f) * power_of_2(shifted);
 }
 
 // All lanes by halves: a chain of LANES steps would take as long as a row of attention.

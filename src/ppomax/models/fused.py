@@ -1,9 +1,9 @@
 """A Llama block in training as one operation: its products, and compiled kernels between them.
 
 What `transformers` computes, with the same rounding in bf16 but for the sums of norms and softmax.
-Kept for backward are the residual stream, heads before and after they are mixed, gate and up;
-backward casts weights, and computes norms, shares and the MLP's product, again. After attention the
-last block goes on with those tokens alone whose states are asked for.
+Kept for backward are the residual stream, heads as they were projected and after they are mixed,
+gate and up; backward casts weights, and computes norms, rotations, shares and the MLP's product,
+again. After attention the last block goes on with those tokens alone whose states are asked for.
 """
 
 import math
@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 
 from ppomax.models.attention import LONGEST, MOST_SCORES, NAME
 from ppomax.models.blocks import decoder_blocks
-from ppomax.models.kernels import Kernels, Turns, kernels_for
-from ppomax.models.lean import GatedMLP, Norm
+from ppomax.models.kernels import HeadNorms, Kernels, Turns, kernels_for
+from ppomax.models.lean import GatedMLP, Norm, is_known
 
-FAMILIES = ("LlamaDecoderLayer", "MistralDecoderLayer")
-"""Whose heads are rotated and mixed with nothing in between."""
+FAMILIES = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen3DecoderLayer")
+"""Whose heads are rotated and mixed with nothing in between but, of Qwen 3, a norm of each."""
+HEAD_NORMS = ("q_norm", "k_norm")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{name}") for name in HOOKS]
 """Of all modules: torch's own tables."""
@@ -64,11 +65,14 @@ class Asked:
 def asked_of(backbone: Any, asked: Bool[Tensor, "batch length"]) -> dict[str, Asked]:  # noqa: ANN401
     """An argument for a backbone's forward, whose states of other tokens then mean nothing.
 
-    Without effect, and empty, where its last block is none of these, or not on a processor.
+    Empty, which is without effect, where its last block is none of these, where that is watched, on
+    another device, and of a model that is not `transformers`' own and may not pass it on.
     """
     blocks = getattr(backbone, "layers", None)
     last = blocks[-1] if isinstance(blocks, nn.ModuleList) and blocks else None
     if asked.device.type != "cpu" or not isinstance(last, _Fused) or "forward" in vars(last):
+        return {}
+    if last._forward_hooks or not type(backbone).__module__.startswith("transformers.models."):
         return {}
     return {"asked": Asked(last, asked.flatten().nonzero().flatten())}
 
@@ -120,6 +124,14 @@ class Layout:
     turns: Turns
     attention_eps: float
     mlp_eps: float
+    heads_eps: float
+
+    def norms(self, weights: Sequence[Tensor]) -> HeadNorms:
+        """Of heads, where they have any."""
+        if not weights:
+            return HeadNorms()
+        q, k = (weight.float() for weight in weights)
+        return HeadNorms(q, k, self.heads_eps)
 
 
 def _parts(block: Any) -> tuple[Any, ...]:  # noqa: ANN401 - each architecture's class
@@ -129,6 +141,7 @@ def _parts(block: Any) -> tuple[Any, ...]:  # noqa: ANN401 - each architecture's
         *(block.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj),
         *(attention.o_proj, block.post_attention_layernorm),
         *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+        *(attention._modules[name] for name in HEAD_NORMS if name in attention._modules),
     )
 
 
@@ -180,6 +193,7 @@ def _layout(
         Turns(*(turn.contiguous() for turn in turns)),
         block.input_layernorm.variance_epsilon,
         block.post_attention_layernorm.variance_epsilon,
+        parts[-1].variance_epsilon if parts[9:] else 0.0,
     )
 
 
@@ -192,7 +206,8 @@ def _is_plain(block: Any, parts: Sequence[Any], dtype: torch.dtype) -> bool:  # 
         return False
     for part in parts:
         kind = type(part)
-        if not (kind is Norm or (kind is nn.Linear and part.bias is None)):
+        known = kind is Norm or (kind is nn.Linear and part.bias is None)
+        if not (known or is_known(part, "RMSNorm")):
             return False
         if part.weight.dtype not in (torch.float32, dtype):
             return False
@@ -230,6 +245,14 @@ def _to_weights(
         return [None] * len(weights)
     found = torch.split(torch.mm(gradient.T, x).float(), list(map(len, weights)))
     return [one if want else None for one, want in zip(found, wanted, strict=True)]
+
+
+def _split(
+    qkv: Tensor, layout: Layout, head_norms: Sequence[Tensor], batch: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as they are mixed."""
+    norms, heads = layout.norms(head_norms), (layout.heads, layout.kv_heads)
+    return layout.kernels.split_heads(qkv, layout.turns, norms, batch, *heads)
 
 
 def _groups(heads: Tensor, groups: int) -> Tensor:
@@ -312,12 +335,12 @@ def _forward(
     hidden: Tensor,
     *weights: Tensor,
 ) -> Tensor:
-    norm, query, key, value, out, mlp_norm, gate, up, down = weights
+    norm, query, key, value, out, mlp_norm, gate, up, down, *head_norms = weights
     kernels, batch = layout.kernels, len(hidden)
     x = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     normed = kernels.norm(x, norm.float(), layout.attention_eps)
     qkv = _product(normed, query, key, value)
-    q, k, v = kernels.split_heads(qkv, layout.turns, batch, layout.heads, layout.kv_heads)
+    q, k, v = _split(qkv, layout, head_norms, batch)
     shares = _shares(q, k, layout)
     mixed = torch.bmm(shares, _groups(v, k.shape[1])).view(q.shape)
     mixed = mixed.transpose(1, 2).reshape(len(x), -1)
@@ -327,21 +350,21 @@ def _forward(
     )
     gate_up = _product(mlp_normed, gate, up)
     total = between + _product(kernels.swiglu(gate_up), down)
-    ctx.save_for_backward(asked, x, q, k, v, mixed, between, gate_up, *weights)
+    ctx.save_for_backward(asked, x, qkv, mixed, between, gate_up, *weights)
     ctx.layout = layout
     return _among_all(asked, total, x).view(hidden.shape)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - autograd's
-    asked, x, q, k, v, mixed, between, gate_up, *weights = ctx.saved_tensors
-    norm, query, key, value, out, mlp_norm, gate, up, down = weights
+    asked, x, qkv, mixed, between, gate_up, *weights = ctx.saved_tensors
+    norm, query, key, value, out, mlp_norm, gate, up, down, *head_norms = weights
     layout, wanted = ctx.layout, ctx.needs_input_grad[3:]
-    kernels, groups = layout.kernels, k.shape[1]
+    kernels, groups = layout.kernels, layout.kv_heads
     around = _only(asked, gradient.reshape(x.shape).contiguous())
 
-    rounded = around.to(q.dtype)
+    rounded = around.to(qkv.dtype)
     to_gate_up, product = kernels.swiglu_backward(gate_up, _to_input(rounded, down))
-    to_down = _to_weights(rounded, product, [down], wanted[8:])
+    to_down = _to_weights(rounded, product, [down], wanted[8:9])
     mlp_normed = kernels.norm(between, mlp_norm.float(), layout.mlp_eps)
     to_gate = _to_weights(to_gate_up, mlp_normed, [gate, up], wanted[6:8])
     around, rounded, to_mlp_norm = kernels.norm_backward(
@@ -349,17 +372,20 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa:
     )
     to_out = _to_weights(rounded, mixed, [out], wanted[4:5])
     around, to_mixed = _among_all(asked, around, x), _among_all(asked, _to_input(rounded, out), x)
+    q, k, v = _split(qkv, layout, head_norms, len(gradient))
     to_mixed = to_mixed.view(len(q), q.shape[2], -1, q.shape[3])
     mixing = _groups(to_mixed.transpose(1, 2).contiguous(), groups)
     shares = _shares(q, k, layout)
     to_scores = ROOMS.gradient.of(v, *shares.shape)
     torch.bmm(mixing, _groups(v, groups).mT, out=to_scores)
     kernels.softmax_backward_(shares, to_scores, layout.scale)
-    to_qkv = kernels.join_heads(
+    to_qkv, to_head_norms = kernels.join_heads(
         torch.bmm(to_scores, _groups(k, groups)).view(q.shape),
         torch.bmm(to_scores.mT, _groups(q, groups)).view(k.shape),
         torch.bmm(shares.mT, mixing).view(k.shape),
+        qkv,
         layout.turns,
+        layout.norms(head_norms),
     )
     normed = kernels.norm(x, norm.float(), layout.attention_eps)
     to_query = _to_weights(to_qkv, normed, [query, key, value], wanted[1:4])
@@ -367,4 +393,6 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa:
         x, norm.float(), _to_input(to_qkv, query, key, value), around, layout.attention_eps
     )
     to_weights = (to_norm, *to_query, *to_out, to_mlp_norm, *to_gate, *to_down)
+    if head_norms:
+        to_weights += (*to_head_norms,)
     return None, None, to_x.view(gradient.shape), *to_weights

@@ -106,11 +106,26 @@ void each_head(const Heads& shape, const float* cos, const float* sin, int threa
   }
 }
 
+// Norms of each query and each key head by itself, weights [dim] or none.
+struct HeadNorms {
+  const float *q, *k;
+  float eps;
+
+  const float* of(int64_t part) const { return part == 0 ? q : part == 1 ? k : nullptr; }
+  template <class T>
+  float scale(const T* x, int64_t dim) const {
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < dim; i++) squares += widen(x[i]) * widen(x[i]);
+    return 1.0f / std::sqrt(squares / float(dim) + eps);
+  }
+};
+
 // Queries, keys and values side by side to one tensor each, [batch, heads, length, dim], queries and
-// keys rotated.
+// keys normed where they have norms, and rotated.
 template <class T>
-void split_heads(const T* qkv, const float* cos, const float* sin, T* q, T* k, T* v,
-                 const Heads& shape, int threads) {
+void split_heads(const T* qkv, const float* cos, const float* sin, const HeadNorms& norms, T* q,
+                 T* k, T* v, const Heads& shape, int threads) {
   const int64_t dim = shape.dim, half = dim / 2;
   each_head(shape, cos, sin, threads,
             [&](int64_t place, int64_t part, int64_t apart, const float* c, const float* s) {
@@ -120,20 +135,28 @@ void split_heads(const T* qkv, const float* cos, const float* sin, T* q, T* k, T
       std::memcpy(to, from, dim * sizeof(T));
       return;
     }
+    const float* weight = norms.of(part);
+    const float scale = weight ? norms.scale(from, dim) : 1.0f;
+    auto normed = [&](int64_t i) {
+      return weight ? widen(from[i]) * scale * weight[i] : widen(from[i]);
+    };
 #pragma omp simd
     for (int64_t i = 0; i < half; i++) {
-      const float low = widen(from[i]), high = widen(from[half + i]);
+      const float low = normed(i), high = normed(half + i);
       narrow(low * c[i] - high * s[i], to[i]);
       narrow(high * c[half + i] + low * s[half + i], to[half + i]);
     }
   });
 }
 
-// The way back, of gradients.
+// The way back, of gradients, to what was `read`; those of the norms' weights, [2, dim], are summed
+// over heads and tokens.
 template <class T>
-void join_heads(const T* q, const T* k, const T* v, const float* cos, const float* sin, T* qkv,
+void join_heads(const T* q, const T* k, const T* v, const T* read, const float* cos,
+                const float* sin, const HeadNorms& norms, T* qkv, float* to_weights,
                 const Heads& shape, int threads) {
   const int64_t dim = shape.dim, half = dim / 2;
+  std::vector<float> sums(norms.q ? threads * 2 * dim : 0), slopes(norms.q ? threads * dim : 0);
   each_head(shape, cos, sin, threads,
             [&](int64_t place, int64_t part, int64_t apart, const float* c, const float* s) {
     const T* from = (part == 0 ? q : part == 1 ? k : v) + apart;
@@ -142,13 +165,39 @@ void join_heads(const T* q, const T* k, const T* v, const float* cos, const floa
       std::memcpy(to, from, dim * sizeof(T));
       return;
     }
+    auto rotate_back = [&](auto* out) {
 #pragma omp simd
-    for (int64_t i = 0; i < half; i++) {
-      const float low = widen(from[i]), high = widen(from[half + i]);
-      narrow(low * c[i] + high * s[half + i], to[i]);
-      narrow(high * c[half + i] - low * s[i], to[half + i]);
+      for (int64_t i = 0; i < half; i++) {
+        const float low = widen(from[i]), high = widen(from[half + i]);
+        narrow(low * c[i] + high * s[half + i], out[i]);
+        narrow(high * c[half + i] - low * s[i], out[half + i]);
+      }
+    };
+    const float* weight = norms.of(part);
+    if (!weight) {
+      rotate_back(to);
+      return;
+    }
+    const int64_t thread = omp_get_thread_num();
+    float *slope = slopes.data() + thread * dim, *own = sums.data() + (thread * 2 + part) * dim;
+    rotate_back(slope);
+    const T* x = read + place;
+    const float scale = norms.scale(x, dim);
+    float along = 0;
+#pragma omp simd reduction(+ : along)
+    for (int64_t i = 0; i < dim; i++) along += widen(x[i]) * weight[i] * slope[i];
+    const float back = scale * scale * scale * along / float(dim);
+#pragma omp simd
+    for (int64_t i = 0; i < dim; i++) {
+      own[i] += slope[i] * widen(x[i]) * scale;
+      narrow(slope[i] * weight[i] * scale - widen(x[i]) * back, to[i]);
     }
   });
+  if (norms.q)
+    for (int64_t i = 0; i < 2 * dim; i++) {
+      to_weights[i] = 0;
+      for (int thread = 0; thread < threads; thread++) to_weights[i] += sums[thread * 2 * dim + i];
+    }
 }
 
 constexpr int64_t TILE = 8;  // rows of scores that take turns: one alone would wait for itself
@@ -329,17 +378,19 @@ void logprobs_backward(T* logits, const int64_t* targets, const float* normalise
                               int64_t rows, int64_t width, int threads) {                          \
     swiglu_backward(gate_up, gradient, to_gate_up, product, rows, width, threads);                 \
   }                                                                                                \
-  void split_heads_##NAME(const T* qkv, const float* cos, const float* sin, T* q, T* k, T* v,      \
-                          int64_t batch, int64_t length, int64_t heads, int64_t kv_heads,          \
-                          int64_t dim, int64_t turns, int threads) {                               \
-    split_heads(qkv, cos, sin, q, k, v, Heads{batch, length, heads, kv_heads, dim, turns},         \
-                threads);                                                                          \
+  void split_heads_##NAME(const T* qkv, const float* cos, const float* sin, const float* q_norm,   \
+                          const float* k_norm, T* q, T* k, T* v, int64_t batch, int64_t length,    \
+                          int64_t heads, int64_t kv_heads, int64_t dim, int64_t turns, float eps,  \
+                          int threads) {                                                           \
+    split_heads(qkv, cos, sin, HeadNorms{q_norm, k_norm, eps}, q, k, v,                            \
+                Heads{batch, length, heads, kv_heads, dim, turns}, threads);                       \
   }                                                                                                \
-  void join_heads_##NAME(const T* q, const T* k, const T* v, const float* cos, const float* sin,   \
-                         T* qkv, int64_t batch, int64_t length, int64_t heads, int64_t kv_heads,   \
-                         int64_t dim, int64_t turns, int threads) {                                \
-    join_heads(q, k, v, cos, sin, qkv, Heads{batch, length, heads, kv_heads, dim, turns},          \
-               threads);                                                                           \
+  void join_heads_##NAME(const T* q, const T* k, const T* v, const T* read, const float* cos,      \
+                         const float* sin, const float* q_norm, const float* k_norm, T* qkv,       \
+                         float* to_weights, int64_t batch, int64_t length, int64_t heads,          \
+                         int64_t kv_heads, int64_t dim, int64_t turns, float eps, int threads) {   \
+    join_heads(q, k, v, read, cos, sin, HeadNorms{q_norm, k_norm, eps}, qkv, to_weights,           \
+               Heads{batch, length, heads, kv_heads, dim, turns}, threads);                        \
   }                                                                                                \
   void softmax_##NAME(T* scores, int64_t rows, int64_t length, int threads) {                      \
     softmax(scores, rows, length, threads);                                                        \

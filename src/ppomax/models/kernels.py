@@ -1,5 +1,6 @@
 """What lies between the matrix products of training, compiled: kernels.cpp."""
 
+import ctypes
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,14 @@ class Turns(NamedTuple):
 
     cos: Tensor
     sin: Tensor
+
+
+class HeadNorms(NamedTuple):
+    """RMSNorms of each query and each key head by itself; weights fp32, [dim], or None."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    eps: float = 0.0
 
 
 @cache
@@ -39,8 +48,8 @@ class Kernels(Compiled):
         "norm_backward": "ppppppp nn f i",
         "swiglu": "pp nn i",
         "swiglu_backward": "pppp nn i",
-        "split_heads": "pppppp nnnnnn i",
-        "join_heads": "pppppp nnnnnn i",
+        "split_heads": "pppppppp nnnnnn f i",
+        "join_heads": "pppppppppp nnnnnn f i",
         "softmax": "p nn i",
         "softmax_backward": "pp nn f i",
         "logprobs": "ppp nnnn f i",
@@ -96,9 +105,11 @@ class Kernels(Compiled):
         return to_gate_up, product
 
     def split_heads(
-        self, qkv: Tensor, turns: Turns, batch: int, heads: int, kv_heads: int
+        self, qkv: Tensor, turns: Turns, norms: HeadNorms, batch: int, heads: int, kv_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values, each [batch, heads or kv_heads, length, dim].
+        """Normed and rotated queries and keys, and values.
+
+        Each is [batch, heads or kv_heads, length, dim].
 
         Args:
             qkv: all side by side, [batch * length, (heads + 2 kv_heads) * dim].
@@ -107,18 +118,29 @@ class Kernels(Compiled):
         q = qkv.new_empty(batch, heads, length, dim)
         k = qkv.new_empty(batch, kv_heads, length, dim)
         v = torch.empty_like(k)
+        given = (qkv, *turns, norms.q, norms.k, q, k, v)
         sizes = (batch, length, heads, kv_heads, dim, len(turns.cos))
-        self._split_heads(*map(address, (qkv, *turns, q, k, v)), *sizes, threads())
+        self._split_heads(*map(address, given), *sizes, norms.eps, threads())
         return q, k, v
 
-    def join_heads(self, q: Tensor, k: Tensor, v: Tensor, turns: Turns) -> Tensor:
-        """The way back, of gradients."""
+    def join_heads(
+        self, q: Tensor, k: Tensor, v: Tensor, qkv: Tensor, turns: Turns, norms: HeadNorms
+    ) -> tuple[Tensor, Tensor]:
+        """The way back: the gradient of `qkv` from those of its heads, and of the norms' weights.
+
+        Args:
+            qkv: what `split_heads` read.
+
+        Returns:
+            the weights' is [2, dim], fp32; of no norms it is anything.
+        """
         batch, heads, length, dim = q.shape
         kv_heads = k.shape[1]
-        qkv = q.new_empty(batch * length, (heads + 2 * kv_heads) * dim)
+        to_qkv, to_norms = torch.empty_like(qkv), turns.cos.new_empty(2, dim)
+        given = (q, k, v, qkv, *turns, norms.q, norms.k, to_qkv, to_norms)
         sizes = (batch, length, heads, kv_heads, dim, len(turns.cos))
-        self._join_heads(*map(address, (q, k, v, *turns, qkv)), *sizes, threads())
-        return qkv
+        self._join_heads(*map(address, given), *sizes, norms.eps, threads())
+        return to_qkv, to_norms
 
     def softmax_(self, scores: Tensor) -> Tensor:
         """Causal, in place; [..., length, length]."""
@@ -153,6 +175,7 @@ class Kernels(Compiled):
         """
         if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
             raise IndexError(f"a target is none of the {vocab} tokens")
+        temperature = ctypes.c_float(temperature).value  # as the kernel compares it with 1
         sums = torch.zeros(len(targets), 5, dtype=torch.float64)
         sums[:, 0] = -torch.inf
         targets = targets.long().contiguous()

@@ -62,14 +62,14 @@ def use_lean_blocks(model: PreTrainedModel) -> None:
     """Put both into every block of `transformers`' own whose norms and MLP are known ones."""
     silu = getattr(model.config.get_text_config(), "hidden_act", None) == "silu"
     for block in decoder_blocks(model):
-        if not _known(block, "DecoderLayer"):
+        if not is_known(block, "DecoderLayer"):
             continue
         for name in READ_BY_LINEAR:
             norm = getattr(block, name, None)
-            if _known(norm, "RMSNorm"):
+            if is_known(norm, "RMSNorm"):
                 setattr(block, name, Norm(norm))
         mlp = getattr(block, "mlp", None)
-        if silu and _known(mlp, "MLP"):
+        if silu and is_known(mlp, "MLP"):
             block.mlp = GatedMLP(mlp)
 
 
@@ -78,7 +78,8 @@ def is_lean(model: PreTrainedModel) -> bool:
     return any(isinstance(module, GatedMLP) for module in model.modules())
 
 
-def _known(module: object, kind: str) -> bool:
+def is_known(module: object, kind: str) -> bool:
+    """Whether it is `transformers`' own of one of the families."""
     found = type(module)
     named = found.__name__ in [family + kind for family in FAMILIES]
     return named and found.__module__.startswith("transformers.models.")

@@ -125,8 +125,9 @@ def score(
     Args:
         update_follows: the policy's first step comes next, on the first minibatch. It begins with
             the micro-batch that is scored first, whose forward is then kept for it: one less.
-            So is the critic's where that micro-batch holds all replies; else it would hold memory
-            for long and save little. Not of a sharded model, which frees its parameters between
+            So is the critic's, on a processor, where that micro-batch holds all replies; else it
+            would hold memory for long and save little, and on a device memory is what is short. Not
+            of a sharded model, which frees its parameters between
             forwards, and not where the exact KL is measured meanwhile.
     """
     mask = response_mask(rollout, here.device)
@@ -135,7 +136,7 @@ def score(
     exact = config.kl is not None and config.kl.exact_loss  # that forward is another one
     measured = config.kl is not None and config.kl.exact_replies is not None
     keep = update_follows and here.size == 1 and not exact and not measured
-    whole = [len(minibatch) for minibatch in plan] == [1]
+    whole = here.device.type == "cpu" and [len(minibatch) for minibatch in plan] == [1]
     for minibatch in plan:
         for indices, weight in watched(rank_micro_batches(minibatch, here)):
             batch = reply_batch(rollout, indices, actors.pad, here.device)
