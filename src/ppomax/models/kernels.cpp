@@ -114,10 +114,12 @@ struct HeadNorms {
   const float* of(int64_t part) const { return part == 0 ? q : part == 1 ? k : nullptr; }
   template <class T>
   float scale(const T* x, int64_t dim) const {
-    float squares = 0;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t i = 0; i < dim; i++) squares += widen(x[i]) * widen(x[i]);
-    return 1.0f / std::sqrt(squares / float(dim) + eps);
+    Lanes squares = {};
+    for (int64_t i = 0; i < dim; i += LANES) {
+      const Lanes some = load_first(x + i, dim - i, 0);
+      squares += some * some;
+    }
+    return 1.0f / std::sqrt(sum_of_lanes(squares) / float(dim) + eps);
   }
 };
 
@@ -137,14 +139,16 @@ void split_heads(const T* qkv, const float* cos, const float* sin, const HeadNor
     }
     const float* weight = norms.of(part);
     const float scale = weight ? norms.scale(from, dim) : 1.0f;
-    auto normed = [&](int64_t i) {
-      return weight ? widen(from[i]) * scale * weight[i] : widen(from[i]);
-    };
-#pragma omp simd
-    for (int64_t i = 0; i < half; i++) {
-      const float low = normed(i), high = normed(half + i);
-      narrow(low * c[i] - high * s[i], to[i]);
-      narrow(high * c[half + i] + low * s[half + i], to[half + i]);
+    for (int64_t i = 0, left = half; left > 0; i += LANES, left -= LANES) {
+      Lanes low = load_first(from + i, left, 0), high = load_first(from + half + i, left, 0);
+      if (weight) {
+        low *= scale * load_first(weight + i, left, 0);
+        high *= scale * load_first(weight + half + i, left, 0);
+      }
+      const Lanes cl = load_first(c + i, left, 0), ch = load_first(c + half + i, left, 0);
+      const Lanes sl = load_first(s + i, left, 0), sh = load_first(s + half + i, left, 0);
+      store_first(low * cl - high * sl, to + i, left);
+      store_first(high * ch + low * sh, to + half + i, left);
     }
   });
 }
@@ -166,11 +170,12 @@ void join_heads(const T* q, const T* k, const T* v, const T* read, const float* 
       return;
     }
     auto rotate_back = [&](auto* out) {
-#pragma omp simd
-      for (int64_t i = 0; i < half; i++) {
-        const float low = widen(from[i]), high = widen(from[half + i]);
-        narrow(low * c[i] + high * s[half + i], out[i]);
-        narrow(high * c[half + i] - low * s[i], out[half + i]);
+      for (int64_t i = 0, left = half; left > 0; i += LANES, left -= LANES) {
+        const Lanes low = load_first(from + i, left, 0), high = load_first(from + half + i, left, 0);
+        const Lanes cl = load_first(c + i, left, 0), ch = load_first(c + half + i, left, 0);
+        const Lanes sl = load_first(s + i, left, 0), sh = load_first(s + half + i, left, 0);
+        store_first(low * cl + high * sh, out + i, left);
+        store_first(high * ch - low * sl, out + half + i, left);
       }
     };
     const float* weight = norms.of(part);
@@ -183,14 +188,15 @@ void join_heads(const T* q, const T* k, const T* v, const T* read, const float* 
     rotate_back(slope);
     const T* x = read + place;
     const float scale = norms.scale(x, dim);
-    float along = 0;
-#pragma omp simd reduction(+ : along)
-    for (int64_t i = 0; i < dim; i++) along += widen(x[i]) * weight[i] * slope[i];
-    const float back = scale * scale * scale * along / float(dim);
-#pragma omp simd
-    for (int64_t i = 0; i < dim; i++) {
-      own[i] += slope[i] * widen(x[i]) * scale;
-      narrow(slope[i] * weight[i] * scale - widen(x[i]) * back, to[i]);
+    Lanes alongs = {};
+    for (int64_t i = 0, left = dim; left > 0; i += LANES, left -= LANES)
+      alongs += load_first(x + i, left, 0) * load_first(weight + i, left, 0) *
+                load_first(slope + i, left, 0);
+    const float back = scale * scale * scale * sum_of_lanes(alongs) / float(dim);
+    for (int64_t i = 0, left = dim; left > 0; i += LANES, left -= LANES) {
+      const Lanes some = load_first(x + i, left, 0), given = load_first(slope + i, left, 0);
+      store_first(load_first(own + i, left, 0) + given * some * scale, own + i, left);
+      store_first(given * load_first(weight + i, left, 0) * scale - some * back, to + i, left);
     }
   });
   if (norms.q)
