@@ -239,24 +239,30 @@ def test_only_rank_0_speaks(ppomax, monkeypatch, capsys):
     assert capsys.readouterr().err == "hello\n"
 
 
-def test_a_computing_verb_starts_again_with_the_allocators_setting(monkeypatch):
+def test_a_computing_verb_starts_again_with_what_it_is_to_do_with_memory(monkeypatch):
     started = []
     monkeypatch.setattr(cli.os, "execv", lambda *words: started.append(words))
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")  # its owner knows why
     monkeypatch.setattr(sys, "argv", ["ppomax", "plan", "x"])
-    cli._take_huge_pages()
+    cli._set_memory_up()
     monkeypatch.setattr(sys, "argv", ["ppomax", "run", "--help"])
-    cli._take_huge_pages()
+    cli._set_memory_up()
     assert started == []
     monkeypatch.setattr(sys, "argv", ["ppomax", "run", "x", "seed=1"])
-    cli._take_huge_pages()
+    cli._set_memory_up()
     assert started[0][1][1:] == ["-P", "-m", "ppomax.cli", "run", "x", "seed=1"]
     given = dict(each.split("=") for each in os.environ["GLIBC_TUNABLES"].split(":"))
     assert given.pop("glibc.malloc.hugetlb") == "1"
     assert given.pop("glibc.malloc.mmap_max") == "0"  # and what is freed is kept, all of it
     assert int(given.pop("glibc.malloc.trim_threshold")) >= 2**40
     assert not given
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"
+    assert os.environ["LRU_CACHE_CAPACITY"] == "7"
+    cli._set_memory_up()
+    assert len(started) == 1  # once
 
 
 # --- the verbs, once each

@@ -69,7 +69,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if sys.path[:1] in ([""], [str(Path.cwd())]):  # python -m: its files would come before Python's
         del sys.path[0]
-    _take_huge_pages()
+    _set_memory_up()
     sys.path.append(str(Path.cwd()))  # where `ppo.reward.callable` is looked for last
     try:
         app()
@@ -90,13 +90,13 @@ def main() -> None:
         sys.exit(130)
 
 
-def _take_huge_pages() -> None:
-    """Start this process again with the allocator's setting, where a verb computes."""
+def _set_memory_up() -> None:
+    """Start this process again with what it is to do with memory, where a verb computes."""
     if not set(sys.argv[1:2]) & COMPUTING or "--help" in sys.argv:
         return
-    from ppomax.process import allocator_environment
+    from ppomax.process import memory_environment
 
-    extra = allocator_environment(os.environ)
+    extra = memory_environment(os.environ)
     if extra:
         os.environ.update(extra)
         # -P: nothing of the working directory may stand in for a module of Python's own

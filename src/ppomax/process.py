@@ -9,18 +9,33 @@ KEPT = 2**40
 """Bytes that the C allocator keeps for what is asked next instead of giving them back: all."""
 
 
-def allocator_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What to add to the environment so that the C allocator keeps memory, and in huge pages.
+PRODUCTS = 128
+"""Matrix products of different shapes that are kept compiled, some three micro-batches' worth."""
 
-    A training step on the CPU frees and takes hundreds of large tensors; on virtual machines the
-    page faults of fresh 4 kB pages can cost several times the arithmetic (docs/LOG.md). glibc reads
-    the settings when a process starts; nothing is added where it is set already.
+
+def memory_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What to add to the environment of a process that trains on the CPU, for its memory's sake.
+
+    The C allocator is to keep memory, and in huge pages: a training step frees and takes hundreds
+    of large tensors, and on virtual machines the page faults of fresh 4 kB pages can cost several
+    times the arithmetic. oneDNN, and PyTorch's layer above it, are to keep few products compiled:
+    of each shape they hold a third of a megabyte, 1,024 shapes by default, and replies of changing
+    lengths are always new ones (docs/LOG.md).
+
+    All of these are read when a process starts; what is set already stays, and nothing is added
+    where the allocator's settings are: they are the sign that this was done.
     """
     if sys.platform != "linux" or "GLIBC_TUNABLES" in environment:
         return {}
     tunables = {"hugetlb": 1, "trim_threshold": KEPT, "mmap_max": 0}
-    text = ":".join(f"glibc.malloc.{name}={value}" for name, value in tunables.items())
-    return {"GLIBC_TUNABLES": text}
+    wanted = {
+        "GLIBC_TUNABLES": ":".join(
+            f"glibc.malloc.{name}={value}" for name, value in tunables.items()
+        ),
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(PRODUCTS),
+        "LRU_CACHE_CAPACITY": str(PRODUCTS),
+    }
+    return {name: value for name, value in wanted.items() if name not in environment}
 
 
 def open_as_umask_says(folder: Path) -> None:
