@@ -201,14 +201,6 @@ def _plan_ppo(
         adapters=adapters,
         length=length,
     )
-    critic_keeps = kept_gb(
-        tokens,
-        shape,
-        config.compute_dtype,
-        checkpointing=config.gradient_checkpointing,
-        frozen=below,
-        adapters=adapters,
-    )
     shared = _held_once(config, shape, own)
     held = policy + critic + sum(frozen.values()) - shared
     weights = (compute if config.lora else 4) * shape.parameters / GB
@@ -218,10 +210,8 @@ def _plan_ppo(
     if below:
         held += min(REMEMBERED_BYTES, 4 * config.replies * length * shape.hidden) / GB
     lent = engine if config.engine.kind == "native" else 0.0  # others keep their copy
-    both = activations + critic_keeps - gradients  # scoring keeps forwards of policy and critic
-    whole = config.minibatch_size >= config.replies and not torch.cuda.is_available()
-    if not config.critic or not whole:
-        both = 0.0
+    both = _kept_by_scoring(config, shape, tokens)
+    both = activations + both - gradients if both else 0.0  # there are no gradients yet
     # while replies are written there are copy and cache and no gradients, in the update the reverse
     memory = PROCESS_GB + held + engine - lent + max(lent + cache - gradients, activations, both)
     critic_rollouts = config.critic_pretraining.max_rollouts if config.critic_pretraining else 0
@@ -258,6 +248,21 @@ def _plan_ppo(
         *[("advice", note) for note in config.advice()],
     ]
     return result
+
+
+def _kept_by_scoring(config: PPOConfig, shape: Size, tokens: int) -> float:
+    """GB of the critic's forward, where scoring may keep it beside the policy's."""
+    whole = config.minibatch_size >= config.replies and not torch.cuda.is_available()
+    if not config.critic or not whole:
+        return 0.0
+    return kept_gb(
+        tokens,
+        shape,
+        config.compute_dtype,
+        checkpointing=config.gradient_checkpointing,
+        frozen=config.freeze_layers or 0,
+        adapters=config.lora is not None,
+    )
 
 
 def _held_once(config: PPOConfig, shape: Size, own: RewardConfig | None) -> float:

@@ -119,6 +119,17 @@ def test_swiglu_and_its_gradient_are_those_of_the_formula(dtype, width, scale):
     assert torch.equal(made, kernels.swiglu(both))
 
 
+def test_exponentials_are_as_near_as_is_said_and_the_same_in_and_beside_a_vector():
+    gate = torch.linspace(-87, -1e-3, 4001).repeat_interleave(37).view(-1, 37)  # 32 and 5 beside
+    found = kernels_for(torch.float32).swiglu(torch.cat([gate, torch.ones_like(gate)], 1))
+    assert (found == found[:, :1]).all()
+    x = gate[:, 0].double()
+    error = (found[:, 0].double() / (x / (1 + (-x).exp())) - 1).abs()
+    units = torch.finfo(torch.float32).eps * (3 + x.abs() / 2)  # without fused products
+    assert (error < units).all()
+    assert float(error[x > -1].max()) < 3 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_swiglu_at_the_ends_is_finite(dtype):
     gate = torch.tensor([[-1e4, -90.0, -87.5, 0.0, 88.0, 1e4] * 6]).to(dtype)

@@ -38,6 +38,7 @@ from ppomax.rollout import (
 from ppomax.rollout.graphs import StepGraphs
 from ppomax.rollout.native import NativeEngine, supports
 from ppomax.rollout.product import Product, pack
+from ppomax.rollout.reply import Reply, columns_after, columns_of
 from ppomax.rollout.transformers_engine import TransformersEngine
 
 CPU = torch.device("cpu")
@@ -920,3 +921,12 @@ def test_a_seed_too_few_or_too_many_is_an_error(kind):
     for count in (2, 4):
         with pytest.raises(ValueError, match=r"zip|seeds"):
             engine.generate(prompts_of(3), PARAMS, seeds_of(count))
+
+
+def test_what_a_step_needs_to_know_of_replies_is_what_they_hold():
+    replies = [Reply(i, [5] * (i + 2), 70 + i, 0, 9, [3] * i, []) for i in range(3)]
+    columns = columns_of(replies)
+    assert columns.tolist() == [[5, 3, 3], [1, 3, 5], [70, 71, 72], [0, 1, 2]]
+    for reply, token in zip(replies, (7, 8, 9), strict=True):
+        reply.ids.append(token)
+    assert torch.equal(columns_after(columns, torch.tensor([7, 8, 9])), columns_of(replies))

@@ -62,7 +62,10 @@ class Asked:
     """Of all texts, one after the other."""
 
 
-def asked_of(backbone: Any, asked: Bool[Tensor, "batch length"]) -> dict[str, Asked]:  # noqa: ANN401
+def asked_of(
+    backbone: Any,  # noqa: ANN401 - each architecture's class
+    asked: Bool[Tensor, "batch length"],
+) -> dict[str, Asked]:
     """An argument for a backbone's forward, whose states of other tokens then mean nothing.
 
     Empty, which is without effect, where its last block is none of these, where that is watched, on
@@ -197,7 +200,11 @@ def _layout(
     )
 
 
-def _is_plain(block: Any, parts: Sequence[Any], dtype: torch.dtype) -> bool:  # noqa: ANN401
+def _is_plain(
+    block: Any,  # noqa: ANN401 - each architecture's class
+    parts: Sequence[Any],
+    dtype: torch.dtype,
+) -> bool:
     """Whether weights are all there is to its parts, fp32 or in the compute dtype.
 
     No adapter, no bias, nobody who watches or replaces a call.

@@ -8,7 +8,6 @@ compute dtype, as in training under autocast.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from ppomax.rollout.cache import Cache, opening_of, room, rotations
 from ppomax.rollout.engine import EngineSettings, Rollout, check_prompts
 from ppomax.rollout.graphs import Found, StepGraphs
 from ppomax.rollout.kernels import SOURCE, Kernels
+from ppomax.rollout.reply import Reply, columns_after, columns_of
 from ppomax.rollout.sampling import PYTORCH, Draft, SamplingParams, Tools, draft, sample, settle
 from ppomax.rollout.stops import StopStrings
 from ppomax.rollout.weights import Layer, Weights, take_weights
@@ -46,26 +46,6 @@ def supports(model: PreTrainedModel) -> bool:
         and not getattr(config, "use_sliding_window", False)
         and (config.model_type != "mistral" or getattr(config, "sliding_window", None) is None)
     )
-
-
-@dataclass(slots=True)
-class Reply:
-    """A reply being written."""
-
-    index: int
-    prompt: list[int]
-    seed: int
-    group: int
-    """Index of the first reply with the same prompt."""
-    most: int
-    """Tokens it may have."""
-    ids: list[int]
-    logprobs: list[float]
-
-    @property
-    def length(self) -> int:
-        """Tokens so far, the prompt's included."""
-        return len(self.prompt) + len(self.ids)
 
 
 class NativeEngine:
@@ -350,22 +330,21 @@ class NativeEngine:
         waiting = sorted(replies, key=lambda reply: (-len(reply.prompt), reply.group, reply.index))
         active: list[Reply] = []
         refill, step = max(1, slots // 8), self._stepper(slots, cache, params)
-        columns: Tensor | None = None
-        """Of `_columns`, as long as the same replies are active."""
+        columns: Tensor | None = None  # as long as the same replies are active
         while active or waiting:
             free = slots - len(active)
             if waiting and (free >= refill or len(waiting) <= free):
                 stepping = self._take(waiting, free)
                 found: Found = self._prefill(stepping, cache, len(active))
-                columns = _columns(stepping).to(self.device)
+                columns = columns_of(stepping).to(self.device)
                 active += stepping
             else:
                 stepping = active
                 if columns is None:
-                    columns = _columns(active).to(self.device)
+                    columns = columns_of(active).to(self.device)
                 found = step(columns, max(reply.length for reply in active))
             tokens = self._extend(stepping, found, columns, params)
-            columns = _after(columns, tokens) if stepping is active else None
+            columns = columns_after(columns, tokens) if stepping is active else None
             for slot in reversed(range(len(active))):
                 reply = active[slot]
                 ended = reply.ids[-1] in self.template.end_ids or self.stops.hit(
@@ -423,26 +402,3 @@ class NativeEngine:
             cache.copy(last, slot, active[last].length)
             active[slot] = active[last]
         active.pop()
-
-
-def _columns(replies: list[Reply]) -> Tensor:
-    """Of each reply its newest token, where that stands, its seed, and how many there are.
-
-    [4, replies]; where there are none yet, the prompt's last.
-    """
-    rows = [
-        (
-            reply.ids[-1] if reply.ids else reply.prompt[-1],
-            len(reply.prompt) + len(reply.ids) - 1,
-            reply.seed,
-            len(reply.ids),
-        )
-        for reply in replies
-    ]
-    return torch.tensor(rows).T
-
-
-def _after(columns: Tensor, tokens: Tensor) -> Tensor:
-    """`_columns` of the same replies with one token more each."""
-    _, places, seeds, counts = columns
-    return torch.stack([tokens, places + 1, seeds, counts + 1])
