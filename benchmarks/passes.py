@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ppomax.models.kernels import HeadNorms, Turns, kernels_for
 from ppomax.models.lean import rms_norm, swiglu
+from ppomax.models.prefixes import Texts
 
 BATCHES = {"tiny": (64, 48), "135M": (16, 100)}
 """Texts and their tokens, by shape."""
@@ -41,11 +42,14 @@ def passes(shape, batch, length, dtype):
     onto = torch.randn(tokens, shape.intermediate).to(dtype)
     qkv = torch.randn(tokens, (heads + 2 * groups) * dim).to(dtype)
     angles = torch.outer(torch.arange(length), 10.0 ** -torch.linspace(0, 4, dim // 2))
-    turns = Turns(*(torch.cat([t, t], 1)[None] for t in (angles.cos(), angles.sin())))
+    turns = Turns(*(torch.cat([t, t], 1) for t in (angles.cos(), angles.sin())))
     scores = torch.randn(batch * groups, heads // groups * length, length).to(dtype)
     hidden = torch.ones(length, length, dtype=torch.bool).triu(1).repeat(heads // groups, 1)
     shares = kernels.softmax_(scores.clone())
-    q, k, v = kernels.split_heads(qkv, turns, HeadNorms(), batch, heads, groups)
+    texts = Texts(batch, length)
+    q, k, v = kernels.split_heads(qkv, turns, HeadNorms(), texts, heads, groups)
+
+    gathered = kernels.gather_heads(q, None)
 
     def backward(function, *inputs):
         leaves = [one.detach().requires_grad_() for one in inputs]
@@ -54,7 +58,7 @@ def passes(shape, batch, length, dtype):
 
     def split(qkv):
         apart = qkv.view(batch, length, -1, dim).transpose(1, 2).split([heads, groups, groups], 1)
-        turned = apply_rotary_pos_emb(*apart[:2], *turns)
+        turned = apply_rotary_pos_emb(*apart[:2], turns.cos[None], turns.sin[None])
         return (*(part.to(dtype) for part in turned), apart[2].contiguous())
 
     norm_back = backward(lambda x, w: rms_norm(x, w, EPS, dtype), x, weight)
@@ -77,12 +81,20 @@ def passes(shape, batch, length, dtype):
             lambda: gate_back(onto),
         ),
         "heads split": (
-            lambda: kernels.split_heads(qkv, turns, lone, batch, heads, groups),
+            lambda: kernels.split_heads(qkv, turns, lone, texts, heads, groups),
             lambda: split(qkv),
         ),
         "heads joined": (
-            lambda: kernels.join_heads(q, k, v, qkv, turns, lone),
+            lambda: kernels.join_heads(q, k, v, qkv, turns, lone, texts),
             lambda: split_back((q, k, v)),
+        ),
+        "heads gathered": (
+            lambda: kernels.gather_heads(q, None),
+            lambda: q.transpose(1, 2).reshape(tokens, -1),
+        ),
+        "heads scattered": (
+            lambda: kernels.scatter_heads(gathered, texts, dim, None),
+            lambda: gathered.view(batch, length, heads, dim).transpose(1, 2).contiguous(),
         ),
         "softmax": (
             lambda: kernels.softmax_(scores),

@@ -26,11 +26,12 @@ from ppomax.models import compiled, fused
 from ppomax.models.attention import use_grouped_attention
 from ppomax.models.blocks import decoder_blocks
 from ppomax.models.fused import is_fused, use_fused_blocks
-from ppomax.models.heads import ScalarModel, hidden_states
+from ppomax.models.heads import ScalarModel, hidden_states, states_of
 from ppomax.models.kernels import SOURCE, HeadNorms, Kernels, Turns, kernels_for
 from ppomax.models.language import LanguageModel, values_of_replies
 from ppomax.models.lean import use_lean_blocks
 from ppomax.models.lora import LoraSettings, add_lora
+from ppomax.models.prefixes import Texts, prefixes_of
 
 pytestmark = pytest.mark.skipif(
     kernels_for(torch.float32) is None, reason="no compiled kernels: no C++ compiler"
@@ -155,7 +156,8 @@ def test_heads_are_split_normed_and_rotated_as_transformers_does_and_joined_back
     batch, length, heads, kv_heads, dim = 3, 5, 4, 2, 6
     qkv = 2 * randn(batch * length, (heads + 2 * kv_heads) * dim, dtype=dtype)
     angle = randn(batch if own else 1, length, dim, seed=1)
-    turns = Turns(angle.cos(), randn(*angle.shape, seed=2))  # halves that differ, too
+    sine = randn(*angle.shape, seed=2)  # halves that differ, too
+    turns, texts = Turns(angle.cos().view(-1, dim), sine.view(-1, dim)), Texts(batch, length)
     norms = HeadNorms(1 + randn(dim, seed=3), 1 + randn(dim, seed=4), EPS)
     exact, weights = qkv.double().requires_grad_(), [norms.q.double(), norms.k.double()]
     apart = exact.view(batch, length, -1, dim).transpose(1, 2).split([heads, kv_heads, kv_heads], 1)
@@ -163,14 +165,14 @@ def test_heads_are_split_normed_and_rotated_as_transformers_does_and_joined_back
     if normed:
         scaled = [part / (part.square().mean(-1, True) + EPS).sqrt() for part in (q, k)]
         q, k = (x * weight.requires_grad_() for x, weight in zip(scaled, weights, strict=True))
-    q, k = apply_rotary_pos_emb(q, k, turns.cos.double(), turns.sin.double())
+    q, k = apply_rotary_pos_emb(q, k, angle.cos().double(), sine.double())
     wanted, norms = (q, k, apart[2]), norms if normed else HeadNorms()
     kernels = kernels_for(dtype)
-    found = kernels.split_heads(qkv, turns, norms, batch, heads, kv_heads)
+    found = kernels.split_heads(qkv, turns, norms, texts, heads, kv_heads)
     slopes = [randn(*part.shape, seed=9 + i, dtype=dtype) for i, part in enumerate(wanted)]
     for one, two in zip(found, wanted, strict=True):
         close(one, two.detach(), dtype)
-    to_qkv, to_norms = kernels.join_heads(*slopes, qkv, turns, norms)
+    to_qkv, to_norms = kernels.join_heads(*slopes, qkv, turns, norms, texts)
     asked = [exact, *weights] if normed else [exact]
     first, *others = torch.autograd.grad(wanted, asked, [slope.double() for slope in slopes])
     close(to_qkv, first, dtype)
@@ -220,13 +222,17 @@ def test_passes_in_narrower_vectors_give_the_same(dtype, monkeypatch, tmp_path):
     slope, wide = randn(rows, width, seed=3, dtype=dtype), randn(rows, 2 * width, dtype=dtype)
     scores = randn(2, 3 * width, width, seed=4, dtype=dtype)
     qkv = randn(6, 4 * 22, seed=5, dtype=dtype)
-    turns = Turns(randn(1, 3, 22, seed=6), randn(1, 3, 22, seed=7))
+    turns = Turns(randn(6, 22, seed=6), randn(6, 22, seed=7))
+    texts = prefixes_of(torch.tensor([[1, 2, 4], [1, 2, 3]]), torch.tensor([3, 3])).texts
+    texts = (Texts(2, 3), texts)
     norms = HeadNorms(randn(22, seed=8), randn(22, seed=9), EPS)
     logits, targets = randn(rows, width, seed=10, dtype=dtype), torch.arange(rows)
 
     def passes(kernels):
-        q, k, v = kernels.split_heads(qkv, turns, norms, 2, 2, 1)
-        yield from (q, k, v, *kernels.join_heads(q, k, v, qkv, turns, norms))
+        for each, rows in zip(texts, (6, 4), strict=True):
+            own, turned = qkv[:rows], Turns(turns.cos[:rows], turns.sin[:rows])
+            q, k, v = kernels.split_heads(own, turned, norms, each, 2, 1)
+            yield from (q, k, v, *kernels.join_heads(q, k, v, own, turned, norms, each))
         yield from (kernels.norm(x, weight, EPS), *kernels.add_and_norm(x, slope, weight, EPS))
         yield from kernels.norm_backward(x, weight, slope, around, EPS)
         yield from (kernels.swiglu(wide), *kernels.swiglu_backward(wide, slope))
@@ -289,6 +295,14 @@ def calls(monkeypatch):
 
 def ids_of(batch=3, length=21):
     return torch.randint(64, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def alike():
+    """Texts that begin alike, in pairs for longer, two of them to the end."""
+    ids = ids_of(6)
+    ids[:, :4] = ids[0, :4]
+    ids[4, :13], ids[3] = ids[2, :13], ids[5]
+    return ids
 
 
 def apart(one, two):
@@ -434,7 +448,10 @@ def asked_for(monkeypatch, model, ids, dtype, asked, *, told):
     with monkeypatch.context() as patch:
         patch.setattr(fused.Kernels, "add_and_norm", watched)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            hidden = hidden_states(model, ids, asked=asked if told else None)[asked]
+            lengths = torch.full((len(ids),), ids.shape[1])
+            every = hidden_states if not told else states_of
+            hidden = every(model, ids, *[asked, lengths] * told)
+            hidden = hidden if told else hidden[asked]
         (hidden * randn(*hidden.shape, seed=5)).sum().backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return hidden.detach(), grads, rows
@@ -446,7 +463,7 @@ def asked_for(monkeypatch, model, ids, dtype, asked, *, told):
 def test_the_last_block_goes_on_with_the_tokens_that_are_asked_for(
     name, dtype, checkpointing, monkeypatch
 ):
-    model, ids = make(name), ids_of()
+    model, ids = make(name), alike()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -454,9 +471,13 @@ def test_the_last_block_goes_on_with_the_tokens_that_are_asked_for(
     asked[1] = False  # a text of which nothing is read
     hidden, grads, rows = asked_for(monkeypatch, model, ids, dtype, asked, told=True)
     wanted, others, whole = asked_for(monkeypatch, model, ids, dtype, asked, told=False)
-    some, every = int(asked.sum()), ids.numel()
+    read = [tuple(ids[at, : place + 1].tolist()) for at, place in asked.nonzero().tolist()]
+    every = {prefix[:count] for prefix in read for count in range(1, len(prefix) + 1)}
+    some, every = len(set(read)), len(every)
+    assert some < len(read)
+    assert every < ids.numel()
     assert rows == ([every, some, some, every] if checkpointing else [every, some])
-    assert set(whole) == {every}
+    assert set(whole) == {ids.numel()}
     rtol = 1e-5 if dtype == torch.float32 else 2**-7
     torch.testing.assert_close(hidden, wanted, rtol=rtol, atol=rtol)
     assert apart(grads, others) < rtol
@@ -484,23 +505,86 @@ def test_no_token_at_all_may_be_asked_for(dtype, monkeypatch):
     model, ids = make("llama"), ids_of()
     asked = torch.zeros(ids.shape, dtype=torch.bool)
     hidden, grads, rows = asked_for(monkeypatch, model, ids, dtype, asked, told=True)
-    assert rows == [ids.numel(), 0]
+    assert rows == [ids.numel()] * 2  # there is nothing to be made of
     assert len(hidden) == 0
     assert not any(grad.any() for grad in grads.values())
 
 
-def test_a_last_block_that_remembers_or_is_watched_makes_every_state(monkeypatch):
-    model, ids = make("llama"), ids_of()
-    asked = ids % 2 == 0
-    whole = hidden_states(model, ids)
-    block = decoder_blocks(model)[-1]
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_stands_behind_a_text_is_not_read(dtype):
+    model, ids = make("llama"), alike()
+    lengths = torch.tensor([21, 17, 5, 1, 9, 20])
+    inside = torch.arange(21) < lengths[:, None]
+    other = torch.where(inside, ids, 63 - ids)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        one, two = (states_of(model, each, inside, lengths) for each in (ids, other))
+        whole = hidden_states(model, ids)[inside]
+    assert torch.equal(one, two)
+    rtol = 1e-5 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(one, whole, rtol=rtol, atol=rtol)
+
+
+def test_two_texts_are_read_apart_from_where_they_differ(calls):
+    model, ids = make("llama"), ids_of(1).repeat(2, 1)
+    ids[1, 10] = (ids[0, 10] + 1) % 64
+    states = states_of(model, ids, torch.ones_like(ids, dtype=torch.bool), torch.tensor([21, 21]))
+    one, two = states.view(2, 21, -1)
+    assert len(calls) == 2
+    assert torch.equal(one[:10], two[:10])
+    assert (one[10:] != two[10:]).any(1).all()
+
+
+def watch_attention(model):
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: None)
+
+
+def watch_norm(model):
+    model.model.norm.register_forward_hook(lambda *_: None)
+
+
+def watch_block(model):
+    model.model.layers[0].register_forward_pre_hook(lambda *_: None)
+
+
+def replace_last(model):
+    """As a trunk of all blocks does."""
+    block = model.model.layers[-1]
     forward = block.forward
-    with monkeypatch.context() as patch:  # as a trunk of all blocks does, for whoever reads next
-        patch.setattr(block, "forward", lambda *given, **more: forward(*given, **more))
-        assert torch.equal(hidden_states(model, ids, asked=asked), whole)
-    block.mlp.register_forward_hook(lambda *_: None)
-    watched = hidden_states(model, ids, asked=asked)
-    torch.testing.assert_close(watched, whole, rtol=1e-5, atol=1e-5)
+    block.forward = lambda *given, **more: forward(*given, **more)
+
+
+def adapt(model):
+    add_lora(model, LoraSettings(rank=2), seed=0)
+
+
+def foreign(model):
+    model.model.__class__ = type("Mine", (type(model.model),), {"__module__": "mine"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [watch_attention, watch_norm, watch_block, replace_last, adapt, foreign],
+    ids=lambda change: change.__name__,
+)
+def test_where_a_block_cannot_read_prefixes_none_does(change, monkeypatch):
+    model, ids = make("llama"), alike()
+    wanted = hidden_states(model, ids)
+    monkeypatch.setattr(fused, "prefixes_of", None)  # would fail
+    change(model)
+    asked = ids % 2 == 0
+    found = states_of(model, ids, asked, torch.full((len(ids),), 21))
+    torch.testing.assert_close(found, wanted[asked], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [8, 21])
+def test_prefixes_are_read_in_windows_that_hold_the_texts(window, monkeypatch, calls):
+    config = MistralConfig(**SIZES, sliding_window=window)
+    monkeypatch.setitem(FAMILIES, "window", (MistralForCausalLM, config))
+    model, ids = make("window"), alike()
+    asked = ids % 2 == 0
+    found = states_of(model, ids, asked, torch.full((len(ids),), 21))
+    assert len(calls) == (2 if window == 21 else 0)
+    torch.testing.assert_close(found, hidden_states(model, ids)[asked], rtol=1e-5, atol=1e-5)
 
 
 def test_the_class_keeps_its_name_and_a_copy_is_its_own():

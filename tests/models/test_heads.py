@@ -68,7 +68,7 @@ def test_values_are_the_head_applied_to_the_hidden_states():
     weight = scalar.score.weight[0]
     expected = sum(scalar.hidden(ids)[..., i] * weight[i] for i in range(32))
     assert torch.allclose(scalar.values(ids), expected, atol=1e-5)
-    assert torch.equal(scalar(ids).hidden, scalar.hidden(ids))
+    assert torch.equal(scalar(ids).hidden, scalar.hidden(ids).flatten(0, 1))
 
 
 def test_values_are_fp32_under_bf16_autocast():
@@ -76,7 +76,7 @@ def test_values_are_fp32_under_bf16_autocast():
     ids, lengths = batch(ROWS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = scalar(ids)
-    expected = output.hidden.float() @ scalar.score.weight[0]
+    expected = (output.hidden.float() @ scalar.score.weight[0]).view_as(ids)
     assert output.values.dtype == torch.float32
     assert torch.allclose(output.values, expected, atol=1e-6)
     assert read_scores(output.values, lengths).dtype == torch.float32

@@ -19,6 +19,8 @@ from transformers import (
 from ppomax.data.template import ChatTemplate, Encoded
 from ppomax.distributed import World
 from ppomax.errors import ConfigError, DataError, ModelError
+from ppomax.models import fused
+from ppomax.models.kernels import kernels_for
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
 from ppomax.train import pair_forward, reward
 from ppomax.train.pair_forward import forward_pairs, plan_pairs, settle_sharing
@@ -57,7 +59,7 @@ def scores_of(model, pairs):
             output = model(torch.tensor([side.ids]))
             scores.append(output.values[0, -1])
         ids = torch.tensor(pair.chosen.ids)
-        logits = model(ids[None]).hidden[0, :-1] @ head.T
+        logits = model(ids[None]).hidden[:-1] @ head.T
         mask = torch.tensor(pair.chosen.mask[1:])
         total = total + F.cross_entropy(logits[mask], ids[1:][mask], reduction="sum")
         count += int(mask.sum())
@@ -558,6 +560,9 @@ def test_prompts_are_shared_where_it_pays_and_never_where_the_model_cannot(
     here = World(0, 1, torch.device("cpu"))
     model = load_reward_model("tiny")
     long, short = pairs("Why is it so? " * 9, "So."), pairs("Why?", "Because it is so. " * 9)
+    if kernels_for(torch.float32) is not None:  # it reads any texts' distinct prefixes
+        assert not settle_sharing(None, model, long, 10, 3, here)
+    monkeypatch.setattr(fused, "kernels_for", lambda dtype: None)
     assert settle_sharing(None, model, long, 10, 3, here)
     assert not settle_sharing(None, model, short, 10, 3, here)
     prompt = (Message(role="user", content="Why?"),)

@@ -3,7 +3,10 @@
 What `transformers` computes, with the same rounding in bf16 but for the sums of norms and softmax.
 Kept for backward are the residual stream, heads as they were projected and after they are mixed,
 gate and up; backward casts weights, and computes norms, rotations, shares and the MLP's product,
-again. After attention the last block goes on with those tokens alone whose states are asked for.
+again.
+
+Where a caller says whose states it reads, blocks read a batch as its distinct prefixes
+(`Reading`), and the last one goes on, after attention, with those alone that are asked for.
 """
 
 import math
@@ -23,6 +26,7 @@ from ppomax.models.attention import LONGEST, MOST_SCORES, NAME
 from ppomax.models.blocks import decoder_blocks
 from ppomax.models.kernels import HeadNorms, Kernels, Turns, kernels_for
 from ppomax.models.lean import GatedMLP, Norm, is_known
+from ppomax.models.prefixes import Prefixes, Texts, last_asked, prefixes_of
 
 FAMILIES = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen3DecoderLayer")
 """Whose heads are rotated and mixed with nothing in between but, of Qwen 3, a norm of each."""
@@ -53,31 +57,78 @@ def is_fused(model: PreTrainedModel) -> bool:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Asked:
-    """Whose states a caller reads."""
+class Reading:
+    """Whose states a caller reads, of texts as their distinct prefixes."""
 
+    prefixes: Prefixes
+    rows: Int[Tensor, " read"]
+    """Prefixes whose states are read, each once."""
     last: nn.Module
-    """The block that heeds it: what others make of a token, later ones read."""
-    tokens: Int[Tensor, " asked"]
-    """Of all texts, one after the other."""
+    """The block that heeds that: what others make of a token, later ones read."""
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """For a backbone's forward: as one text, with a mask that nobody reads.
+
+        Masks of four dimensions `transformers` hands on to blocks as they are.
+        """
+        return {
+            "position_ids": self.prefixes.positions[None],
+            "attention_mask": torch.empty(1, 1, 1, 1),
+            "reading": self,
+        }
 
 
-def asked_of(
+def reading_of(
     backbone: Any,  # noqa: ANN401 - each architecture's class
+    input_ids: Int[Tensor, "batch length"],
     asked: Bool[Tensor, "batch length"],
-) -> dict[str, Asked]:
-    """An argument for a backbone's forward, whose states of other tokens then mean nothing.
+    lengths: Int[Tensor, " batch"] | None,
+) -> Reading | None:
+    """How all of a backbone's blocks can read these texts; None where one of them cannot.
 
-    Empty, which is without effect, where its last block is none of these, where that is watched, on
-    another device, and of a model that is not `transformers`' own and may not pass it on.
+    That is another device, long texts, adapters, somebody who watches or replaces a block, and a
+    model that is not `transformers`' own and may not hand an argument on to its blocks.
+
+    Args:
+        lengths: of what is to be computed at least; None: what leads to those asked for.
     """
+    if not reads_prefixes(backbone, input_ids.shape[0], input_ids.shape[1]) or not asked.any():
+        return None
+    prefixes = prefixes_of(input_ids, last_asked(asked) if lengths is None else lengths)
+    rows = torch.zeros(len(prefixes.ids), dtype=torch.bool)
+    rows[prefixes.rows[asked]] = True
+    return Reading(prefixes, rows.nonzero().flatten(), backbone.layers[-1])
+
+
+def reads_prefixes(
+    backbone: Any,  # noqa: ANN401 - each architecture's class
+    batch: int,
+    length: int,
+) -> bool:
+    """Whether so many texts of so many tokens are read as their distinct prefixes."""
     blocks = getattr(backbone, "layers", None)
-    last = blocks[-1] if isinstance(blocks, nn.ModuleList) and blocks else None
-    if asked.device.type != "cpu" or not isinstance(last, _Fused) or "forward" in vars(last):
-        return {}
-    if last._forward_hooks or not type(backbone).__module__.startswith("transformers.models."):
-        return {}
-    return {"asked": Asked(last, asked.flatten().nonzero().flatten())}
+    if not isinstance(blocks, nn.ModuleList) or not blocks:
+        return False
+    if not type(backbone).__module__.startswith("transformers.models."):
+        return False
+    window = getattr(backbone.config, "sliding_window", None) or length
+    if length > window or not _fits(batch, length, backbone.config):
+        return False
+    embedding = backbone.get_input_embeddings().weight
+    raised = embedding.dtype == torch.float32 or torch.is_autocast_enabled("cpu")
+    if embedding.device.type != "cpu" or not raised:
+        return False
+    if any(getattr(backbone.norm, name) for name in HOOKS) or "forward" in vars(blocks[-1]):
+        return False
+    turned = 2 * len(getattr(getattr(backbone, "rotary_emb", None), "inv_freq", ()))
+    dtype = _compute_dtype()
+    return kernels_for(dtype) is not None and all(
+        isinstance(block, _Fused)
+        and not any(getattr(block, name) for name in HOOKS)
+        and _is_plain(block, _parts(block), dtype, turned)
+        for block in blocks
+    )
 
 
 class _Fused:
@@ -102,14 +153,15 @@ def _fused(family: Any) -> Any:  # noqa: ANN401 - each architecture's class
         *args: Any,  # noqa: ANN401 - as the family's
         **kwargs: Any,  # noqa: ANN401 - as the family's
     ) -> Any:  # noqa: ANN401 - as the family's
-        asked: Asked | None = kwargs.pop("asked", None)
+        reading: Reading | None = kwargs.pop("reading", None)
         parts = _parts(self)
-        layout = None if args else _layout(self, parts, hidden_states, kwargs)
+        layout = None if args else _layout(self, parts, hidden_states, kwargs, reading)
         if layout is None:
+            assert reading is None, "whoever gives one has asked before"
             return family.forward(self, hidden_states, *args, **kwargs)
-        tokens = asked.tokens if asked is not None and asked.last is self else None
+        rows = reading.rows if reading is not None and reading.last is self else None
         weights = [part.weight for part in parts]
-        return _Block.apply(layout, tokens, hidden_states, *weights)  # type: ignore[no-untyped-call]
+        return _Block.apply(layout, rows, hidden_states, *weights)  # type: ignore[no-untyped-call]
 
     return type(
         family.__name__, (_Fused, family), {"forward": forward, "__module__": family.__module__}
@@ -121,6 +173,7 @@ class Layout:
     """How a batch is read."""
 
     kernels: Kernels
+    texts: Texts
     heads: int
     kv_heads: int
     scale: float
@@ -148,52 +201,53 @@ def _parts(block: Any) -> tuple[Any, ...]:  # noqa: ANN401 - each architecture's
     )
 
 
+def _fits(batch: int, length: int, config: Any) -> bool:  # noqa: ANN401 - each architecture's class
+    """Whether attention of such texts is read this way."""
+    scores = batch * int(config.num_attention_heads) * length**2
+    return 1 < length <= LONGEST and scores <= MOST_SCORES
+
+
+def _compute_dtype() -> torch.dtype:
+    autocast = torch.is_autocast_enabled("cpu")
+    return torch.get_autocast_dtype("cpu") if autocast else torch.float32
+
+
 def _layout(
     block: Any,  # noqa: ANN401 - each architecture's class
     parts: Sequence[Any],
     x: Tensor,
     rest: dict[str, Any],
+    reading: Reading | None,
 ) -> Layout | None:
     """How to read this batch; None where it is not plain causal text on a processor."""
-    attention = block.self_attn
     turns: tuple[Tensor, ...] = rest.get("position_embeddings") or ()
-    config = attention.config
-    heads = int(config.num_attention_heads)
-    plain = (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and 1 < x.shape[1] <= LONGEST
-        and x.shape[0] * heads * x.shape[1] ** 2 <= MOST_SCORES
-        and len(turns) == 2
-        and all(turn.dtype == torch.float32 for turn in turns)
+    dtype = _compute_dtype()
+    kernels = kernels_for(dtype)
+    if kernels is None or len(turns) != 2 or x.device.type != "cpu" or x.dtype != torch.float32:
+        return None
+    dim = turns[0].shape[-1]
+    if not all(
+        turn.dtype == torch.float32 and turn.shape in ((1, x.shape[1], dim), (*x.shape[:2], dim))
+        for turn in turns
+    ):
+        return None
+    attention = block.self_attn
+    if reading is None and not (
+        _fits(x.shape[0], x.shape[1], attention.config)
         and rest.get("attention_mask") is None
         and rest.get("past_key_values") is None
         and not rest.get("output_attentions")
         and rest.get("is_causal") in (None, True)
-        and getattr(attention, "is_causal", True)
-        and not (attention.training and attention.attention_dropout)
-        and config._attn_implementation == NAME
-    )
-    if not plain:
-        return None
-    autocast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
-    kv_heads = int(config.num_key_value_heads)
-    kernels = kernels_for(dtype)
-    if kernels is None or not _is_plain(block, parts, dtype):
-        return None
-    dim = turns[0].shape[-1]
-    sizes = [len(part.weight) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
-    if sizes != [heads * dim, kv_heads * dim, kv_heads * dim]:
-        return None
-    if not all(t.shape in ((1, x.shape[1], dim), (*x.shape[:2], dim)) for t in turns):
+        and _is_plain(block, parts, dtype, dim)
+    ):
         return None
     return Layout(
         kernels,
-        heads,
-        kv_heads,
+        Texts(x.shape[0], x.shape[1]) if reading is None else reading.prefixes.texts,
+        int(attention.config.num_attention_heads),
+        int(attention.config.num_key_value_heads),
         float(attention.scaling),
-        Turns(*(turn.contiguous() for turn in turns)),
+        Turns(*(turn.flatten(0, 1).contiguous() for turn in turns)),
         block.input_layernorm.variance_epsilon,
         block.post_attention_layernorm.variance_epsilon,
         parts[-1].variance_epsilon if parts[9:] else 0.0,
@@ -204,12 +258,19 @@ def _is_plain(
     block: Any,  # noqa: ANN401 - each architecture's class
     parts: Sequence[Any],
     dtype: torch.dtype,
+    dim: int,
 ) -> bool:
     """Whether weights are all there is to its parts, fp32 or in the compute dtype.
 
-    No adapter, no bias, nobody who watches or replaces a call.
+    No adapter, no bias, nobody who watches or replaces a call; attention is causal, drops nothing
+    and has heads of `dim` numbers, all of which are rotated.
     """
-    if any(GLOBAL_HOOKS):
+    attention = block.self_attn
+    if any(GLOBAL_HOOKS) or attention.config._attn_implementation != NAME:
+        return False
+    if not getattr(attention, "is_causal", True):
+        return False
+    if attention.training and attention.attention_dropout:
         return False
     for part in parts:
         kind = type(part)
@@ -218,7 +279,13 @@ def _is_plain(
             return False
         if part.weight.dtype not in (torch.float32, dtype):
             return False
-    watched = (*parts, block.self_attn, block.mlp)
+    heads, kv_heads = (
+        int(getattr(attention.config, f"num_{kind}_heads")) for kind in ("attention", "key_value")
+    )
+    sizes = [len(part.weight) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    if sizes != [heads * dim, kv_heads * dim, kv_heads * dim]:
+        return False
+    watched = (*parts, attention, block.mlp)
     return not any(getattr(part, name) for part in watched for name in HOOKS) and not any(
         "forward" in vars(part) for part in watched
     )
@@ -255,11 +322,11 @@ def _to_weights(
 
 
 def _split(
-    qkv: Tensor, layout: Layout, head_norms: Sequence[Tensor], batch: int
+    qkv: Tensor, layout: Layout, head_norms: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values as they are mixed."""
     norms, heads = layout.norms(head_norms), (layout.heads, layout.kv_heads)
-    return layout.kernels.split_heads(qkv, layout.turns, norms, batch, *heads)
+    return layout.kernels.split_heads(qkv, layout.turns, norms, layout.texts, *heads)
 
 
 def _groups(heads: Tensor, groups: int) -> Tensor:
@@ -276,16 +343,22 @@ def _shares(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
     return layout.kernels.softmax_(scores)
 
 
-def _only(asked: Tensor | None, rows: Tensor) -> Tensor:
-    """The tokens that are asked for; None: all are."""
-    return rows if asked is None else rows[asked]
+def _only(read: Tensor | None, rows: Tensor) -> Tensor:
+    """Those that are read; None: all are."""
+    return rows if read is None else rows[read]
 
 
-def _among_all(asked: Tensor | None, rows: Tensor, like: Tensor) -> Tensor:
-    """The way back, to as many tokens as `like` has; 0 for the others."""
-    if asked is None:
+def _among_all(read: Tensor | None, rows: Tensor, like: Tensor) -> Tensor:
+    """The way back, to as many rows as `like` has; 0 for the others."""
+    if read is None:
         return rows
-    return rows.new_zeros(len(like), rows.shape[1]).index_copy_(0, asked, rows)
+    return rows.new_zeros(len(like), rows.shape[1]).index_copy_(0, read, rows)
+
+
+def _places(read: Tensor | None, layout: Layout) -> Tensor | None:
+    """Where the rows that are read stand first."""
+    places = layout.texts.places
+    return places if read is None or places is None else places[read]
 
 
 class _Room:
@@ -321,12 +394,12 @@ class _Block(torch.autograd.Function):
     def forward(
         ctx: Any,  # noqa: ANN401 - autograd's
         layout: Layout,
-        asked: Int[Tensor, " asked"] | None,
+        read: Int[Tensor, " read"] | None,
         hidden: Float[Tensor, "batch length hidden"],
         *weights: Tensor,
-    ) -> Float[Tensor, "batch length hidden"]:
+    ) -> Float[Tensor, "batch read hidden"]:
         with torch.autocast("cpu", enabled=False):  # every dtype is said
-            return _forward(ctx, layout, asked, hidden, *weights)
+            return _forward(ctx, layout, read, hidden, *weights)
 
     @staticmethod
     @once_differentiable
@@ -338,36 +411,34 @@ class _Block(torch.autograd.Function):
 def _forward(
     ctx: Any,  # noqa: ANN401 - autograd's
     layout: Layout,
-    asked: Tensor | None,
+    read: Tensor | None,
     hidden: Tensor,
     *weights: Tensor,
 ) -> Tensor:
     norm, query, key, value, out, mlp_norm, gate, up, down, *head_norms = weights
-    kernels, batch = layout.kernels, len(hidden)
+    kernels = layout.kernels
     x = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     normed = kernels.norm(x, norm.float(), layout.attention_eps)
     qkv = _product(normed, query, key, value)
-    q, k, v = _split(qkv, layout, head_norms, batch)
-    shares = _shares(q, k, layout)
-    mixed = torch.bmm(shares, _groups(v, k.shape[1])).view(q.shape)
-    mixed = mixed.transpose(1, 2).reshape(len(x), -1)
-    around, mixed = _only(asked, x), _only(asked, mixed)
+    q, k, v = _split(qkv, layout, head_norms)
+    mixed = torch.bmm(_shares(q, k, layout), _groups(v, k.shape[1])).view(q.shape)
+    mixed = kernels.gather_heads(mixed, _places(read, layout))
     between, mlp_normed = kernels.add_and_norm(
-        around, _product(mixed, out), mlp_norm.float(), layout.mlp_eps
+        _only(read, x), _product(mixed, out), mlp_norm.float(), layout.mlp_eps
     )
     gate_up = _product(mlp_normed, gate, up)
     total = between + _product(kernels.swiglu(gate_up), down)
-    ctx.save_for_backward(asked, x, qkv, mixed, between, gate_up, *weights)
+    ctx.save_for_backward(read, x, qkv, mixed, between, gate_up, *weights)
     ctx.layout = layout
-    return _among_all(asked, total, x).view(hidden.shape)
+    return total.view(len(hidden), -1, hidden.shape[-1])
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - autograd's
-    asked, x, qkv, mixed, between, gate_up, *weights = ctx.saved_tensors
+    read, x, qkv, mixed, between, gate_up, *weights = ctx.saved_tensors
     norm, query, key, value, out, mlp_norm, gate, up, down, *head_norms = weights
     layout, wanted = ctx.layout, ctx.needs_input_grad[3:]
     kernels, groups = layout.kernels, layout.kv_heads
-    around = _only(asked, gradient.reshape(x.shape).contiguous())
+    around = gradient.reshape(between.shape).contiguous()
 
     rounded = around.to(qkv.dtype)
     to_gate_up, product = kernels.swiglu_backward(gate_up, _to_input(rounded, down))
@@ -378,10 +449,11 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa:
         between, mlp_norm.float(), _to_input(to_gate_up, gate, up), around, layout.mlp_eps
     )
     to_out = _to_weights(rounded, mixed, [out], wanted[4:5])
-    around, to_mixed = _among_all(asked, around, x), _among_all(asked, _to_input(rounded, out), x)
-    q, k, v = _split(qkv, layout, head_norms, len(gradient))
-    to_mixed = to_mixed.view(len(q), q.shape[2], -1, q.shape[3])
-    mixing = _groups(to_mixed.transpose(1, 2).contiguous(), groups)
+    q, k, v = _split(qkv, layout, head_norms)
+    to_mixed = kernels.scatter_heads(
+        _to_input(rounded, out), layout.texts, q.shape[3], _places(read, layout)
+    )
+    mixing = _groups(to_mixed, groups)
     shares = _shares(q, k, layout)
     to_scores = ROOMS.gradient.of(v, *shares.shape)
     torch.bmm(mixing, _groups(v, groups).mT, out=to_scores)
@@ -393,13 +465,18 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa:
         qkv,
         layout.turns,
         layout.norms(head_norms),
+        layout.texts,
     )
     normed = kernels.norm(x, norm.float(), layout.attention_eps)
     to_query = _to_weights(to_qkv, normed, [query, key, value], wanted[1:4])
     to_x, _, to_norm = kernels.norm_backward(
-        x, norm.float(), _to_input(to_qkv, query, key, value), around, layout.attention_eps
+        x,
+        norm.float(),
+        _to_input(to_qkv, query, key, value),
+        _among_all(read, around, x),
+        layout.attention_eps,
     )
     to_weights = (to_norm, *to_query, *to_out, to_mlp_norm, *to_gate, *to_down)
     if head_norms:
         to_weights += (*to_head_norms,)
-    return None, None, to_x.view(gradient.shape), *to_weights
+    return None, None, to_x.view(len(gradient), -1, x.shape[1]), *to_weights

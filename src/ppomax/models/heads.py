@@ -24,7 +24,7 @@ from transformers import (
 
 from ppomax.errors import ModelError
 from ppomax.models.folders import quiet
-from ppomax.models.fused import asked_of
+from ppomax.models.fused import reading_of
 from ppomax.models.lora import effective_state_dict, has_lora
 
 LM_HEAD_FILE = "lm_head.safetensors"
@@ -34,9 +34,9 @@ class ScalarOutput(NamedTuple):
     """What a ScalarModel computes for a batch."""
 
     values: Float[Tensor, "batch sequence"]
-    """One number per position, fp32."""
-    hidden: Float[Tensor, "batch sequence hidden"]
-    """The backbone's last hidden states, for the language-model loss."""
+    """One number per position, fp32; 0 where nobody asked for it."""
+    hidden: Float[Tensor, "asked hidden"]
+    """The backbone's last hidden states there, row by row, for the language-model loss."""
 
 
 def hidden_states(
@@ -46,7 +46,6 @@ def hidden_states(
     position_ids: Int[Tensor, "batch sequence"] | None = None,
     attention_mask: Tensor | None = None,
     past: Cache | None = None,
-    asked: Bool[Tensor, "batch sequence"] | None = None,
 ) -> Float[Tensor, "batch sequence hidden"]:
     """Last hidden states of a causal model, without logits; adapters and wrappers looked through.
 
@@ -57,20 +56,13 @@ def hidden_states(
 
     Args:
         past: keys and values of what stands before the ids; theirs are added to it.
-        asked: whose states are read, which saves work in the last block; those of other positions
-            may then be anything. None: all are.
     """
     backbone = backbone_of(model)
-    inputs: dict[str, Any] = {"input_ids": input_ids}
-    if torch.is_autocast_enabled(input_ids.device.type):
-        inputs = {"inputs_embeds": backbone.get_input_embeddings()(input_ids).float()}
-    if asked is not None:
-        inputs |= asked_of(backbone, asked)
     trunk = getattr(backbone, "trunk", None)
     plain = position_ids is None and attention_mask is None and past is None
     with trunk.reading(input_ids) if trunk is not None and plain else nullcontext():
         output = backbone(
-            **inputs,
+            **_embedded(backbone, input_ids),
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past,
@@ -79,6 +71,41 @@ def hidden_states(
         )
     hidden: Tensor = output.last_hidden_state
     return hidden
+
+
+def states_of(
+    model: nn.Module,
+    input_ids: Int[Tensor, "batch sequence"],
+    asked: Bool[Tensor, "batch sequence"],
+    lengths: Int[Tensor, " batch"],
+) -> Float[Tensor, "asked hidden"]:
+    """`hidden_states` where they are asked for, row by row; what nobody reads is not computed.
+
+    Blocks that can (`ppomax.models.fused.Reading`) compute what several texts begin with once.
+
+    Args:
+        lengths: of the texts; nothing behind them is asked for.
+    """
+    backbone = backbone_of(model)
+    trunk = getattr(backbone, "trunk", None)
+    # what is remembered of a batch serves others, who may ask for more of it
+    reading = reading_of(backbone, input_ids, asked, None if trunk is None else lengths)
+    if reading is None:
+        return hidden_states(model, input_ids)[asked]
+    ids = reading.prefixes.ids[None]
+    with nullcontext() if trunk is None else trunk.reading(input_ids, distinct=True):
+        output = backbone(
+            **_embedded(backbone, ids), **reading.inputs, use_cache=False, return_dict=True
+        )
+    place = torch.zeros(len(reading.prefixes.ids), dtype=torch.long)
+    place[reading.rows] = torch.arange(len(reading.rows))
+    return F.embedding(place[reading.prefixes.rows[asked]], output.last_hidden_state[0])
+
+
+def _embedded(backbone: Any, input_ids: Tensor) -> dict[str, Tensor]:  # noqa: ANN401 - as backbone_of
+    if not torch.is_autocast_enabled(input_ids.device.type):
+        return {"input_ids": input_ids}
+    return {"inputs_embeds": backbone.get_input_embeddings()(input_ids).float()}
 
 
 def output_weight(model: nn.Module) -> Float[Tensor, "vocab hidden"]:
@@ -160,26 +187,30 @@ class ScalarModel(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         asked: Bool[Tensor, "batch sequence"] | None = None,
+        lengths: Int[Tensor, " batch"] | None = None,
     ) -> ScalarOutput:
         """Hidden states and the head's reading of each, the latter in fp32 even under autocast.
 
         Args:
             attention_mask: additive, [batch, 1, sequence, sequence]; None: every token sees those
                 before it.
-            asked: as in `hidden_states`.
+            asked: whose are read; None: all.
+            lengths: of the texts, where something is asked for and there is no mask: what nobody
+                reads is then not computed (`states_of`).
         """
-        hidden = hidden_states(
-            self.backbone,
-            input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            asked=asked,
-        )
+        every = asked is None
+        asked = torch.ones_like(input_ids, dtype=torch.bool) if asked is None else asked
+        if every or lengths is None:
+            hidden = hidden_states(
+                self.backbone, input_ids, position_ids=position_ids, attention_mask=attention_mask
+            )[asked]
+        else:
+            hidden = states_of(self.backbone, input_ids, asked, lengths)
         with torch.autocast(hidden.device.type, enabled=False):
             values = F.linear(hidden.float(), self.score.weight.float()).squeeze(-1)
         if self.offset:
             values = values - self.offset
-        return ScalarOutput(values=values, hidden=hidden)
+        return ScalarOutput(values.new_zeros(asked.shape).masked_scatter(asked, values), hidden)
 
     def hidden(
         self,
@@ -198,7 +229,8 @@ class ScalarModel(nn.Module):
         self, input_ids: Int[Tensor, "batch sequence"], lengths: Int[Tensor, " batch"]
     ) -> Float[Tensor, " batch"]:
         """The number at each row's last token, position `lengths - 1`."""
-        output: ScalarOutput = self(input_ids, asked=last_tokens(input_ids, lengths))
+        asked = last_tokens(input_ids, lengths)
+        output: ScalarOutput = self(input_ids, asked=asked, lengths=lengths)
         return read_scores(output.values, lengths)
 
     def output_weight(self) -> Float[Tensor, "vocab hidden"]:

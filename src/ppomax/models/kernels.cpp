@@ -83,26 +83,44 @@ void swiglu_backward(const T* gate_up, const T* gradient, T* to_gate_up, T* prod
 
 // --- attention ------------------------------------------------------------------------------
 
+// Texts as heads are mixed, [batch, heads, length, dim], and the rows of what is the same for several
+// of them: row r stands first at places[r] = text * length + position, and in counts[r] texts, one
+// after the other; of a text lengths[text] positions are rows. Without places each place is a row.
 struct Heads {
   int64_t batch, length, heads, kv_heads, dim;
-  int64_t turns;  // rows of the batch that have cosines and sines of their own: 1 or all
+  int64_t rows, turns;  // and how many of the rows' cosines and sines there are: one text's or all
+  const int64_t *places, *counts, *lengths;
+
+  int64_t place(int64_t row) const { return places ? places[row] : row; }
+  int64_t count(int64_t row) const { return counts ? counts[row] : 1; }
+  int64_t of(int64_t part) const { return part ? kv_heads : heads; }
 };
 
-// Calls `each(row of the projections, part of a head, where that head stands apart, cosines, sines)`.
+// Calls `each(row's head among the projections, part of a head, where it stands first, texts that
+// have it, from one to the next, cosines, sines)`.
 template <class F>
 void each_head(const Heads& shape, const float* cos, const float* sin, int threads, F each) {
   const int64_t all = shape.heads + 2 * shape.kv_heads, dim = shape.dim, length = shape.length;
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t token = 0; token < shape.batch * length; token++) {
-    const int64_t text = token / length, at = token % length;
-    const int64_t turn = ((shape.turns == 1 ? 0 : text) * length + at) * dim;
-    for (int64_t head = 0; head < all; head++) {
-      const int64_t part = head < shape.heads ? 0 : head < shape.heads + shape.kv_heads ? 1 : 2;
-      const int64_t count = part ? shape.kv_heads : shape.heads;
-      const int64_t own = head - (part == 0 ? 0 : part == 1 ? shape.heads : all - shape.kv_heads);
-      each((token * all + head) * dim, part, ((text * count + own) * length + at) * dim,
-           cos + turn, sin + turn);
-    }
+  for (int64_t row = 0; row < shape.rows; row++) {
+    const int64_t place = shape.place(row), text = place / length, at = place % length;
+    const int64_t count = shape.count(row), turn = row % shape.turns * dim;
+    for (int64_t part = 0, head = 0; part < 3; part++)
+      for (int64_t own = 0; own < shape.of(part); own++, head++)
+        each((row * all + head) * dim, part, ((text * shape.of(part) + own) * length + at) * dim,
+             count, shape.of(part) * length * dim, cos + turn, sin + turn);
+  }
+}
+
+// Zeros where a text has ended: what is masked must be finite.
+template <class T>
+void clear_ends(T* x, int64_t heads, const Heads& shape, int threads) {
+  if (!shape.lengths) return;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t head = 0; head < shape.batch * heads; head++) {
+    const int64_t past = shape.lengths[head / heads], left = shape.length - past;
+    std::memset(static_cast<void*>(x + (head * shape.length + past) * shape.dim), 0,
+                left * shape.dim * sizeof(T));
   }
 }
 
@@ -123,53 +141,59 @@ struct HeadNorms {
   }
 };
 
-// Queries, keys and values side by side to one tensor each, [batch, heads, length, dim], queries and
-// keys normed where they have norms, and rotated.
+// Queries, keys and values side by side to one tensor each, queries and keys normed where they have
+// norms, and rotated.
 template <class T>
 void split_heads(const T* qkv, const float* cos, const float* sin, const HeadNorms& norms, T* q,
                  T* k, T* v, const Heads& shape, int threads) {
   const int64_t dim = shape.dim, half = dim / 2;
   each_head(shape, cos, sin, threads,
-            [&](int64_t place, int64_t part, int64_t apart, const float* c, const float* s) {
+            [&](int64_t place, int64_t part, int64_t apart, int64_t count, int64_t next,
+                const float* c, const float* s) {
     const T* from = qkv + place;
     T* to = (part == 0 ? q : part == 1 ? k : v) + apart;
-    if (part == 2) {
+    if (part == 2)
       std::memcpy(to, from, dim * sizeof(T));
-      return;
-    }
-    const float* weight = norms.of(part);
-    const float scale = weight ? norms.scale(from, dim) : 1.0f;
-    for (int64_t i = 0, left = half; left > 0; i += LANES, left -= LANES) {
-      Lanes low = load_first(from + i, left, 0), high = load_first(from + half + i, left, 0);
-      if (weight) {
-        low *= scale * load_first(weight + i, left, 0);
-        high *= scale * load_first(weight + half + i, left, 0);
+    else {
+      const float* weight = norms.of(part);
+      const float scale = weight ? norms.scale(from, dim) : 1.0f;
+      for (int64_t i = 0, left = half; left > 0; i += LANES, left -= LANES) {
+        Lanes low = load_first(from + i, left, 0), high = load_first(from + half + i, left, 0);
+        if (weight) {
+          low *= scale * load_first(weight + i, left, 0);
+          high *= scale * load_first(weight + half + i, left, 0);
+        }
+        const Lanes cl = load_first(c + i, left, 0), ch = load_first(c + half + i, left, 0);
+        const Lanes sl = load_first(s + i, left, 0), sh = load_first(s + half + i, left, 0);
+        store_first(low * cl - high * sl, to + i, left);
+        store_first(high * ch + low * sh, to + half + i, left);
       }
-      const Lanes cl = load_first(c + i, left, 0), ch = load_first(c + half + i, left, 0);
-      const Lanes sl = load_first(s + i, left, 0), sh = load_first(s + half + i, left, 0);
-      store_first(low * cl - high * sl, to + i, left);
-      store_first(high * ch + low * sh, to + half + i, left);
     }
+    for (int64_t text = 1; text < count; text++)
+      std::memcpy(to + text * next, to, dim * sizeof(T));
   });
+  clear_ends(q, shape.heads, shape, threads);
+  clear_ends(k, shape.kv_heads, shape, threads);
+  clear_ends(v, shape.kv_heads, shape, threads);
 }
 
 // The way back, of gradients, to what was `read`; those of the norms' weights, [2, dim], are summed
-// over heads and tokens.
+// over heads and tokens. Of keys and values they are summed over the texts that have them; of a
+// query only the first text's is read, as forward does.
 template <class T>
 void join_heads(const T* q, const T* k, const T* v, const T* read, const float* cos,
                 const float* sin, const HeadNorms& norms, T* qkv, float* to_weights,
                 const Heads& shape, int threads) {
   const int64_t dim = shape.dim, half = dim / 2;
-  std::vector<float> sums(norms.q ? threads * 2 * dim : 0), slopes(norms.q ? threads * dim : 0);
+  std::vector<float> sums(norms.q ? threads * 2 * dim : 0), slopes(threads * dim),
+      totals(threads * dim);
   each_head(shape, cos, sin, threads,
-            [&](int64_t place, int64_t part, int64_t apart, const float* c, const float* s) {
-    const T* from = (part == 0 ? q : part == 1 ? k : v) + apart;
+            [&](int64_t place, int64_t part, int64_t apart, int64_t count, int64_t next,
+                const float* c, const float* s) {
+    const T* given = (part == 0 ? q : part == 1 ? k : v) + apart;
     T* to = qkv + place;
-    if (part == 2) {
-      std::memcpy(to, from, dim * sizeof(T));
-      return;
-    }
-    auto rotate_back = [&](auto* out) {
+    const int64_t thread = omp_get_thread_num();
+    auto rotate_back = [&](const auto* from, auto* out) {
       for (int64_t i = 0, left = half; left > 0; i += LANES, left -= LANES) {
         const Lanes low = load_first(from + i, left, 0), high = load_first(from + half + i, left, 0);
         const Lanes cl = load_first(c + i, left, 0), ch = load_first(c + half + i, left, 0);
@@ -178,32 +202,82 @@ void join_heads(const T* q, const T* k, const T* v, const T* read, const float* 
         store_first(high * ch - low * sl, out + half + i, left);
       }
     };
-    const float* weight = norms.of(part);
-    if (!weight) {
-      rotate_back(to);
+    auto back = [&](const auto* from) {
+      const float* weight = norms.of(part);
+      if (part == 2) {
+        for (int64_t i = 0, left = dim; left > 0; i += LANES, left -= LANES)
+          store_first(load_first(from + i, left, 0), to + i, left);
+        return;
+      }
+      if (!weight) {
+        rotate_back(from, to);
+        return;
+      }
+      float *slope = slopes.data() + thread * dim, *own = sums.data() + (thread * 2 + part) * dim;
+      rotate_back(from, slope);
+      const T* x = read + place;
+      const float scale = norms.scale(x, dim);
+      Lanes alongs = {};
+      for (int64_t i = 0, left = dim; left > 0; i += LANES, left -= LANES)
+        alongs += load_first(x + i, left, 0) * load_first(weight + i, left, 0) *
+                  load_first(slope + i, left, 0);
+      const float along = scale * scale * scale * sum_of_lanes(alongs) / float(dim);
+      for (int64_t i = 0, left = dim; left > 0; i += LANES, left -= LANES) {
+        const Lanes some = load_first(x + i, left, 0), each = load_first(slope + i, left, 0);
+        store_first(load_first(own + i, left, 0) + each * some * scale, own + i, left);
+        store_first(each * load_first(weight + i, left, 0) * scale - some * along, to + i, left);
+      }
+    };
+    if (count == 1 || part == 0) {
+      back(given);
       return;
     }
-    const int64_t thread = omp_get_thread_num();
-    float *slope = slopes.data() + thread * dim, *own = sums.data() + (thread * 2 + part) * dim;
-    rotate_back(slope);
-    const T* x = read + place;
-    const float scale = norms.scale(x, dim);
-    Lanes alongs = {};
-    for (int64_t i = 0, left = dim; left > 0; i += LANES, left -= LANES)
-      alongs += load_first(x + i, left, 0) * load_first(weight + i, left, 0) *
-                load_first(slope + i, left, 0);
-    const float back = scale * scale * scale * sum_of_lanes(alongs) / float(dim);
+    float* total = totals.data() + thread * dim;
     for (int64_t i = 0, left = dim; left > 0; i += LANES, left -= LANES) {
-      const Lanes some = load_first(x + i, left, 0), given = load_first(slope + i, left, 0);
-      store_first(load_first(own + i, left, 0) + given * some * scale, own + i, left);
-      store_first(given * load_first(weight + i, left, 0) * scale - some * back, to + i, left);
+      Lanes sum = {};
+      for (int64_t text = 0; text < count; text++)
+        sum += load_first(given + text * next + i, left, 0);
+      store_first(sum, total + i, left);
     }
+    back(static_cast<const float*>(total));
   });
   if (norms.q)
     for (int64_t i = 0; i < 2 * dim; i++) {
       to_weights[i] = 0;
       for (int thread = 0; thread < threads; thread++) to_weights[i] += sums[thread * 2 * dim + i];
     }
+}
+
+// Heads of the rows' first places side by side, [rows, heads * dim].
+template <class T>
+void gather_heads(const T* heads, T* out, const Heads& shape, int threads) {
+  const int64_t length = shape.length, dim = shape.dim;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < shape.rows; row++) {
+    const int64_t text = shape.place(row) / length, at = shape.place(row) % length;
+    for (int64_t head = 0; head < shape.heads; head++)
+      std::memcpy(out + (row * shape.heads + head) * dim,
+                  heads + ((text * shape.heads + head) * length + at) * dim, dim * sizeof(T));
+  }
+}
+
+// The way back; zeros at every other place.
+template <class T>
+void scatter_heads(const T* rows, T* heads, const Heads& shape, int threads) {
+  const int64_t length = shape.length, dim = shape.dim;
+  if (shape.places) {
+    const int64_t size = shape.heads * length * dim;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t text = 0; text < shape.batch; text++)
+      std::memset(static_cast<void*>(heads + text * size), 0, size * sizeof(T));
+  }
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < shape.rows; row++) {
+    const int64_t text = shape.place(row) / length, at = shape.place(row) % length;
+    for (int64_t head = 0; head < shape.heads; head++)
+      std::memcpy(heads + ((text * shape.heads + head) * length + at) * dim,
+                  rows + (row * shape.heads + head) * dim, dim * sizeof(T));
+  }
 }
 
 constexpr int64_t TILE = 8;  // rows of scores that take turns: one alone would wait for itself
@@ -385,18 +459,32 @@ void logprobs_backward(T* logits, const int64_t* targets, const float* normalise
     swiglu_backward(gate_up, gradient, to_gate_up, product, rows, width, threads);                 \
   }                                                                                                \
   void split_heads_##NAME(const T* qkv, const float* cos, const float* sin, const float* q_norm,   \
-                          const float* k_norm, T* q, T* k, T* v, int64_t batch, int64_t length,    \
-                          int64_t heads, int64_t kv_heads, int64_t dim, int64_t turns, float eps,  \
-                          int threads) {                                                           \
-    split_heads(qkv, cos, sin, HeadNorms{q_norm, k_norm, eps}, q, k, v,                            \
-                Heads{batch, length, heads, kv_heads, dim, turns}, threads);                       \
+                          const float* k_norm, T* q, T* k, T* v, const int64_t* places,            \
+                          const int64_t* counts, const int64_t* lengths, int64_t batch,            \
+                          int64_t length, int64_t heads, int64_t kv_heads, int64_t dim,            \
+                          int64_t rows, int64_t turns, float eps, int threads) {                   \
+    const Heads shape{batch, length, heads, kv_heads, dim, rows, turns, places, counts, lengths};  \
+    split_heads(qkv, cos, sin, HeadNorms{q_norm, k_norm, eps}, q, k, v, shape, threads);           \
   }                                                                                                \
   void join_heads_##NAME(const T* q, const T* k, const T* v, const T* read, const float* cos,      \
                          const float* sin, const float* q_norm, const float* k_norm, T* qkv,       \
-                         float* to_weights, int64_t batch, int64_t length, int64_t heads,          \
-                         int64_t kv_heads, int64_t dim, int64_t turns, float eps, int threads) {   \
-    join_heads(q, k, v, read, cos, sin, HeadNorms{q_norm, k_norm, eps}, qkv, to_weights,           \
-               Heads{batch, length, heads, kv_heads, dim, turns}, threads);                        \
+                         float* to_weights, const int64_t* places, const int64_t* counts,          \
+                         const int64_t* lengths, int64_t batch, int64_t length, int64_t heads,     \
+                         int64_t kv_heads, int64_t dim, int64_t rows, int64_t turns, float eps,    \
+                         int threads) {                                                            \
+    const Heads shape{batch, length, heads, kv_heads, dim, rows, turns, places, counts, lengths};  \
+    join_heads(q, k, v, read, cos, sin, HeadNorms{q_norm, k_norm, eps}, qkv, to_weights, shape,    \
+               threads);                                                                           \
+  }                                                                                                \
+  void gather_heads_##NAME(const T* given, T* out, const int64_t* places, int64_t batch,           \
+                           int64_t length, int64_t heads, int64_t dim, int64_t rows,               \
+                           int threads) {                                                          \
+    gather_heads(given, out, Heads{batch, length, heads, 0, dim, rows, 0, places}, threads);       \
+  }                                                                                                \
+  void scatter_heads_##NAME(const T* given, T* out, const int64_t* places, int64_t batch,          \
+                            int64_t length, int64_t heads, int64_t dim, int64_t rows,              \
+                            int threads) {                                                         \
+    scatter_heads(given, out, Heads{batch, length, heads, 0, dim, rows, 0, places}, threads);      \
   }                                                                                                \
   void softmax_##NAME(T* scores, int64_t rows, int64_t length, int threads) {                      \
     softmax(scores, rows, length, threads);                                                        \

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ppomax.models.compiled import Compiled, address, library, threads
+from ppomax.models.prefixes import Texts
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 
 
 class Turns(NamedTuple):
-    """Rotary embeddings of the positions of a batch, fp32, [1 or batch, length, dim]."""
+    """Rotary embeddings, fp32, [length or rows, dim]: of the positions, or of each row's."""
 
     cos: Tensor
     sin: Tensor
@@ -48,8 +49,10 @@ class Kernels(Compiled):
         "norm_backward": "ppppppp nn f i",
         "swiglu": "pp nn i",
         "swiglu_backward": "pppp nn i",
-        "split_heads": "pppppppp nnnnnn f i",
-        "join_heads": "pppppppppp nnnnnn f i",
+        "split_heads": "ppppppppppp nnnnnnn f i",
+        "join_heads": "ppppppppppppp nnnnnnn f i",
+        "gather_heads": "ppp nnnnn i",
+        "scatter_heads": "ppp nnnnn i",
         "softmax": "p nn i",
         "softmax_backward": "pp nn f i",
         "logprobs": "ppp nnnn f i",
@@ -105,42 +108,73 @@ class Kernels(Compiled):
         return to_gate_up, product
 
     def split_heads(
-        self, qkv: Tensor, turns: Turns, norms: HeadNorms, batch: int, heads: int, kv_heads: int
+        self, qkv: Tensor, turns: Turns, norms: HeadNorms, texts: Texts, heads: int, kv_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed and rotated queries and keys, and values.
+        """Normed and rotated queries and keys, and values, in every text that has them.
 
-        Each is [batch, heads or kv_heads, length, dim].
+        Each is [batch, heads or kv_heads, length, dim]; 0 where a text has ended.
 
         Args:
-            qkv: all side by side, [batch * length, (heads + 2 kv_heads) * dim].
+            qkv: all side by side, [rows, (heads + 2 kv_heads) * dim].
         """
-        dim, length = turns.cos.shape[-1], len(qkv) // batch
+        batch, length, *places = texts
+        dim = turns.cos.shape[-1]
         q = qkv.new_empty(batch, heads, length, dim)
         k = qkv.new_empty(batch, kv_heads, length, dim)
         v = torch.empty_like(k)
-        given = (qkv, *turns, norms.q, norms.k, q, k, v)
-        sizes = (batch, length, heads, kv_heads, dim, len(turns.cos))
+        given = (qkv, *turns, norms.q, norms.k, q, k, v, *places)
+        sizes = (batch, length, heads, kv_heads, dim, len(qkv), len(turns.cos))
         self._split_heads(*map(address, given), *sizes, norms.eps, threads())
         return q, k, v
 
     def join_heads(
-        self, q: Tensor, k: Tensor, v: Tensor, qkv: Tensor, turns: Turns, norms: HeadNorms
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        qkv: Tensor,
+        turns: Turns,
+        norms: HeadNorms,
+        texts: Texts,
     ) -> tuple[Tensor, Tensor]:
         """The way back: the gradient of `qkv` from those of its heads, and of the norms' weights.
 
         Args:
+            q: of queries; read where a row stands first.
             qkv: what `split_heads` read.
 
         Returns:
             the weights' is [2, dim], fp32; of no norms it is anything.
         """
-        batch, heads, length, dim = q.shape
-        kv_heads = k.shape[1]
+        batch, length, *places = texts
+        heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[3]
         to_qkv, to_norms = torch.empty_like(qkv), turns.cos.new_empty(2, dim)
-        given = (q, k, v, qkv, *turns, norms.q, norms.k, to_qkv, to_norms)
-        sizes = (batch, length, heads, kv_heads, dim, len(turns.cos))
+        given = (q, k, v, qkv, *turns, norms.q, norms.k, to_qkv, to_norms, *places)
+        sizes = (batch, length, heads, kv_heads, dim, len(qkv), len(turns.cos))
         self._join_heads(*map(address, given), *sizes, norms.eps, threads())
         return to_qkv, to_norms
+
+    def gather_heads(self, heads: Tensor, places: Tensor | None) -> Tensor:
+        """Heads side by side, [rows, heads * dim], of [batch, heads, length, dim].
+
+        Args:
+            places: of the rows, text * length + position; None: all, in order.
+        """
+        batch, count, length, dim = heads.shape
+        rows = batch * length if places is None else len(places)
+        out = heads.new_empty(rows, count * dim)
+        given = (heads, out, places)
+        self._gather_heads(*map(address, given), batch, length, count, dim, rows, threads())
+        return out
+
+    def scatter_heads(self, rows: Tensor, texts: Texts, dim: int, places: Tensor | None) -> Tensor:
+        """The way back, to [batch, heads, length, dim]; 0 at every other place."""
+        batch, length = texts[:2]
+        count = rows.shape[1] // dim
+        heads = rows.new_empty(batch, count, length, dim)
+        given = (rows, heads, places)
+        self._scatter_heads(*map(address, given), batch, length, count, dim, len(rows), threads())
+        return heads
 
     def softmax_(self, scores: Tensor) -> Tensor:
         """Causal, in place; [..., length, length]."""
@@ -215,6 +249,8 @@ class Kernels(Compiled):
     _swiglu_backward: Any
     _split_heads: Any
     _join_heads: Any
+    _gather_heads: Any
+    _scatter_heads: Any
     _softmax: Any
     _softmax_backward: Any
     _logprobs: Any

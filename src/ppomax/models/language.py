@@ -13,7 +13,7 @@ from ppomax.data.batching import TokenBatch
 from ppomax.distributed import World
 from ppomax.models.blocks import decoder_blocks
 from ppomax.models.exact_kl import TargetStates, token_kl
-from ppomax.models.heads import ScalarModel, hidden_states, last_tokens, output_weight
+from ppomax.models.heads import ScalarModel, last_tokens, output_weight, states_of
 from ppomax.models.logprobs import token_logprobs
 from ppomax.models.lora import has_lora
 
@@ -67,8 +67,8 @@ class LanguageModel(nn.Module):
         return TargetStates(hidden, weight.clone() if distributed.is_wrapped(self) else weight)
 
     def _states(self, batch: TokenBatch) -> TargetStates:
-        hidden = hidden_states(self.lm, batch.input_ids, asked=before_targets(batch))
-        return TargetStates(hidden[:, :-1][batch.targets[:, 1:]], output_weight(self.lm))
+        states = states_of(self.lm, batch.input_ids, before_targets(batch), batch.lengths)
+        return TargetStates(states, output_weight(self.lm))
 
 
 def before_targets(batch: TokenBatch) -> Bool[Tensor, "batch sequence"]:
@@ -86,7 +86,7 @@ def values_of_replies(
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " batch"]]:
     """`values_before_targets`, and V after each row's last token; fp32."""
     asked = before_targets(batch) | last_tokens(batch.input_ids, batch.lengths)
-    values = model(batch.input_ids, asked=asked).values
+    values = model(batch.input_ids, asked=asked, lengths=batch.lengths).values
     rows = torch.arange(len(values), device=values.device)
     return values[:, :-1][batch.targets[:, 1:]], values[rows, batch.lengths - 1]
 

@@ -62,11 +62,18 @@ class Trunk:
         return True
 
     @contextmanager
-    def reading(self, input_ids: Int[Tensor, "batch sequence"]) -> Iterator[None]:
-        """Within, a forward of these ids begins above the trunk if they were read before."""
+    def reading(
+        self, input_ids: Int[Tensor, "batch sequence"], *, distinct: bool = False
+    ) -> Iterator[None]:
+        """Within, a forward of these ids begins above the trunk if they were read before.
+
+        Args:
+            distinct: as their distinct prefixes; what is remembered of the two ways is not shared.
+        """
         device = input_ids.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        self._batch = (tuple(input_ids.shape), input_ids.cpu().numpy().tobytes(), dtype)
+        ids = input_ids.cpu().numpy().tobytes()
+        self._batch = (tuple(input_ids.shape), ids, dtype, distinct)
         try:
             yield
         finally:

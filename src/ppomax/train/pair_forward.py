@@ -2,6 +2,7 @@
 
 With a shared prompt a row is prompt, preferred answer, other answer. The other answer takes the
 positions of the preferred one and does not see it, so scores and gradients are those of two rows.
+Models that read texts as their distinct prefixes share prompts by themselves.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 from ppomax.data.batching import TokenBatch, collate, plan_micro_batches
 from ppomax.distributed import World
 from ppomax.errors import ConfigError
+from ppomax.models.fused import reads_prefixes
 from ppomax.models.heads import ScalarModel, last_tokens, read_scores
 from ppomax.models.language import before_targets
 from ppomax.models.logprobs import token_logprobs
@@ -70,9 +72,9 @@ def _apart(
 ) -> PairOutput:
     batch = stack(pairs, pad, here, imitate=imitate)
     asked = before_targets(batch) | last_tokens(batch.input_ids, batch.lengths)
-    output = model(batch.input_ids, asked=asked)
+    output = model(batch.input_ids, asked=asked, lengths=batch.lengths)
     chosen, rejected = read_scores(output.values, batch.lengths).chunk(2)
-    return PairOutput(chosen, rejected, _logprobs(model, output.hidden, batch, imitate))
+    return PairOutput(chosen, rejected, _logprobs(model, output.hidden, batch, asked, imitate))
 
 
 def _shared(
@@ -84,12 +86,14 @@ def _shared(
         rows.append((pair.chosen.ids + answer, pair.chosen.mask + [False] * len(answer)))
     batch = collate(rows, pad, here.device)
     positions, mask = _layout(pairs, batch.input_ids.shape[1], here.device)
-    output = model(batch.input_ids, positions, mask)
     ends = torch.tensor([len(pair.chosen.ids) for pair in pairs], device=here.device)
+    asked = before_targets(batch) | last_tokens(batch.input_ids, batch.lengths)
+    asked |= last_tokens(batch.input_ids, ends)
+    output = model(batch.input_ids, positions, mask, asked=asked)
     return PairOutput(
         read_scores(output.values, ends),
         read_scores(output.values, batch.lengths),
-        _logprobs(model, output.hidden, batch, imitate),
+        _logprobs(model, output.hidden, batch, asked, imitate),
     )
 
 
@@ -107,13 +111,16 @@ def _layout(pairs: Sequence[Pair], longest: int, device: torch.device) -> tuple[
 
 
 def _logprobs(
-    model: ScalarModel, hidden: Tensor, batch: TokenBatch, imitate: bool
+    model: ScalarModel, states: Tensor, batch: TokenBatch, asked: Tensor, imitate: bool
 ) -> Tensor | None:
+    """Args: states: of the tokens that were asked for, row by row."""
     if not imitate:
         return None
-    at = batch.targets[:, 1:]
     return token_logprobs(
-        hidden[:, :-1][at], model.output_weight(), batch.input_ids[:, 1:][at], entropy=False
+        states[before_targets(batch)[asked]],
+        model.output_weight(),
+        batch.input_ids[:, 1:][batch.targets[:, 1:]],
+        entropy=False,
     ).logprobs
 
 
@@ -125,17 +132,20 @@ def settle_sharing(
     pad: int,
     here: World,
 ) -> bool:
-    """Whether prompts are shared: as asked, or where it pays and the architecture allows it.
+    """Whether prompts share a row: as asked, or where it pays and the architecture allows it.
 
     Raises:
         ConfigError: asked for, and the model scores a pair otherwise then.
     """
-    if asked is None and not _pays(steps[:LOOKED_AT], micro_tokens, here):
+    pairs = (pair for step in steps for pair in step)
+    longest = max(pairs, key=lambda p: width(p, share_prompts=False))  # attention has windows
+    if asked is None and (
+        reads_prefixes(model.backbone, 2, width(longest, share_prompts=False) // 2)
+        or not _pays(steps[:LOOKED_AT], micro_tokens, here)
+    ):
         return False
     if asked is False:
         return False
-    pairs = (pair for step in steps for pair in step)
-    longest = max(pairs, key=lambda p: width(p, share_prompts=False))  # attention has windows
     try:
         gap = _sharing_error(model, longest, pad, here)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:

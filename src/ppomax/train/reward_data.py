@@ -45,9 +45,10 @@ class RewardConfig(SupervisedSettings):
     """Train so many models that differ by their seed, and export them together; null trains one.
     Ours, after Coste et al. 2023 (2310.02743)."""
     share_prompts: bool | None = None
-    """Compute a pair's prompt once, behind it both answers: no result changes beyond rounding. Null
-    does so on a processor where it saves a fifth of the padded tokens
-    (`benchmarks/shared_prompts.py`; not measured on GPUs) and the model takes the mask it needs."""
+    """Compute a pair's prompt once, behind it both answers and a mask: no result changes beyond
+    rounding. Null does so on a processor where it saves a fifth of the padded tokens
+    (`benchmarks/shared_prompts.py`; not measured on GPUs), the model takes the mask, and does not
+    compute what several texts begin with once by itself, as Llama's kind does."""
     optim: OptimSettings = OptimSettings(lr=5e-6, schedule="inverse_sqrt", warmup=0.1)
     """The paper's 5e-6 is for 7B; small models need more."""
 

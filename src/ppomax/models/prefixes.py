@@ -1,0 +1,66 @@
+"""Texts as their distinct prefixes: a causal model's state of a token depends on nothing else.
+
+What several texts of a batch begin with - a template's opening, a prompt to which there are two
+replies - is then one row of every matrix product instead of many, and padding is none.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+class Texts(NamedTuple):
+    """How rows of tokens stand in texts that are as long as the longest, `batch` of them."""
+
+    batch: int
+    length: int
+    places: Int[Tensor, " rows"] | None = None
+    """Where each row stands first, text * length + position; None: each place is a row."""
+    counts: Int[Tensor, " rows"] | None = None
+    """In how many texts, one after the other, it stands."""
+    lengths: Int[Tensor, " batch"] | None = None
+    """Positions of each text that are rows."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefixes:
+    """A batch of texts, each distinct prefix of which is a row."""
+
+    ids: Int[Tensor, " rows"]
+    """The last token of each."""
+    positions: Int[Tensor, " rows"]
+    """Where that stands."""
+    texts: Texts
+    """Sorted, so that those which begin alike stand together."""
+    rows: Int[Tensor, "batch length"]
+    """Of each token of the batch as it was given; beyond a text's length any."""
+
+
+def prefixes_of(input_ids: Int[Tensor, "batch length"], lengths: Int[Tensor, " batch"]) -> Prefixes:
+    """The distinct prefixes of the first `lengths` tokens of each row, at least one in all."""
+    batch, length = input_ids.shape
+    spans = zip(input_ids.tolist(), lengths.tolist(), strict=True)
+    texts = [ids[:span] for ids, span in spans]
+    order = torch.tensor(sorted(range(batch), key=texts.__getitem__))
+    ids, lengths = input_ids[order], lengths[order]
+    there = torch.arange(length) < lengths[:, None]
+    same = (ids[1:] == ids[:-1]) & there[1:] & there[:-1]
+    repeated = F.pad(same.cumprod(1).bool(), (0, 0, 1, 0))  # begins as the text before it
+    places = (there & ~repeated).flatten().nonzero().flatten()
+    rows = torch.zeros_like(ids).flatten()
+    rows[places] = torch.arange(len(places))
+    rows = rows.view_as(ids).cummax(0).values  # what is repeated is the row last seen above it
+    counts = torch.bincount(rows[there], minlength=len(places))
+    given = torch.empty_like(rows)
+    given[order] = rows
+    found = Texts(batch, length, places, counts, lengths)
+    return Prefixes(ids.flatten()[places], places % length, found, given)
+
+
+def last_asked(asked: Bool[Tensor, "batch length"]) -> Int[Tensor, " batch"]:
+    """How many tokens of each text lead to the last that is asked for; 0 where none is."""
+    return (asked * torch.arange(1, asked.shape[1] + 1)).amax(1)
