@@ -321,7 +321,7 @@ void softmax(T* scores, int64_t rows, int64_t length, int threads) {
       each([&](int64_t j, const float* x, T* own, int64_t span) {
         const float inverse = 1.0f / sums[j];
         for (int64_t i = 0; i < span; i += LANES)
-          store_first(load(x + i) * inverse, own + i, span - i);
+          store_first(load_first(x + i, span - i, 0) * inverse, own + i, span - i);
         std::memset(static_cast<void*>(own + span), 0, (length - span) * sizeof(T));
       });
     }

@@ -8,9 +8,13 @@
 
 #include "compiled.h"
 
-// Where a processor multiplies tiles of bf16 (AMX), oneDNN's products are the faster ones.
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#ifdef __AVX512BF16__
 #define BF16_PRODUCTS
+#endif
+#if defined(__AMX_BF16__) && defined(__linux__) && defined(__x86_64__)
+#define TILES  // a processor that multiplies tiles of bf16 (AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace {
@@ -33,8 +37,14 @@ constexpr int64_t ROWS = 8, COLUMNS = 3;
 #else
 constexpr int64_t ROWS = 6, COLUMNS = 2;
 #endif
+constexpr int64_t LINES = LANES * COLUMNS * 4 / 64;  // cache lines of one step
+
+template <class T>
 constexpr int64_t PANEL = LANES * COLUMNS;
-constexpr int64_t LINES = PANEL * 4 / 64;  // cache lines of one step
+#ifdef TILES
+template <>
+constexpr int64_t PANEL<bf16> = 32;  // two tiles side by side
+#endif
 
 template <class T>
 struct Unit;
@@ -67,17 +77,30 @@ struct Unit<bf16> {
 };
 #endif
 
+// Inputs that are read together; those of a matrix are packed as a multiple, the last ones zeros.
+template <class T>
+constexpr int64_t STEP = Unit<T>::DEPTH;
+#ifdef TILES
+template <>
+constexpr int64_t STEP<bf16> = 32;  // a tile's
+#endif
+
+template <class T>
+inline int64_t panel_size(int64_t inputs) {
+  return (inputs + STEP<T> - 1) / STEP<T> * STEP<T> * PANEL<T>;
+}
+
 typedef uint32_t __attribute__((may_alias)) Word;
 
 // `outputs` rows of W to the places that begin with row `first` of what is packed, rounded to T.
 template <class T, class F>
 void pack(const F* weight, T* packed, int64_t first, int64_t outputs, int64_t inputs, int threads) {
-  constexpr int64_t DEPTH = Unit<T>::DEPTH, PART = 64;  // DEPTH numbers are one word
+  constexpr int64_t DEPTH = Unit<T>::DEPTH, PART = 64, PANEL = ::PANEL<T>;  // DEPTH: of one word
   const int64_t end = first + outputs;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t p = first / PANEL; p <= (end - 1) / PANEL; p++) {
     const int64_t low = std::max(first, p * PANEL), high = std::min(end, (p + 1) * PANEL);
-    Word* words = reinterpret_cast<Word*>(packed + p * inputs * PANEL);
+    Word* words = reinterpret_cast<Word*>(packed + p * panel_size<T>(inputs));
     Word part[PANEL][PART / DEPTH];
     for (int64_t k = 0; k < inputs; k += PART) {
       const int64_t count = std::min(PART, inputs - k);
@@ -97,7 +120,7 @@ void pack(const F* weight, T* packed, int64_t first, int64_t outputs, int64_t in
 // R rows times one panel. Meanwhile `lines` cache lines a step of what comes next are fetched.
 template <class T, int R>
 inline void tile(const T* x, const T* panel, int64_t inputs, const char* ahead, int lines,
-                 float (*out)[PANEL]) {
+                 float (*out)[PANEL<T>]) {
   constexpr int64_t DEPTH = Unit<T>::DEPTH;
   Lanes sum[R][COLUMNS] = {};
   for (int64_t k = 0; k < inputs / DEPTH; k++) {
@@ -116,7 +139,7 @@ inline void tile(const T* x, const T* panel, int64_t inputs, const char* ahead, 
 
 template <class T, int R = ROWS>
 inline void tile_of(int64_t rows, const T* x, const T* panel, int64_t inputs, const char* ahead,
-                    int lines, float (*out)[PANEL]) {
+                    int lines, float (*out)[PANEL<T>]) {
   if constexpr (R > 0) {
     if (rows == R)
       tile<T, R>(x, panel, inputs, ahead, lines, out);
@@ -129,7 +152,7 @@ inline void tile_of(int64_t rows, const T* x, const T* panel, int64_t inputs, co
 // fetched. A block alone fetches nothing: it reads a panel as fast as it comes.
 template <class T>
 inline void block(int64_t b, const T* x, int64_t rows, const T* panel, const T* next,
-                  int64_t inputs, float (*sum)[PANEL]) {
+                  int64_t inputs, float (*sum)[PANEL<T>]) {
   const int64_t blocks = (rows + ROWS - 1) / ROWS, takers = std::min(blocks, LINES);
   const int64_t share = b * LINES / takers, count = std::min(ROWS, rows - b * ROWS);
   const char* ahead = reinterpret_cast<const char*>(next) + share * 64;
@@ -141,25 +164,140 @@ inline void block(int64_t b, const T* x, int64_t rows, const T* panel, const T* 
   }
 }
 
+#ifdef TILES
+constexpr int64_t SIDE = 16;     // rows of a tile
+constexpr int64_t AHEAD = 8192;  // bytes of a panel's stream
+
+// Linux lends tiles to processes that ask; false where it does not.
+inline bool may_use_tiles() {
+  static const bool may = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM
+  return may;
+}
+
+// Compilers do not know what tiles read: what was written before is to lie in memory.
+inline void settle() { asm volatile("" ::: "memory"); }
+
+// Sets up tiles 0 to 3 for sums, [above, below] x 2, 4 and 5 for x, 6 and 7 for weights; in the end
+// they are what they were, for oneDNN remembers how it left them.
+struct Tiles {
+  struct alignas(64) Setting {
+    uint8_t palette = 1, start = 0, none[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  };
+  Setting before, now;
+
+  Tiles() {
+    _tile_storeconfig(&before);
+    settle();
+  }
+  ~Tiles() {
+    settle();
+    if (before.palette)
+      _tile_loadconfig(&before);
+    else
+      _tile_release();
+  }
+  void set(int64_t above, int64_t below) {  // rows
+    const int64_t rows[] = {above, above, below, below, above, below, SIDE, SIDE};
+    if (now.bytes[0] && now.rows[0] == above && now.rows[2] == below) return;
+    for (int i = 0; i < 8; i++) now.rows[i] = uint8_t(rows[i]), now.bytes[i] = rows[i] ? 64 : 0;
+    settle();
+    _tile_loadconfig(&now);
+  }
+};
+
+// Up to 2 * SIDE rows times one panel.
+inline void tiles(int64_t rows, const bf16* x, const bf16* panel, int64_t inputs, Tiles& held,
+                  float (*out)[PANEL<bf16>]) {
+  constexpr int64_t WIDTH = PANEL<bf16>, DEEP = STEP<bf16>;
+  const bool both = rows > SIDE;
+  held.set(both ? SIDE : rows, both ? rows - SIDE : 0);
+  settle();
+  _tile_zero(0);
+  _tile_zero(1);
+  if (both) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  auto add = [&](const bf16* from, int64_t apart, const bf16* weights) {
+    fetch(reinterpret_cast<const char*>(weights) + AHEAD, DEEP * WIDTH * sizeof(bf16));
+    _tile_loadd(4, from, apart * sizeof(bf16));
+    _tile_loadd(6, weights, 2 * WIDTH * sizeof(bf16));
+    _tile_loadd(7, weights + WIDTH, 2 * WIDTH * sizeof(bf16));
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (both) {
+      _tile_loadd(5, from + SIDE * apart, apart * sizeof(bf16));
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  };
+  const int64_t whole = inputs / DEEP * DEEP, left = inputs - whole;
+  for (int64_t k = 0; k < whole; k += DEEP) add(x + k, inputs, panel + k * WIDTH);
+  if (left) {
+    bf16 last[2 * SIDE][DEEP] = {};
+    for (int64_t r = 0; r < rows; r++)
+      std::memcpy(last[r], x + r * inputs + whole, left * sizeof(bf16));
+    settle();
+    add(last[0], DEEP, panel + whole * WIDTH);
+  }
+  _tile_stored(0, out[0], sizeof *out);
+  _tile_stored(1, out[0] + SIDE, sizeof *out);
+  if (both) {
+    _tile_stored(2, out[SIDE], sizeof *out);
+    _tile_stored(3, out[SIDE] + SIDE, sizeof *out);
+  }
+}
+#endif
+
 // x W + b, rounded to T; kept as O, T or float.
 template <class T, class O>
 void product(const T* x, const T* packed, const T* bias, O* out, int64_t rows, int64_t inputs,
              int64_t outputs, int threads) {
-  const int64_t panels = (outputs + PANEL - 1) / PANEL, size = inputs * PANEL;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t p = 0; p < panels; p++) {
-    const T *panel = packed + p * size, *next = p + 1 < panels ? panel + size : panel;
-    const int64_t first = p * PANEL, width = std::min(PANEL, outputs - first);
-    float offset[PANEL] = {}, sum[ROWS][PANEL];
-    if (bias)
-      for (int64_t c = 0; c < width; c++) offset[c] = widen(bias[first + c]);
-    for (int64_t row = 0; row < rows; row += ROWS) {
-      block(row / ROWS, x, rows, panel, next, inputs, sum);
-      for (int64_t r = 0; r < std::min(ROWS, rows - row); r++) {
+  constexpr int64_t PANEL = ::PANEL<T>;
+  const int64_t panels = (outputs + PANEL - 1) / PANEL, size = panel_size<T>(inputs);
+#pragma omp parallel num_threads(threads)
+  {
+    float offset[PANEL];
+    auto write = [&](int64_t row, int64_t count, int64_t first, const float (*sum)[PANEL]) {
+      const int64_t width = std::min(PANEL, outputs - first);
+      for (int64_t r = 0; r < count; r++) {
         O rounded[PANEL];
         for (int64_t c = 0; c < PANEL; c += LANES)
           store(round_lanes<T>(load(sum[r] + c) + load(offset + c)), rounded + c);
         std::memcpy(out + (row + r) * outputs + first, rounded, width * sizeof(O));
+      }
+    };
+    auto begin = [&](int64_t p) {
+      for (int64_t c = 0; c < PANEL; c++)
+        offset[c] = bias && p * PANEL + c < outputs ? widen(bias[p * PANEL + c]) : 0.0f;
+    };
+#ifdef TILES
+    if constexpr (sizeof(T) == 2) {
+      Tiles held;
+      float sum[2 * SIDE][PANEL];
+#pragma omp for schedule(static)
+      for (int64_t p = 0; p < panels; p++) {
+        begin(p);
+        for (int64_t row = 0; row < rows; row += 2 * SIDE) {
+          const int64_t count = std::min(2 * SIDE, rows - row);
+          tiles(count, x + row * inputs, packed + p * size, inputs, held, sum);
+          write(row, count, p * PANEL, sum);
+        }
+      }
+    } else
+#endif
+    {
+      float sum[ROWS][PANEL];
+#pragma omp for schedule(static)
+      for (int64_t p = 0; p < panels; p++) {
+        const T *panel = packed + p * size, *next = p + 1 < panels ? panel + size : panel;
+        begin(p);
+        for (int64_t row = 0; row < rows; row += ROWS) {
+          block(row / ROWS, x, rows, panel, next, inputs, sum);
+          write(row, std::min(ROWS, rows - row), p * PANEL, sum);
+        }
       }
     }
   }
@@ -575,6 +713,15 @@ void draw(const float* logits, const int64_t* seeds, const int64_t* steps, int64
   }
 }
 
+// Outputs that are packed together, 0 where products cannot be computed.
+template <class T>
+int64_t panel() {
+#ifdef TILES
+  if (sizeof(T) == 2 && !may_use_tiles()) return 0;
+#endif
+  return PANEL<T>;
+}
+
 }  // namespace
 
 #define EXPORT(NAME, T)                                                                            \
@@ -594,7 +741,8 @@ void draw(const float* logits, const int64_t* seeds, const int64_t* steps, int64
   }
 
 #define EXPORT_PRODUCT(NAME, T)                                                                    \
-  int64_t panel_##NAME() { return PANEL; }                                                         \
+  int64_t panel_##NAME() { return panel<T>(); }                                                    \
+  int64_t step_##NAME() { return STEP<T>; }                                                        \
   void pack_##NAME(const float* weight, T* packed, int64_t first, int64_t outputs, int64_t inputs, \
                    int threads) {                                                                  \
     pack(weight, packed, first, outputs, inputs, threads);                                         \

@@ -50,7 +50,9 @@ class Kernels(Compiled):
         super().__init__(library, dtype)
         self.panel = int(getattr(library, f"panel_{self.kind}")()) if self._product else 0
         """Outputs of a product that are packed together; 0 where kernels.cpp has none for this
-        processor: its bf16 units are none that it knows, or oneDNN makes more of them."""
+        processor, whose bf16 units are none that it knows, or may not be used."""
+        self.step = int(getattr(library, f"step_{self.kind}")()) if self._product else 1
+        """Inputs are packed as a multiple of it."""
 
     def norm(self, stream: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """RMSNorm of the stream, to which `added` is added in place first; [tokens, hidden].
@@ -75,16 +77,18 @@ class Kernels(Compiled):
     def pack(self, weights: Sequence[Tensor]) -> Tensor | None:
         """Matrices [outputs, inputs] below one another as `product` reads them, a copy.
 
-        In panels of outputs, [panels, inputs / depth, panel, depth], the last filled up with zeros.
-        None where `product` cannot read such.
+        In panels of outputs, [panels, inputs / depth, panel, depth], the last panel and the last
+        step of inputs filled up with zeros. None where `product` cannot read such.
         """
         outputs, inputs = sum(map(len, weights)), weights[0].shape[1]
         depth = 1 if self.dtype == torch.float32 else 2
         if not self.panel or inputs % depth:
             return None
-        shape = (-(-outputs // self.panel), inputs // depth, self.panel, depth)
+        padded = -(-inputs // self.step) * self.step
+        shape = (-(-outputs // self.panel), padded // depth, self.panel, depth)
         packed = torch.empty(shape, dtype=self.dtype)
         packed[-1] = 0
+        packed[:, inputs // depth :] = 0
         first = 0
         for weight in weights:
             exact = weight.dtype == torch.float32
