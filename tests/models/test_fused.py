@@ -472,7 +472,7 @@ def test_the_last_block_goes_on_with_the_tokens_that_are_asked_for(
     hidden, grads, rows = asked_for(monkeypatch, model, ids, dtype, asked, told=True)
     wanted, others, whole = asked_for(monkeypatch, model, ids, dtype, asked, told=False)
     read = [tuple(ids[at, : place + 1].tolist()) for at, place in asked.nonzero().tolist()]
-    every = {prefix[:count] for prefix in read for count in range(1, len(prefix) + 1)}
+    every = {tuple(row[: place + 1]) for row in ids.tolist() for place in range(len(row))}
     some, every = len(set(read)), len(every)
     assert some < len(read)
     assert every < ids.numel()
@@ -557,13 +557,18 @@ def adapt(model):
     add_lora(model, LoraSettings(rank=2), seed=0)
 
 
+def cut(model):
+    """As somebody who lets a model end after one block, and names no other change."""
+    model.model.layers.append(copy.deepcopy(model.model.layers[-1]))
+
+
 def foreign(model):
     model.model.__class__ = type("Mine", (type(model.model),), {"__module__": "mine"})
 
 
 @pytest.mark.parametrize(
     "change",
-    [watch_attention, watch_norm, watch_block, replace_last, adapt, foreign],
+    [watch_attention, watch_norm, watch_block, replace_last, adapt, cut, foreign],
     ids=lambda change: change.__name__,
 )
 def test_where_a_block_cannot_read_prefixes_none_does(change, monkeypatch):
@@ -574,6 +579,20 @@ def test_where_a_block_cannot_read_prefixes_none_does(change, monkeypatch):
     asked = ids % 2 == 0
     found = states_of(model, ids, asked, torch.full((len(ids),), 21))
     torch.testing.assert_close(found, wanted[asked], rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_weights_are_read_as_prefixes_where_the_stream_is_raised(calls):
+    model, ids = make("llama"), alike()
+    model.bfloat16().float()
+    frozen, lengths = copy.deepcopy(model).bfloat16(), torch.full((len(ids),), 21)
+    asked = ids % 2 == 0
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            one, two = (states_of(each, ids, asked, lengths) for each in (model, frozen))
+        assert len(calls) == 4
+        assert torch.equal(one, two)
+        states_of(frozen, ids, asked, lengths)
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("window", [8, 21])

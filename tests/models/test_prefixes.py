@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppomax.models.kernels import HeadNorms, Turns, kernels_for
-from ppomax.models.prefixes import Texts, last_asked, prefixes_of
+from ppomax.models.prefixes import Texts, prefixes_of
 
 HEADS, KV_HEADS, DIM = 4, 2, 6
 batches = st.integers(1, 6).flatmap(
@@ -61,9 +61,19 @@ def test_sorted_texts_are_read_back_from_places_and_counts(batch):
     assert [r[:n].tolist() for r, n in zip(read, texts.lengths, strict=True)] == wanted
 
 
-def test_what_leads_to_the_last_that_is_asked_for_counts():
-    asked = torch.tensor([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]]).bool()
-    assert last_asked(asked).tolist() == [4, 0, 1]
+@pytest.mark.parametrize("lengths", [[0, 0], [3, 5], [-1, 2]])
+def test_lengths_that_are_none_are_refused(lengths):
+    with pytest.raises(ValueError, match="do not fit rows of 4"):
+        prefixes_of(torch.zeros(2, 4, dtype=torch.long), torch.tensor(lengths))
+
+
+def test_what_is_remembered_is_of_these_ids_and_lengths():
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4]])
+    for _ in range(2):
+        assert len(prefixes_of(ids, torch.tensor([3, 3])).ids) == 4
+        assert len(prefixes_of(ids.int(), torch.tensor([3, 2])).ids) == 3
+        assert len(prefixes_of(ids.view(3, 2), torch.tensor([2, 2, 2])).ids) == 6
+        ids = ids.clone()
 
 
 def test_texts_that_share_nothing_are_all_their_tokens():
@@ -109,14 +119,14 @@ def test_heads_of_prefixes_are_those_of_whole_texts(dtype, batch, normed):
     first = torch.zeros(count * length, dtype=torch.bool)
     first[texts.places] = True
     slopes[0] *= first.view(count, 1, length, 1)  # of a query the first place alone is read
+    slopes = [torch.where(inside[:, None, :, None], slope, 0) for slope in slopes]
     joined, to_norms = kernels.join_heads(*slopes, qkv, some, norms, texts)
     exact, others = kernels.join_heads(*slopes, spread, turns, norms, whole)
-    exact, weights = exact.double() * inside.view(-1, 1), inside
     wanted = torch.zeros(rows, qkv.shape[1], dtype=torch.double)
-    wanted.index_add_(0, owner[weights], exact[weights.flatten()])
+    wanted.index_add_(0, owner.flatten(), exact.double())
     rtol = 1e-5 if dtype == torch.float32 else 2**-5
     torch.testing.assert_close(joined.double(), wanted, rtol=rtol, atol=rtol)
-    if normed and weights.all():
+    if normed:
         torch.testing.assert_close(to_norms, others, rtol=rtol, atol=20 * rtol)
 
 

@@ -1,6 +1,7 @@
 """A trunk changes what is computed again and nothing else."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -9,9 +10,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from ppomax.data.batching import collate
 from ppomax.models import trunk as trunk_module
+from ppomax.models.attention import use_grouped_attention
 from ppomax.models.blocks import decoder_blocks, freeze_layers
+from ppomax.models.fused import use_fused_blocks
 from ppomax.models.heads import ScalarModel
-from ppomax.models.language import LanguageModel
+from ppomax.models.kernels import kernels_for
+from ppomax.models.language import LanguageModel, values_of_replies
+from ppomax.models.lean import use_lean_blocks
 from ppomax.models.lora import LoraSettings, add_lora
 from ppomax.models.tiny import tiny_model
 from ppomax.models.trunk import Trunks, common_depth
@@ -100,6 +105,44 @@ def test_scores_and_gradients_are_the_same_to_the_bit(build):
             assert set(again) == set(grads)
             assert all(torch.equal(again[name], grads[name]) for name in grads)
     assert torch.equal(read(models[2]), read(roles(build)[2]))
+
+
+def fused_llama():
+    model = llama()
+    model.set_attn_implementation("sdpa")
+    use_grouped_attention(model)
+    use_lean_blocks(model)
+    use_fused_blocks(model)
+    return model.eval()
+
+
+@pytest.mark.skipif(kernels_for(torch.float32) is None, reason="no C++ compiler")
+def test_batches_read_as_prefixes_are_remembered_by_their_lengths_and_apart_from_others():
+    shared = [([5, 9, *row], [False, False, *marks]) for row, marks in ROWS]
+    shorter = [(shared[0][0][:-1], shared[0][1][:-1]), shared[1]]  # the same ids, if padded with 8
+
+    def readings(models):
+        for rows in (shared, shorter, shared):
+            batch = collate(rows, 8, CPU)
+            for model in models:
+                if isinstance(model, ScalarModel):
+                    yield model.values(batch.input_ids)
+                    yield from values_of_replies(model, batch)
+                else:
+                    yield model(batch).logprobs
+
+    plain = list(readings(roles(fused_llama)))
+    models = roles(fused_llama)
+    (trunk,) = share_trunks(models, FROZEN)
+    for one, two in zip(readings(models), plain, strict=True):
+        assert torch.equal(one, two)
+    assert len(trunk) == 4  # as prefixes and token by token
+    batch = collate(shared, 8, CPU)
+    short = collate(shorter, 8, CPU)
+    same = dataclasses.replace(short, input_ids=batch.input_ids, targets=batch.targets)
+    same.targets[0, 5:] = False
+    models[0](same)
+    assert len(trunk) == 5  # the ids of one that is known, in texts of other lengths
 
 
 def test_a_batch_passes_the_trunk_once_whoever_reads_it(passes):

@@ -261,6 +261,24 @@ def test_a_row_of_a_product_is_the_same_to_the_bit_beside_any_others(dtype):
 
 @compiled
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 17, 33, 64])
+def test_products_of_ours_and_of_pytorch_take_turns_in_every_thread(dtype, rows):
+    """Where a processor has tiles, both set them up and think they know how they are."""
+    parts = Kernels(FOUND, dtype)
+    x, weight = randn(rows, 96, dtype=dtype), randn(160, 96, seed=1, dtype=dtype)
+    packed = parts.pack([weight])
+    if packed is None:
+        pytest.skip(f"this processor has no product in {dtype} of its own")
+    others = x @ weight.T, weight @ x.T
+    ours = parts.product(160, x, packed, None)
+    for _ in range(3):
+        assert torch.equal(x @ weight.T, others[0])
+        assert torch.equal(parts.product(160, x, packed, None), ours)
+        assert torch.equal(weight @ x.T, others[1])
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("given", DTYPES)
 @pytest.mark.parametrize("inputs", [2, 64, 70, 200])
 def test_matrices_are_packed_below_one_another_and_rounded_once(dtype, given, inputs):

@@ -26,7 +26,7 @@ from ppomax.models.attention import LONGEST, MOST_SCORES, NAME
 from ppomax.models.blocks import decoder_blocks
 from ppomax.models.kernels import HeadNorms, Kernels, Turns, kernels_for
 from ppomax.models.lean import GatedMLP, Norm, is_known
-from ppomax.models.prefixes import Prefixes, Texts, last_asked, prefixes_of
+from ppomax.models.prefixes import Prefixes, Texts, prefixes_of
 
 FAMILIES = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen3DecoderLayer")
 """Whose heads are rotated and mixed with nothing in between but, of Qwen 3, a norm of each."""
@@ -83,7 +83,7 @@ def reading_of(
     backbone: Any,  # noqa: ANN401 - each architecture's class
     input_ids: Int[Tensor, "batch length"],
     asked: Bool[Tensor, "batch length"],
-    lengths: Int[Tensor, " batch"] | None,
+    lengths: Int[Tensor, " batch"],
 ) -> Reading | None:
     """How all of a backbone's blocks can read these texts; None where one of them cannot.
 
@@ -91,11 +91,11 @@ def reading_of(
     model that is not `transformers`' own and may not hand an argument on to its blocks.
 
     Args:
-        lengths: of what is to be computed at least; None: what leads to those asked for.
+        lengths: of the texts; nothing behind them is asked for.
     """
     if not reads_prefixes(backbone, input_ids.shape[0], input_ids.shape[1]) or not asked.any():
         return None
-    prefixes = prefixes_of(input_ids, last_asked(asked) if lengths is None else lengths)
+    prefixes = prefixes_of(input_ids, lengths)
     rows = torch.zeros(len(prefixes.ids), dtype=torch.bool)
     rows[prefixes.rows[asked]] = True
     return Reading(prefixes, rows.nonzero().flatten(), backbone.layers[-1])
@@ -109,6 +109,8 @@ def reads_prefixes(
     """Whether so many texts of so many tokens are read as their distinct prefixes."""
     blocks = getattr(backbone, "layers", None)
     if not isinstance(blocks, nn.ModuleList) or not blocks:
+        return False
+    if len(blocks) != backbone.config.num_hidden_layers:  # it runs so many
         return False
     if not type(backbone).__module__.startswith("transformers.models."):
         return False

@@ -88,12 +88,11 @@ def states_of(
     """
     backbone = backbone_of(model)
     trunk = getattr(backbone, "trunk", None)
-    # what is remembered of a batch serves others, who may ask for more of it
-    reading = reading_of(backbone, input_ids, asked, None if trunk is None else lengths)
+    reading = reading_of(backbone, input_ids, asked, lengths)
     if reading is None:
         return hidden_states(model, input_ids)[asked]
     ids = reading.prefixes.ids[None]
-    with nullcontext() if trunk is None else trunk.reading(input_ids, distinct=True):
+    with nullcontext() if trunk is None else trunk.reading(input_ids, lengths):
         output = backbone(
             **_embedded(backbone, ids), **reading.inputs, use_cache=False, return_dict=True
         )
@@ -198,18 +197,20 @@ class ScalarModel(nn.Module):
             lengths: of the texts, where something is asked for and there is no mask: what nobody
                 reads is then not computed (`states_of`).
         """
-        every = asked is None
-        asked = torch.ones_like(input_ids, dtype=torch.bool) if asked is None else asked
-        if every or lengths is None:
+        plain = position_ids is None and attention_mask is None
+        if asked is not None and lengths is not None and plain:
+            hidden = states_of(self.backbone, input_ids, asked, lengths)
+        else:
             hidden = hidden_states(
                 self.backbone, input_ids, position_ids=position_ids, attention_mask=attention_mask
-            )[asked]
-        else:
-            hidden = states_of(self.backbone, input_ids, asked, lengths)
+            )
+            hidden = hidden.flatten(0, 1) if asked is None else hidden[asked]
         with torch.autocast(hidden.device.type, enabled=False):
             values = F.linear(hidden.float(), self.score.weight.float()).squeeze(-1)
         if self.offset:
             values = values - self.offset
+        if asked is None:
+            return ScalarOutput(values.view(input_ids.shape), hidden)
         return ScalarOutput(values.new_zeros(asked.shape).masked_scatter(asked, values), hidden)
 
     def hidden(

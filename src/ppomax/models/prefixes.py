@@ -5,11 +5,12 @@ replies - is then one row of every matrix product instead of many, and padding i
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 
@@ -41,12 +42,26 @@ class Prefixes:
 
 
 def prefixes_of(input_ids: Int[Tensor, "batch length"], lengths: Int[Tensor, " batch"]) -> Prefixes:
-    """The distinct prefixes of the first `lengths` tokens of each row, at least one in all."""
-    batch, length = input_ids.shape
-    spans = zip(input_ids.tolist(), lengths.tolist(), strict=True)
-    texts = [ids[:span] for ids, span in spans]
-    order = torch.tensor(sorted(range(batch), key=texts.__getitem__))
-    ids, lengths = input_ids[order], lengths[order]
+    """The distinct prefixes of the first `lengths` tokens of each row.
+
+    Several models read a batch one after the other: the last few are remembered.
+
+    Raises:
+        ValueError: a length is longer than the rows, or all are 0.
+    """
+    spans = tuple(lengths.tolist())
+    if min(spans) < 0 or not 0 < max(spans) <= input_ids.shape[1]:
+        raise ValueError(f"texts of {spans} tokens do not fit rows of {input_ids.shape[1]}")
+    ids = input_ids.to("cpu", torch.int64).contiguous()
+    return _prefixes_of(ids.numpy().tobytes(), ids.shape[1], spans)
+
+
+@lru_cache(maxsize=4)
+def _prefixes_of(read: bytes, length: int, spans: tuple[int, ...]) -> Prefixes:
+    given = torch.frombuffer(bytearray(read), dtype=torch.int64).view(-1, length)
+    texts = [row[:span] for row, span in zip(given.tolist(), spans, strict=True)]
+    order = torch.tensor(sorted(range(len(texts)), key=texts.__getitem__))
+    ids, lengths = given[order], torch.tensor(spans)[order]
     there = torch.arange(length) < lengths[:, None]
     same = (ids[1:] == ids[:-1]) & there[1:] & there[:-1]
     repeated = F.pad(same.cumprod(1).bool(), (0, 0, 1, 0))  # begins as the text before it
@@ -55,12 +70,7 @@ def prefixes_of(input_ids: Int[Tensor, "batch length"], lengths: Int[Tensor, " b
     rows[places] = torch.arange(len(places))
     rows = rows.view_as(ids).cummax(0).values  # what is repeated is the row last seen above it
     counts = torch.bincount(rows[there], minlength=len(places))
-    given = torch.empty_like(rows)
-    given[order] = rows
-    found = Texts(batch, length, places, counts, lengths)
-    return Prefixes(ids.flatten()[places], places % length, found, given)
-
-
-def last_asked(asked: Bool[Tensor, "batch length"]) -> Int[Tensor, " batch"]:
-    """How many tokens of each text lead to the last that is asked for; 0 where none is."""
-    return (asked * torch.arange(1, asked.shape[1] + 1)).amax(1)
+    own = torch.empty_like(rows)
+    own[order] = rows
+    found = Texts(len(texts), length, places, counts, lengths)
+    return Prefixes(ids.flatten()[places], places % length, found, own)

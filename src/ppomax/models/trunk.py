@@ -63,17 +63,20 @@ class Trunk:
 
     @contextmanager
     def reading(
-        self, input_ids: Int[Tensor, "batch sequence"], *, distinct: bool = False
+        self,
+        input_ids: Int[Tensor, "batch sequence"],
+        lengths: Int[Tensor, " batch"] | None = None,
     ) -> Iterator[None]:
         """Within, a forward of these ids begins above the trunk if they were read before.
 
         Args:
-            distinct: as their distinct prefixes; what is remembered of the two ways is not shared.
+            lengths: of texts that are read as their distinct prefixes; None: each token is read.
         """
         device = input_ids.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         ids = input_ids.cpu().numpy().tobytes()
-        self._batch = (tuple(input_ids.shape), ids, dtype, distinct)
+        spans = None if lengths is None else tuple(lengths.tolist())
+        self._batch = (tuple(input_ids.shape), ids, spans, dtype)
         try:
             yield
         finally:

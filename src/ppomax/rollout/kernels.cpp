@@ -188,6 +188,7 @@ struct Tiles {
   Setting before, now;
 
   Tiles() {
+    settle();
     _tile_storeconfig(&before);
     settle();
   }
@@ -277,7 +278,7 @@ void product(const T* x, const T* packed, const T* bias, O* out, int64_t rows, i
     if constexpr (sizeof(T) == 2) {
       Tiles held;
       float sum[2 * SIDE][PANEL];
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
       for (int64_t p = 0; p < panels; p++) {
         begin(p);
         for (int64_t row = 0; row < rows; row += 2 * SIDE) {
@@ -290,7 +291,7 @@ void product(const T* x, const T* packed, const T* bias, O* out, int64_t rows, i
 #endif
     {
       float sum[ROWS][PANEL];
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
       for (int64_t p = 0; p < panels; p++) {
         const T *panel = packed + p * size, *next = p + 1 < panels ? panel + size : panel;
         begin(p);

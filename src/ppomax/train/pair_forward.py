@@ -137,15 +137,12 @@ def settle_sharing(
     Raises:
         ConfigError: asked for, and the model scores a pair otherwise then.
     """
-    pairs = (pair for step in steps for pair in step)
-    longest = max(pairs, key=lambda p: width(p, share_prompts=False))  # attention has windows
-    if asked is None and (
-        reads_prefixes(model.backbone, 2, width(longest, share_prompts=False) // 2)
-        or not _pays(steps[:LOOKED_AT], micro_tokens, here)
-    ):
-        return False
     if asked is False:
         return False
+    if asked is None and not _pays(model, steps[:LOOKED_AT], micro_tokens, here):
+        return False
+    pairs = (pair for step in steps for pair in step)
+    longest = max(pairs, key=lambda p: width(p, share_prompts=False))  # attention has windows
     try:
         gap = _sharing_error(model, longest, pad, here)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
@@ -165,19 +162,29 @@ def settle_sharing(
     )
 
 
-def _pays(steps: Sequence[Sequence[Pair]], micro_tokens: int, here: World) -> bool:
-    """Whether sharing saves enough padded tokens, on a processor."""
+def _pays(
+    model: ScalarModel, steps: Sequence[Sequence[Pair]], micro_tokens: int, here: World
+) -> bool:
+    """Whether sharing saves enough padded tokens, on a processor.
+
+    Not where the model computes what texts begin with once by itself.
+    """
     if here.device.type != "cpu":
         return False
-    apart, shared = (
-        sum(
-            len(batch) * max(width(pairs[index], share_prompts=share) for index in batch)
+
+    def batches(share: bool) -> list[tuple[int, int]]:
+        """Pairs, and the padded tokens of one."""
+        return [
+            (len(batch), max(width(pairs[index], share_prompts=share) for index in batch))
             for pairs in steps
             for batch in plan_pairs(pairs, micro_tokens, here, share_prompts=share)
-        )
-        for share in (False, True)
-    )
-    return shared <= (1 - WORTH_SHARING) * apart
+        ]
+
+    apart = batches(share=False)
+    if all(reads_prefixes(model.backbone, 2 * count, wide // 2) for count, wide in apart):
+        return False
+    shared = sum(count * wide for count, wide in batches(share=True))
+    return shared <= (1 - WORTH_SHARING) * sum(count * wide for count, wide in apart)
 
 
 @torch.no_grad()
