@@ -874,9 +874,19 @@ def test_all_blocks_in_one_call_are_the_blocks_one_by_one_to_the_bit(monkeypatch
     if engine.kernels is None or not engine.kernels.panel:
         pytest.skip("no compiled products here")
     assert engine._cache(2, 8, []).addresses is not None
-    together = engine.generate(prompts_of(12), PARAMS, seeds_of(12))
+
+    def replies():
+        return engine.generate(prompts_of(12), PARAMS, seeds_of(12))
+
+    together, before = replies(), torch.get_num_threads()
+    try:
+        for threads in (2, 3, 8):  # each has rows of its own, but where there are fewer rows
+            torch.set_num_threads(threads)
+            assert replies() == together
+    finally:
+        torch.set_num_threads(before)
     monkeypatch.setattr(cache, "_addresses", lambda *_: None)
-    assert engine.generate(prompts_of(12), PARAMS, seeds_of(12)) == together
+    assert replies() == together
 
 
 @pytest.mark.parametrize("name", MODELS)

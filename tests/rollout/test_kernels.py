@@ -324,7 +324,7 @@ def test_the_most_likely_are_those_of_a_whole_sort(vocab, count):
 
 
 @compiled
-@pytest.mark.parametrize("vocab", [1, 5, 300, 4099, 49152])
+@pytest.mark.parametrize("vocab", [1, 5, 300, 512, 513, 4099, 49152])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
 def test_a_compiled_draw_is_that_of_pytorchs_operations(vocab, temperature):
     rows = 300 if vocab < 10_000 else 60
@@ -337,7 +337,8 @@ def test_a_compiled_draw_is_that_of_pytorchs_operations(vocab, temperature):
     parts = Kernels(FOUND, torch.float32)
     tools = sampling.Tools(parts.most_likely)  # which of equals it takes
     expected = sampling.sample(logits, seeds, steps, params, tools=tools)
-    found = parts.draw_plain(logits, seeds, steps, temperature, sampling.CANDIDATES)
+    count = sampling.plain_candidates(vocab)
+    found = parts.draw_plain(logits, seeds, steps, temperature, count)
     assert torch.equal(found.tokens, expected.tokens)
     far = torch.tensor([2 <= row < 12 for row in range(rows)])
     for some, within in ((~far, 1e-5), (far, 2e-3)):
@@ -374,13 +375,15 @@ def test_a_tail_of_next_to_no_mass_is_drawn_where_its_noise_is_large(mass):
 
 
 @compiled
-def test_a_compiled_draw_of_what_is_no_number_is_a_token():
-    logits = randn(3, 4096)
+@pytest.mark.parametrize("vocab", [300, 4096])
+def test_a_compiled_draw_of_what_is_no_number_is_a_token(vocab):
+    logits = randn(3, vocab)
     logits[0, 7], logits[1] = float("nan"), float("nan")
     seeds = torch.arange(3)
-    draw = Kernels(FOUND, torch.float32).draw_plain(logits, seeds, seeds, 1.0, 256)
+    count = sampling.plain_candidates(vocab)
+    draw = Kernels(FOUND, torch.float32).draw_plain(logits, seeds, seeds, 1.0, count)
     assert draw.logprobs.isnan().tolist() == [True, True, False]
-    assert ((draw.tokens >= 0) & (draw.tokens < 4096)).all()
+    assert ((draw.tokens >= 0) & (draw.tokens < vocab)).all()
 
 
 @compiled

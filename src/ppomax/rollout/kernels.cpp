@@ -264,10 +264,9 @@ void product(const T* x, const T* packed, const T* bias, O* out, int64_t rows, i
     auto write = [&](int64_t row, int64_t count, int64_t first, const float (*sum)[PANEL]) {
       const int64_t width = std::min(PANEL, outputs - first);
       for (int64_t r = 0; r < count; r++) {
-        O rounded[PANEL];
-        for (int64_t c = 0; c < PANEL; c += LANES)
-          store(round_lanes<T>(load(sum[r] + c) + load(offset + c)), rounded + c);
-        std::memcpy(out + (row + r) * outputs + first, rounded, width * sizeof(O));
+        O* to = out + (row + r) * outputs + first;
+        for (int64_t c = 0; c < width; c += LANES)
+          store_first(round_lanes<T>(load(sum[r] + c) + load(offset + c)), to + c, width - c);
       }
     };
     auto begin = [&](int64_t p) {
@@ -308,6 +307,7 @@ void product(const T* x, const T* packed, const T* bias, O* out, int64_t rows, i
 
 struct Shape {
   int64_t rows, heads, kv_heads, dim, length;  // length: of the cache, a multiple of TILE
+  int64_t slot = 0;                            // the first row's, where none are given
 };
 
 // A head, normalised by itself where there are weights for that, and rotated.
@@ -406,8 +406,8 @@ void heads(const float* queries, const T* keys, const T* values, T* out, float* 
     }
 }
 
-// Each row is a token of the text in slot `slots[row]`, at `positions[row]`; without `slots` row i
-// is slot i's. All keys and values are written before a row reads those of earlier rows.
+// Each row is a token of the text in slot `slots[row]`, at `positions[row]`; without `slots` they
+// are those from the shape's on. All keys and values are written before a row reads those of earlier rows.
 template <class T>
 void attend(const T* qkv, const float* qk_norm, const float* cos, const float* sin,
             const int64_t* positions, const int64_t* slots, T* keys, T* values, T* out,
@@ -417,7 +417,7 @@ void attend(const T* qkv, const float* qk_norm, const float* cos, const float* s
   const int64_t shared = all / kv_heads, width = (all + 2 * kv_heads) * dim;
   const float scale = 1.0f / std::sqrt(float(dim));
   auto place = [&](int64_t item) {
-    const int64_t slot = slots ? slots[item / kv_heads] : item / kv_heads;
+    const int64_t slot = slots ? slots[item / kv_heads] : shape.slot + item / kv_heads;
     return (slot * kv_heads + item % kv_heads) * dim * length;
   };
 #pragma omp parallel num_threads(threads)
@@ -478,7 +478,7 @@ struct Layer {
 
 // Tokens through all blocks, as the functions above would take them one by one.
 template <class T>
-void read(const Layer<T>* layers, int64_t count, float* stream, const float* cos, const float* sin,
+void pass(const Layer<T>* layers, int64_t count, float* stream, const float* cos, const float* sin,
           const int64_t* positions, const int64_t* slots, const Shape& shape, int64_t hidden,
           int64_t inner, float eps, int threads) {
   const int64_t rows = shape.rows, mixing = shape.heads * shape.dim;
@@ -503,6 +503,30 @@ void read(const Layer<T>* layers, int64_t count, float* stream, const float* cos
   }
   if (count)
     for (int64_t i = 0; i < rows * hidden; i++) stream[i] += widen(added[i]);
+}
+
+constexpr int64_t SMALL = 4 << 20;  // bytes of weights that a core reads from its caches
+
+// The same. Of a small model each thread takes rows of its own through all blocks: waiting for one
+// another after each part would take as long as the parts. Of a large one it takes its share of the
+// weights, which are read once.
+template <class T>
+void read(const Layer<T>* layers, int64_t count, float* stream, const float* cos, const float* sin,
+          const int64_t* positions, const int64_t* slots, const Shape& shape, int64_t hidden,
+          int64_t inner, float eps, int threads) {
+  const int64_t heads = 2 * (shape.heads + shape.kv_heads) * shape.dim;
+  const int64_t bytes = count * hidden * (heads + 3 * inner) * int64_t(sizeof(T));
+  if (slots || bytes > SMALL || shape.rows < threads)  // rows of one slot read one another
+    return pass(layers, count, stream, cos, sin, positions, slots, shape, hidden, inner, eps,
+                threads);
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+  for (int thread = 0; thread < threads; thread++) {
+    const int64_t first = shape.rows * thread / threads, end = shape.rows * (thread + 1) / threads;
+    Shape own = shape;
+    own.rows = end - first, own.slot = first;
+    pass(layers, count, stream + first * hidden, cos, sin, positions + first, nullptr, own, hidden,
+         inner, eps, 1);
+  }
 }
 
 // --- the most likely tokens -----------------------------------------------------------------
@@ -685,27 +709,32 @@ void draw(const float* logits, const int64_t* seeds, const int64_t* steps, int64
         x = scaled.data();
       }
       const Row row = read_row(x, vocab);
-      search(x, vocab, count);
       Race race{row};
-      race.winner = Search::id(search.found[0]);
       const Noise noise(seeds[each], steps[each], 0);
-      double inside = 0;
-      for (uint64_t key : search.found) {
-        const int64_t id = Search::id(key);
-        race.enter(id, noise);
-        inside += exponential(x[id] - row.top);
-      }
-      const double of_tail = row.top + gumbel(noise.uniform(-1));
-      const double rounding = 5e-5 * row.sum;  // above that of both sums
-      if (count < vocab && of_tail + std::log(row.sum - inside + rounding) > race.best) {
-        std::copy(x, x + vocab, tail.begin());
-        for (uint64_t key : search.found) tail[Search::id(key)] = -INFINITY;
-        if (of_tail + std::log(weigh(tail.data(), vocab, row.top)) > race.best) {
-          const Row rest{tail.data(), vocab, row.top, 0};
-          Race further{rest};
-          further.winner = race.winner;
-          further.enter_all(Noise(seeds[each], steps[each], 1));
-          race.winner = further.winner;
+      if (count == vocab) {
+        race.winner = 0;
+        race.enter_all(noise);
+      } else {
+        search(x, vocab, count);
+        race.winner = Search::id(search.found[0]);
+        double inside = 0;
+        for (uint64_t key : search.found) {
+          const int64_t id = Search::id(key);
+          race.enter(id, noise);
+          inside += exponential(x[id] - row.top);
+        }
+        const double of_tail = row.top + gumbel(noise.uniform(-1));
+        const double rounding = 5e-5 * row.sum;  // above that of both sums
+        if (of_tail + std::log(row.sum - inside + rounding) > race.best) {
+          std::copy(x, x + vocab, tail.begin());
+          for (uint64_t key : search.found) tail[Search::id(key)] = -INFINITY;
+          if (of_tail + std::log(weigh(tail.data(), vocab, row.top)) > race.best) {
+            const Row rest{tail.data(), vocab, row.top, 0};
+            Race further{rest};
+            further.winner = race.winner;
+            further.enter_all(Noise(seeds[each], steps[each], 1));
+            race.winner = further.winner;
+          }
         }
       }
       tokens[each] = race.winner;

@@ -148,21 +148,27 @@ def draft(
         tokens = logits.argmax(1)  # two log-probs may round to one number
         logprobs = torch.log_softmax(logits, 1).gather(1, tokens[:, None]).squeeze(1)
         return Draft(logits, logprobs, tokens[:, None], Draw(tokens, logprobs))
+    vocab = logits.shape[1]
+    count = plain_candidates(vocab) if params.is_plain else min(CANDIDATES, vocab)
     if params.is_plain and tools.draw_plain is not None:
-        draw = tools.draw_plain(logits, seeds, steps, params.temperature, CANDIDATES)
+        draw = tools.draw_plain(logits, seeds, steps, params.temperature, count)
         return Draft(logits, draw.logprobs, draw.tokens[:, None], draw)
     if params.temperature != 1:
         logits = logits / params.temperature
-    count = min(CANDIDATES, logits.shape[1])
     if params.top_k is not None:
-        count = max(1, min(params.top_k, logits.shape[1]))
+        count = max(1, min(params.top_k, vocab))
     values, ids, normaliser = tools.search(logits, count)
     if params.top_p is None and params.min_p is None and params.top_k is None:
         return _draft_plain(logits, values, ids, normaliser, seeds, steps)
     keep = _nucleus(values, normaliser, params)
     draw = _draw_kept(values, ids, keep, seeds, steps)
-    whole = params.top_k is not None or count == logits.shape[1]
+    whole = params.top_k is not None or count == vocab
     return Draft(logits, normaliser, ids, draw, None if whole else keep[:, -1])
+
+
+def plain_candidates(vocab: int) -> int:
+    """Tokens perturbed one by one where the temperature is all: to look for half takes longer."""
+    return vocab if vocab <= 2 * CANDIDATES else CANDIDATES
 
 
 def settle(
