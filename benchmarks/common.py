@@ -175,18 +175,23 @@ def iteration_flops(shape, prompts, prompt, new, epochs=1, opening=0):
     2N a generated or scored token, 6N a trained one, attention and output matrix included; no
     padding and nothing computed twice. Policy and reference are read at reply tokens through the
     output matrix; critic and reward model have a head of one row, which is not counted. Tokens that
-    all prompts begin with, `opening` of them, are read once to write the replies. `kept` is what an
-    update of one step need not compute where scoring keeps the forwards of policy and critic.
+    all prompts begin with, `opening` of them, are the same in all texts and count once in each
+    pass. `kept` is what an update of one step need not compute where scoring keeps the forwards of
+    policy and critic.
     """
     whole = prompt + new
-    rollout = shape.forward(whole - 1, new)
-    score = 2 * shape.forward(whole, new) + 2 * shape.forward(whole, 0)
-    update = 3 * epochs * (shape.forward(whole, new) + shape.forward(whole, 0))
-    parts = {"rollout": rollout, "score": score, "update": update}
-    parts = {name: prompts * value for name, value in parts.items()}
-    parts["rollout"] -= (prompts - 1) * shape.forward(opening, 0)
-    kept = prompts * (shape.forward(whole, new) + shape.forward(whole, 0))
-    return {**parts, "whole": sum(parts.values()), "kept": kept}
+    again = (prompts - 1) * shape.forward(opening, 0)
+
+    def all_texts(length, read):
+        return prompts * shape.forward(length, read) - again
+
+    policy, critic = all_texts(whole, new), all_texts(whole, 0)
+    parts = {
+        "rollout": all_texts(whole - 1, new),
+        "score": 2 * policy + 2 * critic,
+        "update": 3 * epochs * (policy + critic),
+    }
+    return {**parts, "whole": sum(parts.values()), "kept": policy + critic}
 
 
 # --- workers ------------------------------------------------------------------------------------

@@ -59,6 +59,10 @@ def test_an_iteration_is_a_rollout_four_readings_and_two_updates(common):
     assert found["score"] == 5 * 2 * (policy + critic)
     assert found["update"] == 5 * 2 * 3 * (policy + critic)
     assert found["whole"] == found["rollout"] + found["score"] + found["update"]
+    assert found["kept"] == 5 * (policy + critic)
+    less, again = common.iteration_flops(shape, 5, 7, 3, 2, opening=4), 4 * shape.forward(4, 0)
+    passes = {"rollout": 1, "score": 4, "update": 2 * 2 * 3, "kept": 2}  # of four texts of five
+    assert all(less[part] == found[part] - times * again for part, times in passes.items())
 
 
 def test_the_exponent_is_the_slope_of_logarithms(common):
