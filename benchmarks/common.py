@@ -180,10 +180,10 @@ def iteration_flops(shape, prompts, prompt, new, epochs=1, opening=0):
     policy and critic.
     """
     whole = prompt + new
-    again = (prompts - 1) * shape.forward(opening, 0)
+    repeated = (prompts - 1) * shape.forward(opening, 0)
 
     def all_texts(length, read):
-        return prompts * shape.forward(length, read) - again
+        return prompts * shape.forward(length, read) - repeated
 
     policy, critic = all_texts(whole, new), all_texts(whole, 0)
     parts = {

@@ -12,17 +12,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    AutoModelForCausalLM,
     DynamicCache,
+    GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
     MistralConfig,
     MistralForCausalLM,
+    PhiConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
 from ppomax.data.batching import collate
-from ppomax.models import compiled, fused
+from ppomax.models import compiled, fused, reading
 from ppomax.models.attention import use_grouped_attention
 from ppomax.models.blocks import decoder_blocks
 from ppomax.models.fused import is_fused, use_fused_blocks
@@ -495,7 +500,8 @@ def test_every_reading_of_a_batch_asks_for_all_that_it_reads(monkeypatch):
         return (*LanguageModel(make("llama"))(batch)[:2], values, last, scores)
 
     found = readings()
-    monkeypatch.setattr(fused, "kernels_for", lambda dtype: None)
+    for module in (fused, reading):
+        monkeypatch.setattr(module, "kernels_for", lambda dtype: None)
     for one, two in zip(found, readings(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
@@ -574,11 +580,48 @@ def foreign(model):
 def test_where_a_block_cannot_read_prefixes_none_does(change, monkeypatch):
     model, ids = make("llama"), alike()
     wanted = hidden_states(model, ids)
-    monkeypatch.setattr(fused, "prefixes_of", None)  # would fail
+    monkeypatch.setattr(reading, "prefixes_of", None)  # would fail
     change(model)
     asked = ids % 2 == 0
     found = states_of(model, ids, asked, torch.full((len(ids),), 21))
     torch.testing.assert_close(found, wanted[asked], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPTNeoXConfig(vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=4),
+        PhiConfig(vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=4),
+        GPT2Config(vocab_size=64, n_embd=48, n_layer=2, n_head=4),
+        MambaConfig(vocab_size=64, hidden_size=48, num_hidden_layers=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_models_of_other_kinds_are_read_whole(config, dtype):
+    torch.manual_seed(0)
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), alike()
+    asked, lengths = ids % 2 == 0, torch.full((len(ids),), 21)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found = states_of(model, ids, asked, lengths)
+        assert torch.equal(found, hidden_states(model, ids)[asked])
+
+
+def test_training_may_follow_on_a_reading_in_inference_mode():
+    model, ids = make("llama"), alike()
+    asked, lengths = ids % 2 == 0, torch.full((len(ids),), 21)
+    with torch.inference_mode():
+        wanted = states_of(model, ids, asked, lengths)
+    found = states_of(model, ids, asked, lengths)
+    found.sum().backward()
+    assert torch.equal(found, wanted)
+
+
+def test_nothing_behind_a_text_can_be_asked_for():
+    model, ids = make("llama"), alike()
+    lengths = torch.tensor([21, 21, 9, 21, 21, 21])
+    with pytest.raises(ValueError, match="behind the end of a text"):
+        states_of(model, ids, torch.ones_like(ids, dtype=torch.bool), lengths)
 
 
 def test_bf16_weights_are_read_as_prefixes_where_the_stream_is_raised(calls):

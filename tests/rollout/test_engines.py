@@ -870,17 +870,17 @@ def test_with_compiled_kernels_a_reply_is_the_same_to_the_bit_in_any_company(nam
 @pytest.mark.parametrize("name", ["llama biases", "llama wide heads", "qwen3", "mistral"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_all_blocks_in_one_call_are_the_blocks_one_by_one_to_the_bit(monkeypatch, name, dtype):
-    engine = engine_of(make(name), slots=5, dtype=dtype)
+    engine = engine_of(make(name), slots=33, dtype=dtype)
     if engine.kernels is None or not engine.kernels.panel:
         pytest.skip("no compiled products here")
     assert engine._cache(2, 8, []).addresses is not None
 
     def replies():
-        return engine.generate(prompts_of(12), PARAMS, seeds_of(12))
+        return engine.generate(prompts_of(40), PARAMS, seeds_of(40))
 
     together, before = replies(), torch.get_num_threads()
     try:
-        for threads in (2, 3, 8):  # each has rows of its own, but where there are fewer rows
+        for threads in (2, 3, 8):  # each has rows of its own, but where these are few
             torch.set_num_threads(threads)
             assert replies() == together
     finally:

@@ -337,7 +337,7 @@ def test_a_compiled_draw_is_that_of_pytorchs_operations(vocab, temperature):
     parts = Kernels(FOUND, torch.float32)
     tools = sampling.Tools(parts.most_likely)  # which of equals it takes
     expected = sampling.sample(logits, seeds, steps, params, tools=tools)
-    count = sampling.plain_candidates(vocab)
+    count = sampling.candidates_of_all(vocab)
     found = parts.draw_plain(logits, seeds, steps, temperature, count)
     assert torch.equal(found.tokens, expected.tokens)
     far = torch.tensor([2 <= row < 12 for row in range(rows)])
@@ -380,7 +380,7 @@ def test_a_compiled_draw_of_what_is_no_number_is_a_token(vocab):
     logits = randn(3, vocab)
     logits[0, 7], logits[1] = float("nan"), float("nan")
     seeds = torch.arange(3)
-    count = sampling.plain_candidates(vocab)
+    count = sampling.candidates_of_all(vocab)
     draw = Kernels(FOUND, torch.float32).draw_plain(logits, seeds, seeds, 1.0, count)
     assert draw.logprobs.isnan().tolist() == [True, True, False]
     assert ((draw.tokens >= 0) & (draw.tokens < vocab)).all()

@@ -19,7 +19,7 @@ from transformers import (
 from ppomax.data.template import ChatTemplate, Encoded
 from ppomax.distributed import World
 from ppomax.errors import ConfigError, DataError, ModelError
-from ppomax.models import fused
+from ppomax.models import fused, reading
 from ppomax.models.kernels import kernels_for
 from ppomax.models.load import load_policy, load_reward_model, load_tokenizer
 from ppomax.train import pair_forward, reward
@@ -562,7 +562,8 @@ def test_prompts_are_shared_where_it_pays_and_never_where_the_model_cannot(
     long, short = pairs("Why is it so? " * 9, "So."), pairs("Why?", "Because it is so. " * 9)
     if kernels_for(torch.float32) is not None:  # it reads any texts' distinct prefixes
         assert not settle_sharing(None, model, long, 10, 3, here)
-    monkeypatch.setattr(fused, "kernels_for", lambda dtype: None)
+    for module in (fused, reading):
+        monkeypatch.setattr(module, "kernels_for", lambda dtype: None)
     assert settle_sharing(None, model, long, 10, 3, here)
     assert not settle_sharing(None, model, short, 10, 3, here)
     prompt = (Message(role="user", content="Why?"),)

@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any, SupportsIndex
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ from ppomax.models.attention import LONGEST, MOST_SCORES, NAME
 from ppomax.models.blocks import decoder_blocks
 from ppomax.models.kernels import HeadNorms, Kernels, Turns, kernels_for
 from ppomax.models.lean import GatedMLP, Norm, is_known
-from ppomax.models.prefixes import Prefixes, Texts, prefixes_of
+from ppomax.models.prefixes import Reading, Texts
 
 FAMILIES = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen3DecoderLayer")
 """Whose heads are rotated and mixed with nothing in between but, of Qwen 3, a norm of each."""
@@ -43,7 +43,7 @@ def use_fused_blocks(model: PreTrainedModel) -> None:
     stay; calls that are not plain training go to the class it had.
     """
     for block in decoder_blocks(model):
-        known = type(block).__name__ in FAMILIES and not isinstance(block, _Fused)
+        known = type(block).__name__ in FAMILIES and not isinstance(block, Fused)
         if known and isinstance(getattr(block, "mlp", None), GatedMLP):
             kind: Any = type(block)
             block.__class__ = _fused(kind)
@@ -51,89 +51,12 @@ def use_fused_blocks(model: PreTrainedModel) -> None:
 
 def is_fused(model: PreTrainedModel) -> bool:
     """Whether its blocks are of a known family, and there are kernels for them."""
-    blocks = [block for block in decoder_blocks(model) if isinstance(block, _Fused)]
-    plain = all(getattr(part, "bias", None) is None for block in blocks for part in _parts(block))
+    blocks = [block for block in decoder_blocks(model) if isinstance(block, Fused)]
+    plain = all(getattr(part, "bias", None) is None for block in blocks for part in parts_of(block))
     return bool(blocks) and plain and kernels_for(torch.float32) is not None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Reading:
-    """Whose states a caller reads, of texts as their distinct prefixes."""
-
-    prefixes: Prefixes
-    rows: Int[Tensor, " read"]
-    """Prefixes whose states are read, each once."""
-    last: nn.Module
-    """The block that heeds that: what others make of a token, later ones read."""
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """For a backbone's forward: as one text, with a mask that nobody reads.
-
-        Masks of four dimensions `transformers` hands on to blocks as they are.
-        """
-        return {
-            "position_ids": self.prefixes.positions[None],
-            "attention_mask": torch.empty(1, 1, 1, 1),
-            "reading": self,
-        }
-
-
-def reading_of(
-    backbone: Any,  # noqa: ANN401 - each architecture's class
-    input_ids: Int[Tensor, "batch length"],
-    asked: Bool[Tensor, "batch length"],
-    lengths: Int[Tensor, " batch"],
-) -> Reading | None:
-    """How all of a backbone's blocks can read these texts; None where one of them cannot.
-
-    That is another device, long texts, adapters, somebody who watches or replaces a block, and a
-    model that is not `transformers`' own and may not hand an argument on to its blocks.
-
-    Args:
-        lengths: of the texts; nothing behind them is asked for.
-    """
-    if not reads_prefixes(backbone, input_ids.shape[0], input_ids.shape[1]) or not asked.any():
-        return None
-    prefixes = prefixes_of(input_ids, lengths)
-    rows = torch.zeros(len(prefixes.ids), dtype=torch.bool)
-    rows[prefixes.rows[asked]] = True
-    return Reading(prefixes, rows.nonzero().flatten(), backbone.layers[-1])
-
-
-def reads_prefixes(
-    backbone: Any,  # noqa: ANN401 - each architecture's class
-    batch: int,
-    length: int,
-) -> bool:
-    """Whether so many texts of so many tokens are read as their distinct prefixes."""
-    blocks = getattr(backbone, "layers", None)
-    if not isinstance(blocks, nn.ModuleList) or not blocks:
-        return False
-    if len(blocks) != backbone.config.num_hidden_layers:  # it runs so many
-        return False
-    if not type(backbone).__module__.startswith("transformers.models."):
-        return False
-    window = getattr(backbone.config, "sliding_window", None) or length
-    if length > window or not _fits(batch, length, backbone.config):
-        return False
-    embedding = backbone.get_input_embeddings().weight
-    raised = embedding.dtype == torch.float32 or torch.is_autocast_enabled("cpu")
-    if embedding.device.type != "cpu" or not raised:
-        return False
-    if any(getattr(backbone.norm, name) for name in HOOKS) or "forward" in vars(blocks[-1]):
-        return False
-    turned = 2 * len(getattr(getattr(backbone, "rotary_emb", None), "inv_freq", ()))
-    dtype = _compute_dtype()
-    return kernels_for(dtype) is not None and all(
-        isinstance(block, _Fused)
-        and not any(getattr(block, name) for name in HOOKS)
-        and _is_plain(block, _parts(block), dtype, turned)
-        for block in blocks
-    )
-
-
-class _Fused:
+class Fused:
     """Marks the subclasses, which no module holds: a copy or a pickle makes its class anew."""
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:  # noqa: ANN401 - as object's
@@ -156,7 +79,7 @@ def _fused(family: Any) -> Any:  # noqa: ANN401 - each architecture's class
         **kwargs: Any,  # noqa: ANN401 - as the family's
     ) -> Any:  # noqa: ANN401 - as the family's
         reading: Reading | None = kwargs.pop("reading", None)
-        parts = _parts(self)
+        parts = parts_of(self)
         layout = None if args else _layout(self, parts, hidden_states, kwargs, reading)
         if layout is None:
             assert reading is None, "whoever gives one has asked before"
@@ -166,7 +89,7 @@ def _fused(family: Any) -> Any:  # noqa: ANN401 - each architecture's class
         return _Block.apply(layout, rows, hidden_states, *weights)  # type: ignore[no-untyped-call]
 
     return type(
-        family.__name__, (_Fused, family), {"forward": forward, "__module__": family.__module__}
+        family.__name__, (Fused, family), {"forward": forward, "__module__": family.__module__}
     )
 
 
@@ -192,7 +115,7 @@ class Layout:
         return HeadNorms(q, k, self.heads_eps)
 
 
-def _parts(block: Any) -> tuple[Any, ...]:  # noqa: ANN401 - each architecture's class
+def parts_of(block: Any) -> tuple[Any, ...]:  # noqa: ANN401 - each architecture's class
     """What has weights, in the order of the operation."""
     attention, mlp = block.self_attn, block.mlp
     return (
@@ -203,13 +126,14 @@ def _parts(block: Any) -> tuple[Any, ...]:  # noqa: ANN401 - each architecture's
     )
 
 
-def _fits(batch: int, length: int, config: Any) -> bool:  # noqa: ANN401 - each architecture's class
+def fits(batch: int, length: int, config: Any) -> bool:  # noqa: ANN401 - each architecture's class
     """Whether attention of such texts is read this way."""
     scores = batch * int(config.num_attention_heads) * length**2
     return 1 < length <= LONGEST and scores <= MOST_SCORES
 
 
-def _compute_dtype() -> torch.dtype:
+def compute_dtype() -> torch.dtype:
+    """Of matrix products: autocast's where that is on."""
     autocast = torch.is_autocast_enabled("cpu")
     return torch.get_autocast_dtype("cpu") if autocast else torch.float32
 
@@ -223,7 +147,7 @@ def _layout(
 ) -> Layout | None:
     """How to read this batch; None where it is not plain causal text on a processor."""
     turns: tuple[Tensor, ...] = rest.get("position_embeddings") or ()
-    dtype = _compute_dtype()
+    dtype = compute_dtype()
     kernels = kernels_for(dtype)
     if kernels is None or len(turns) != 2 or x.device.type != "cpu" or x.dtype != torch.float32:
         return None
@@ -235,12 +159,12 @@ def _layout(
         return None
     attention = block.self_attn
     if reading is None and not (
-        _fits(x.shape[0], x.shape[1], attention.config)
+        fits(x.shape[0], x.shape[1], attention.config)
         and rest.get("attention_mask") is None
         and rest.get("past_key_values") is None
         and not rest.get("output_attentions")
         and rest.get("is_causal") in (None, True)
-        and _is_plain(block, parts, dtype, dim)
+        and is_plain(block, parts, dtype, dim)
     ):
         return None
     return Layout(
@@ -256,7 +180,7 @@ def _layout(
     )
 
 
-def _is_plain(
+def is_plain(
     block: Any,  # noqa: ANN401 - each architecture's class
     parts: Sequence[Any],
     dtype: torch.dtype,

@@ -24,8 +24,8 @@ from transformers import (
 
 from ppomax.errors import ModelError
 from ppomax.models.folders import quiet
-from ppomax.models.fused import reading_of
 from ppomax.models.lora import effective_state_dict, has_lora
+from ppomax.models.reading import reading_of
 
 LM_HEAD_FILE = "lm_head.safetensors"
 
@@ -194,11 +194,15 @@ class ScalarModel(nn.Module):
             attention_mask: additive, [batch, 1, sequence, sequence]; None: every token sees those
                 before it.
             asked: whose are read; None: all.
-            lengths: of the texts, where something is asked for and there is no mask: what nobody
-                reads is then not computed (`states_of`).
+            lengths: of the texts, where something is asked for: what nobody reads is then not
+                computed (`states_of`).
+
+        Raises:
+            ValueError: with lengths comes a mask or positions, or nothing is asked for.
         """
-        plain = position_ids is None and attention_mask is None
-        if asked is not None and lengths is not None and plain:
+        if lengths is not None:
+            if asked is None or position_ids is not None or attention_mask is not None:
+                raise ValueError("lengths say what of plain texts is asked for")
             hidden = states_of(self.backbone, input_ids, asked, lengths)
         else:
             hidden = hidden_states(

@@ -6,12 +6,12 @@ replies - is then one row of every matrix product instead of many, and padding i
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Texts(NamedTuple):
@@ -41,10 +41,33 @@ class Prefixes:
     """Of each token of the batch as it was given; beyond a text's length any."""
 
 
-def prefixes_of(input_ids: Int[Tensor, "batch length"], lengths: Int[Tensor, " batch"]) -> Prefixes:
-    """The distinct prefixes of the first `lengths` tokens of each row.
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """Whose states a caller reads, of texts as their distinct prefixes."""
 
-    Several models read a batch one after the other: the last few are remembered.
+    prefixes: Prefixes
+    rows: Int[Tensor, " read"]
+    """Prefixes whose states are read, each once."""
+    last: nn.Module
+    """The block that heeds that: what others make of a token, later ones read."""
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """For a backbone's forward: as one text, with a mask that nobody reads.
+
+        Masks of four dimensions `transformers` hands on to blocks as they are.
+        """
+        return {
+            "position_ids": self.prefixes.positions[None],
+            "attention_mask": torch.empty(1, 1, 1, 1),
+            "reading": self,
+        }
+
+
+def prefixes_of(input_ids: Int[Tensor, "batch length"], lengths: Int[Tensor, " batch"]) -> Prefixes:
+    """The distinct prefixes of the first `lengths` tokens of each row, a pure function of both.
+
+    The last few are remembered: policy, reference and critic read a batch one after the other.
 
     Raises:
         ValueError: a length is longer than the rows, or all are 0.
@@ -57,8 +80,9 @@ def prefixes_of(input_ids: Int[Tensor, "batch length"], lengths: Int[Tensor, " b
 
 
 @lru_cache(maxsize=4)
-def _prefixes_of(read: bytes, length: int, spans: tuple[int, ...]) -> Prefixes:
-    given = torch.frombuffer(bytearray(read), dtype=torch.int64).view(-1, length)
+@torch.inference_mode(mode=False)  # training may be next to read them
+def _prefixes_of(key: bytes, length: int, spans: tuple[int, ...]) -> Prefixes:
+    given = torch.frombuffer(bytearray(key), dtype=torch.int64).view(-1, length)
     texts = [row[:span] for row, span in zip(given.tolist(), spans, strict=True)]
     order = torch.tensor(sorted(range(len(texts)), key=texts.__getitem__))
     ids, lengths = given[order], torch.tensor(spans)[order]
@@ -70,7 +94,7 @@ def _prefixes_of(read: bytes, length: int, spans: tuple[int, ...]) -> Prefixes:
     rows[places] = torch.arange(len(places))
     rows = rows.view_as(ids).cummax(0).values  # what is repeated is the row last seen above it
     counts = torch.bincount(rows[there], minlength=len(places))
-    own = torch.empty_like(rows)
-    own[order] = rows
-    found = Texts(len(texts), length, places, counts, lengths)
-    return Prefixes(ids.flatten()[places], places % length, found, own)
+    as_given = torch.empty_like(rows)
+    as_given[order] = rows
+    laid = Texts(len(texts), length, places, counts, lengths)
+    return Prefixes(ids.flatten()[places], places % length, laid, as_given)

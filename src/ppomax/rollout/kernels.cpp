@@ -406,8 +406,8 @@ void heads(const float* queries, const T* keys, const T* values, T* out, float* 
     }
 }
 
-// Each row is a token of the text in slot `slots[row]`, at `positions[row]`; without `slots` they
-// are those from the shape's on. All keys and values are written before a row reads those of earlier rows.
+// Row i is a token at `positions[i]` of the text in `slots[i]`, without slots in `shape.slot + i`.
+// With slots, rows may be of one text: all are written to the cache before any is read.
 template <class T>
 void attend(const T* qkv, const float* qk_norm, const float* cos, const float* sin,
             const int64_t* positions, const int64_t* slots, T* keys, T* values, T* out,
@@ -505,18 +505,18 @@ void pass(const Layer<T>* layers, int64_t count, float* stream, const float* cos
     for (int64_t i = 0; i < rows * hidden; i++) stream[i] += widen(added[i]);
 }
 
-constexpr int64_t SMALL = 4 << 20;  // bytes of weights that a core reads from its caches
+constexpr int64_t SMALL = 4 << 20;  // bytes of weights that each thread reads for itself
 
 // The same. Of a small model each thread takes rows of its own through all blocks: waiting for one
-// another after each part would take as long as the parts. Of a large one it takes its share of the
-// weights, which are read once.
+// another after each part takes a third of a step (docs/LOG.md). Of a large one, and where rows are
+// few, it takes its share of the weights, which are then read once.
 template <class T>
 void read(const Layer<T>* layers, int64_t count, float* stream, const float* cos, const float* sin,
           const int64_t* positions, const int64_t* slots, const Shape& shape, int64_t hidden,
           int64_t inner, float eps, int threads) {
-  const int64_t heads = 2 * (shape.heads + shape.kv_heads) * shape.dim;
-  const int64_t bytes = count * hidden * (heads + 3 * inner) * int64_t(sizeof(T));
-  if (slots || bytes > SMALL || shape.rows < threads)  // rows of one slot read one another
+  const int64_t outputs = 2 * (shape.heads + shape.kv_heads) * shape.dim + 3 * inner;
+  const bool small = count * hidden * outputs * int64_t(sizeof(T)) <= SMALL;
+  if (slots || !small || shape.rows < ROWS * threads)  // with slots rows read one another
     return pass(layers, count, stream, cos, sin, positions, slots, shape, hidden, inner, eps,
                 threads);
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
@@ -668,7 +668,7 @@ struct Race {
   static constexpr int64_t SPAN = 64;
   const Row& row;
   double best = -INFINITY, limit = INFINITY;
-  int64_t winner;
+  int64_t winner = 0;
 
   void enter(int64_t id, const Noise& noise) {
     const double uniform = noise.uniform(id);
@@ -692,15 +692,41 @@ struct Race {
   }
 };
 
-// A token of softmax(logits / temperature) for each row: the `count` most likely one by one, the tail
-// as one variable of its mass, from which is drawn where that is the largest; as in sampling.py.
+// A token of softmax(x): the `count` most likely one by one, the tail as one variable of its mass, from
+// which is drawn where that is the largest; as in sampling.py.
+inline int64_t draw_with_tail(const Row& row, int64_t count, int64_t seed, int64_t step,
+                              Search& search, std::vector<float>& tail) {
+  search(row.x, row.vocab, count);
+  Race race{row};
+  race.winner = Search::id(search.found[0]);
+  const Noise noise(seed, step, 0);
+  double inside = 0;
+  for (uint64_t key : search.found) {
+    race.enter(Search::id(key), noise);
+    inside += exponential(row.x[Search::id(key)] - row.top);
+  }
+  const double of_tail = row.top + gumbel(noise.uniform(-1));
+  const double rounding = 5e-5 * row.sum;  // above that of both sums
+  if (!(of_tail + std::log(row.sum - inside + rounding) > race.best)) return race.winner;
+  tail.assign(row.x, row.x + row.vocab);
+  for (uint64_t key : search.found) tail[Search::id(key)] = -INFINITY;
+  if (!(of_tail + std::log(weigh(tail.data(), row.vocab, row.top)) > race.best))
+    return race.winner;
+  const Row rest{tail.data(), row.vocab, row.top, 0};
+  Race further{rest};
+  further.winner = race.winner;
+  further.enter_all(Noise(seed, step, 1));
+  return further.winner;
+}
+
+// One of softmax(logits / temperature) for each row; all tokens one by one where `count` is all.
 void draw(const float* logits, const int64_t* seeds, const int64_t* steps, int64_t* tokens,
           float* logprobs, int64_t rows, int64_t vocab, int64_t count, float temperature,
           int threads) {
 #pragma omp parallel num_threads(threads)
   {
     Search search;
-    std::vector<float> scaled(temperature == 1.0f ? 0 : vocab), tail(vocab);
+    std::vector<float> scaled(temperature == 1.0f ? 0 : vocab), tail;
 #pragma omp for schedule(static)
     for (int64_t each = 0; each < rows; each++) {
       const float* x = logits + each * vocab;
@@ -709,36 +735,14 @@ void draw(const float* logits, const int64_t* seeds, const int64_t* steps, int64
         x = scaled.data();
       }
       const Row row = read_row(x, vocab);
-      Race race{row};
-      const Noise noise(seeds[each], steps[each], 0);
-      if (count == vocab) {
-        race.winner = 0;
-        race.enter_all(noise);
-      } else {
-        search(x, vocab, count);
-        race.winner = Search::id(search.found[0]);
-        double inside = 0;
-        for (uint64_t key : search.found) {
-          const int64_t id = Search::id(key);
-          race.enter(id, noise);
-          inside += exponential(x[id] - row.top);
-        }
-        const double of_tail = row.top + gumbel(noise.uniform(-1));
-        const double rounding = 5e-5 * row.sum;  // above that of both sums
-        if (of_tail + std::log(row.sum - inside + rounding) > race.best) {
-          std::copy(x, x + vocab, tail.begin());
-          for (uint64_t key : search.found) tail[Search::id(key)] = -INFINITY;
-          if (of_tail + std::log(weigh(tail.data(), vocab, row.top)) > race.best) {
-            const Row rest{tail.data(), vocab, row.top, 0};
-            Race further{rest};
-            further.winner = race.winner;
-            further.enter_all(Noise(seeds[each], steps[each], 1));
-            race.winner = further.winner;
-          }
-        }
+      if (count < vocab)
+        tokens[each] = draw_with_tail(row, count, seeds[each], steps[each], search, tail);
+      else {
+        Race race{row};
+        race.enter_all(Noise(seeds[each], steps[each], 0));
+        tokens[each] = race.winner;
       }
-      tokens[each] = race.winner;
-      logprobs[each] = x[race.winner] - normaliser_of(row);
+      logprobs[each] = x[tokens[each]] - normaliser_of(row);
     }
   }
 }

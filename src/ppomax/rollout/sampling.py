@@ -18,8 +18,8 @@ from torch import Tensor
 from ppomax.config import Settings
 
 CANDIDATES = 256
-"""Tokens perturbed one by one; a wider nucleus is looked for among WIDER times as many, and so on
-up to the whole vocabulary."""
+"""Tokens perturbed one by one, but of a small vocabulary; a wider nucleus is looked for among WIDER
+times as many, and so on up to the whole vocabulary."""
 
 WIDER = 16
 
@@ -149,7 +149,8 @@ def draft(
         logprobs = torch.log_softmax(logits, 1).gather(1, tokens[:, None]).squeeze(1)
         return Draft(logits, logprobs, tokens[:, None], Draw(tokens, logprobs))
     vocab = logits.shape[1]
-    count = plain_candidates(vocab) if params.is_plain else min(CANDIDATES, vocab)
+    every = params.top_p is None and params.min_p is None and params.top_k is None
+    count = candidates_of_all(vocab) if every else min(CANDIDATES, vocab)
     if params.is_plain and tools.draw_plain is not None:
         draw = tools.draw_plain(logits, seeds, steps, params.temperature, count)
         return Draft(logits, draw.logprobs, draw.tokens[:, None], draw)
@@ -158,7 +159,7 @@ def draft(
     if params.top_k is not None:
         count = max(1, min(params.top_k, vocab))
     values, ids, normaliser = tools.search(logits, count)
-    if params.top_p is None and params.min_p is None and params.top_k is None:
+    if every:
         return _draft_plain(logits, values, ids, normaliser, seeds, steps)
     keep = _nucleus(values, normaliser, params)
     draw = _draw_kept(values, ids, keep, seeds, steps)
@@ -166,8 +167,11 @@ def draft(
     return Draft(logits, normaliser, ids, draw, None if whole else keep[:, -1])
 
 
-def plain_candidates(vocab: int) -> int:
-    """Tokens perturbed one by one where the temperature is all: to look for half takes longer."""
+def candidates_of_all(vocab: int) -> int:
+    """How many tokens are perturbed one by one where none is left out.
+
+    Of a small vocabulary all, which is sooner than to find the largest half (docs/LOG.md).
+    """
     return vocab if vocab <= 2 * CANDIDATES else CANDIDATES
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from ppomax.data.batching import TokenBatch, collate, plan_micro_batches
 from ppomax.distributed import World
 from ppomax.errors import ConfigError
-from ppomax.models.fused import reads_prefixes
 from ppomax.models.heads import ScalarModel, last_tokens, read_scores
 from ppomax.models.language import before_targets
 from ppomax.models.logprobs import token_logprobs
+from ppomax.models.reading import reads_prefixes
 from ppomax.train.pairs import Pair, stack
 
 WORTH_SHARING = 0.2
@@ -113,7 +113,11 @@ def _layout(pairs: Sequence[Pair], longest: int, device: torch.device) -> tuple[
 def _logprobs(
     model: ScalarModel, states: Tensor, batch: TokenBatch, asked: Tensor, imitate: bool
 ) -> Tensor | None:
-    """Args: states: of the tokens that were asked for, row by row."""
+    """Log-probs of the preferred answers' tokens.
+
+    Args:
+        states: of the tokens that were asked for, row by row.
+    """
     if not imitate:
         return None
     return token_logprobs(
@@ -165,26 +169,23 @@ def settle_sharing(
 def _pays(
     model: ScalarModel, steps: Sequence[Sequence[Pair]], micro_tokens: int, here: World
 ) -> bool:
-    """Whether sharing saves enough padded tokens, on a processor.
-
-    Not where the model computes what texts begin with once by itself.
-    """
+    """Whether sharing saves enough padded tokens, on a processor."""
     if here.device.type != "cpu":
         return False
 
-    def batches(share: bool) -> list[tuple[int, int]]:
-        """Pairs, and the padded tokens of one."""
-        return [
-            (len(batch), max(width(pairs[index], share_prompts=share) for index in batch))
-            for pairs in steps
-            for batch in plan_pairs(pairs, micro_tokens, here, share_prompts=share)
-        ]
+    def computed(*, share: bool) -> int:
+        """Tokens; of texts that are read as their prefixes prompts count once, and no padding."""
+        total = 0
+        for pairs in steps:
+            for batch in plan_pairs(pairs, micro_tokens, here, share_prompts=share):
+                wide = max(width(pairs[index], share_prompts=share) for index in batch)
+                if not share and reads_prefixes(model.backbone, 2 * len(batch), wide // 2):
+                    total += sum(width(pairs[index], share_prompts=True) for index in batch)
+                else:
+                    total += len(batch) * wide
+        return total
 
-    apart = batches(share=False)
-    if all(reads_prefixes(model.backbone, 2 * count, wide // 2) for count, wide in apart):
-        return False
-    shared = sum(count * wide for count, wide in batches(share=True))
-    return shared <= (1 - WORTH_SHARING) * sum(count * wide for count, wide in apart)
+    return computed(share=True) <= (1 - WORTH_SHARING) * computed(share=False)
 
 
 @torch.no_grad()
