@@ -81,10 +81,13 @@ def states_of(
 ) -> Float[Tensor, "asked hidden"]:
     """`hidden_states` where they are asked for, row by row; what nobody reads is not computed.
 
-    Blocks that can (`ppomax.models.fused.Reading`) compute what several texts begin with once.
+    Blocks that can (`ppomax.models.reading`) compute what several texts begin with once.
 
     Args:
         lengths: of the texts; nothing behind them is asked for.
+
+    Raises:
+        ValueError: something is, or a length is longer than the rows.
     """
     backbone = backbone_of(model)
     trunk = getattr(backbone, "trunk", None)

@@ -178,7 +178,7 @@ inline bool may_use_tiles() {
 inline void settle() { asm volatile("" ::: "memory"); }
 
 // Sets up tiles 0 to 3 for sums, [above, below] x 2, 4 and 5 for x, 6 and 7 for weights; in the end
-// they are what they were, for oneDNN remembers how it left them.
+// they are what they were, for oneDNN may remember how it left them.
 struct Tiles {
   struct alignas(64) Setting {
     uint8_t palette = 1, start = 0, none[14] = {};
