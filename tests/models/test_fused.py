@@ -37,6 +37,7 @@ from ppomax.models.language import LanguageModel, values_of_replies
 from ppomax.models.lean import use_lean_blocks
 from ppomax.models.lora import LoraSettings, add_lora
 from ppomax.models.prefixes import Texts, prefixes_of
+from ppomax.models.rooms import Rooms
 
 pytestmark = pytest.mark.skipif(
     kernels_for(torch.float32) is None, reason="no compiled kernels: no C++ compiler"
@@ -372,14 +373,14 @@ def test_the_same_twice_is_the_same_to_the_bit(dtype):
 
 
 def test_sizes_dtypes_inference_and_threads_take_turns_in_the_rooms_of_scores(monkeypatch):
-    monkeypatch.setattr(fused, "ROOMS", fused._Rooms())
+    monkeypatch.setattr(fused, "ROOMS", Rooms())
     model, long, short = make("llama"), ids_of(4, 40), ids_of(2, 9)
     with torch.inference_mode():
         hidden_states(model, long)
     for ids in (short, long, short):
         for dtype in (torch.float32, torch.bfloat16):
             found, grads = result(model, ids, dtype)
-            monkeypatch.setattr(fused, "ROOMS", fused._Rooms())
+            monkeypatch.setattr(fused, "ROOMS", Rooms())
             alone, same = result(model, ids, dtype)
             assert torch.equal(found, alone)
             assert all(torch.equal(grads[key], same[key]) for key in grads)
@@ -548,6 +549,10 @@ def watch_norm(model):
     model.model.norm.register_forward_hook(lambda *_: None)
 
 
+def watch_backbone(model):
+    model.model.register_forward_hook(lambda *_: None)
+
+
 def watch_block(model):
     model.model.layers[0].register_forward_pre_hook(lambda *_: None)
 
@@ -574,7 +579,7 @@ def foreign(model):
 
 @pytest.mark.parametrize(
     "change",
-    [watch_attention, watch_norm, watch_block, replace_last, adapt, cut, foreign],
+    [watch_attention, watch_norm, watch_backbone, watch_block, replace_last, adapt, cut, foreign],
     ids=lambda change: change.__name__,
 )
 def test_where_a_block_cannot_read_prefixes_none_does(change, monkeypatch):

@@ -9,8 +9,6 @@ Where a caller says whose states it reads, blocks read a batch as its distinct p
 (`Reading`), and the last one goes on, after attention, with those alone that are asked for.
 """
 
-import math
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +25,7 @@ from ppomax.models.blocks import decoder_blocks
 from ppomax.models.kernels import HeadNorms, Kernels, Turns, kernels_for
 from ppomax.models.lean import GatedMLP, Norm, is_known
 from ppomax.models.prefixes import Reading, Texts
+from ppomax.models.rooms import ROOMS
 
 FAMILIES = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen3DecoderLayer")
 """Whose heads are rotated and mixed with nothing in between but, of Qwen 3, a norm of each."""
@@ -285,34 +284,6 @@ def _places(read: Tensor | None, layout: Layout) -> Tensor | None:
     """Where the rows that are read stand first."""
     places = layout.texts.places
     return places if read is None or places is None else places[read]
-
-
-class _Room:
-    """Memory for one tensor at a time, whose size changes from call to call."""
-
-    def __init__(self) -> None:
-        self.held = torch.empty(0)
-
-    def of(self, like: Tensor, *shape: int) -> Tensor:
-        """A tensor of this shape that the next one of this room overwrites."""
-        size = math.prod(shape)
-        if self.held.dtype != like.dtype or len(self.held) < size:
-            with torch.inference_mode(mode=False):  # training may be next to write to it
-                self.held = like.new_empty(size)
-        return self.held[:size].view(shape)
-
-
-class _Rooms(threading.local):
-    """For scores and their gradient, the largest tensors that a block makes and drops.
-
-    Among blocks of what is kept for backward, each would leave a hole of its size.
-    """
-
-    def __init__(self) -> None:
-        self.shares, self.gradient = _Room(), _Room()
-
-
-ROOMS = _Rooms()
 
 
 class _Block(torch.autograd.Function):

@@ -59,7 +59,7 @@ def reads_prefixes(
     raised = embedding.dtype == torch.float32 or torch.is_autocast_enabled("cpu")
     if embedding.device.type != "cpu" or not raised:
         return False
-    watched = (*blocks, backbone.norm)
+    watched = (*blocks, backbone.norm, backbone)
     if any(getattr(part, name) for part in watched for name in HOOKS):
         return False
     if "forward" in vars(blocks[-1]):
