@@ -268,10 +268,14 @@ class Caller:
             os._exit(0)
 
 
-def in_turn(running, rounds, warm=1, minutes=float("inf")):
+def in_turn(running, rounds, warm=1, minutes=float("inf"), beside=None):
     """Every worker once a round, the order turning round; answers by name, warm-up left out.
 
     Fewer rounds where one more as long as the last would pass `minutes`.
+
+    Args:
+        beside: what the machine gives, a number; asked before and after each answer, which it is
+            added to as `rate`, the mean of both.
     """
     answers = {name: [] for name in running}
     began = last = time.monotonic()
@@ -281,7 +285,10 @@ def in_turn(running, rounds, warm=1, minutes=float("inf")):
             break
         last = now
         for name in list(running)[:: 1 if number % 2 else -1]:
+            before = beside() if beside and number >= warm else None
             answer = running[name].go()
+            if before is not None:
+                answer["rate"] = (before + beside()) / 2
             if number >= warm:
                 answers[name].append(answer)
             kind = "warm-up" if number < warm else f"round {number - warm + 1} of {rounds}"

@@ -18,11 +18,13 @@ update away, and with TRL in float32.
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import venv
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
@@ -47,6 +49,7 @@ from ppomax.models.pull import cache_dir
 from ppomax.rollout.cache import opening_of
 
 TRL = "trl==1.12.*"
+PHASES = ("rollout", "score", "update")
 
 
 def trl_environment(given):
@@ -83,10 +86,16 @@ def report(answers, flops, rate):
         one = {"seconds": summary([row["seconds"] for row in rows]), "rows": rows}
         one["peak_gb"] = max(row["peak_gb"] for row in rows)
         one["roofline"] = {"whole": flops["whole"] / one["seconds"]["median"] / rate["best"]}
-        for phase in ("rollout", "score", "update"):
+        for phase in PHASES:
             if phase in rows[0]:
                 one[phase] = summary([row[phase] for row in rows])
                 one["roofline"][phase] = flops[phase] / one[phase]["median"] / rate["best"]
+        if all("rate" in row for row in rows):
+            one["beside"] = {
+                "rate": summary([row["rate"] for row in rows]),
+                "whole": _share(flops["whole"], rows, "seconds"),
+                **{key: _share(flops[key], rows, key) for key in PHASES if key in rows[0]},
+            }
         if name == "ppomax":  # what it computes, less than what it saves others to compute
             one["computed"] = {
                 phase: (flops[phase] - flops["kept"]) / seconds["median"] / rate["best"]
@@ -94,6 +103,11 @@ def report(answers, flops, rate):
             }
         found[name] = one
     return found
+
+
+def _share(flops, rows, key):
+    """In the median, of the rate that was measured beside each."""
+    return statistics.median(flops / row[key] / row["rate"] for row in rows)
 
 
 def table(found, rate):
@@ -110,6 +124,15 @@ def table(found, rate):
             f"{name}: {text(one['seconds'])}; of the matrix rate: {shares}; "
             f"peak {one['peak_gb']:.1f} GB"
         )
+        if "beside" in one:
+            shares = ", ".join(
+                f"{phase} {share:.0%}" for phase, share in one["beside"].items() if phase != "rate"
+            )
+            given = one["beside"]["rate"]
+            lines.append(
+                f"{name}: of the rate measured beside each iteration, {given['median'] / 1e9:.0f} "
+                f"GFLOP/s ({given['min'] / 1e9:.0f} to {given['max'] / 1e9:.0f}): {shares}"
+            )
     shares = ", ".join(
         f"{phase} {share:.0%}" for phase, share in found["ppomax"]["computed"].items()
     )
@@ -161,14 +184,19 @@ def main():
             if "bfloat16" in against:
                 commands["trl bf16 weights"] = [*trl, "bfloat16"]
         with workers(**commands) as running:
-            rate = matmul_rate(
-                given.dtype, shape.products(given.prompts * (given.prompt + given.new))
+            products = shape.products(given.prompts * (given.prompt + given.new))
+            rate = matmul_rate(given.dtype, products)
+            answers = in_turn(
+                running,
+                given.rounds,
+                warm=2,
+                minutes=given.minutes,
+                beside=lambda: matmul_rate(given.dtype, products)["best"],
             )
-            answers = in_turn(running, given.rounds, warm=2, minutes=given.minutes)
-            again = matmul_rate(given.dtype)
         opening = len(opening_of(json.loads(ids.read_text(encoding="utf-8"))))
         flops = iteration_flops(shape, given.prompts, given.prompt, given.new, opening=opening)
-        rate["best"] = max(rate["best"], again["best"])
+        for row in chain(*answers.values()):
+            rate["best"] = max(rate["best"], row["rate"])
         installed = {worker.name: worker.ready for worker in running.values()}
     before = read_result(name) if given.add else None
     for who, one in (before or {"found": {}})["found"].items():

@@ -250,6 +250,25 @@ def test_stacked_pairs_are_chosen_first_with_targets_on_them_alone(template):
     assert stack(pairs, 3, here, imitate=False).num_targets == 0
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_scores_and_log_probs_of_several_pairs_are_those_of_each_text_alone(share, template):
+    here = World(0, 1, torch.device("cpu"))
+    said = (("Why?", "Because it is.", "No."), ("And how?", "So.", "Never ever in my life."))
+    pairs = []
+    for asked, chosen, rejected in said:
+        row = PreferenceRow("a", (Message(role="user", content=asked),), chosen, rejected)
+        pairs.append(encode_pair(row, template, 200))
+    model = load_reward_model("tiny")
+    with torch.no_grad():
+        found = forward_pairs(model, pairs, 3, here, imitate=True, share_prompts=share)
+        scores, _, _ = scores_of(model, pairs)
+        logprobs = [-scores_of(model, [pair])[1] for pair in pairs]
+    counts = [pair.chosen.num_targets for pair in pairs]
+    torch.testing.assert_close(torch.stack(found[:2], 1), scores, rtol=1e-4, atol=1e-5)
+    by_pair = torch.stack([part.sum() for part in found.logprobs.split(counts)])
+    torch.testing.assert_close(by_pair, torch.stack(logprobs), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("micro", [1, 100, 150, 400])
 def test_a_micro_batch_holds_both_answers_within_its_tokens(micro, small, tmp_path, template):
     config = small("reward", tmp_path, {"micro_tokens": micro})
