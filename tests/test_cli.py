@@ -258,11 +258,21 @@ def test_a_computing_verb_starts_again_with_what_it_is_to_do_with_memory(monkeyp
     assert given.pop("glibc.malloc.hugetlb") == "1"
     assert given.pop("glibc.malloc.mmap_max") == "0"  # and what is freed is kept, all of it
     assert int(given.pop("glibc.malloc.trim_threshold")) >= 2**40
+    assert given.pop("glibc.malloc.arena_max") == "1"
     assert not given
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"
     assert os.environ["LRU_CACHE_CAPACITY"] == "7"
     cli._set_memory_up()
     assert len(started) == 1  # once
+
+
+def test_programs_can_set_what_the_commands_set_for_themselves():
+    env = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    argv = [sys.executable, "-m", "ppomax.process"]
+    told = subprocess.run(argv, env=env, check=True, capture_output=True, text=True).stdout
+    assert told.startswith("export GLIBC_TUNABLES=") == (sys.platform == "linux")
+    again = env | {"GLIBC_TUNABLES": ""}
+    assert subprocess.run(argv, env=again, check=True, capture_output=True, text=True).stdout == ""
 
 
 # --- the verbs, once each

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from ppomax.distributed import World
 from ppomax.metrics import MetricSums, as_row
+from ppomax.train.position import Position
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -87,3 +88,27 @@ def test_a_row_holds_stage_step_attempt_time_and_values():
     row = as_row("ppo", 3, 1, 12.34567, {"policy/loss": 0.25})
     assert row == {"stage": "ppo", "step": 3, "attempt": 1, "time": 12.346, "policy/loss": 0.25}
     assert list(row) == ["stage", "step", "attempt", "time", "policy/loss"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_on_another_number_of_ranks_all_know_the_same_keys_and_the_numbers_count_once(ranks):
+    parts = []
+    for rank in range(2):
+        sums = MetricSums()
+        sums.add("loss", 3.0 + rank, 2)
+        sums.maximum("ratio", 1.0 + rank)
+        parts.append(sums.state_dict())
+    state = {"stage": "ppo", "taken": 3, "kl": 0.1, "sums": parts, "seconds": {}}
+    found = [
+        Position.of(state, World(rank, ranks, torch.device("cpu"))).sums.state_dict()
+        for rank in range(ranks)
+    ]
+    for one in found:  # ranks that merge pass the same keys
+        assert {name: set(values) for name, values in one.items()} == {
+            "sums": {"loss"},
+            "weights": {"loss"},
+            "maxima": {"ratio"},
+        }
+    assert sum(one["sums"]["loss"] for one in found) == 7.0
+    assert sum(one["weights"]["loss"] for one in found) == 4
+    assert max(one["maxima"]["ratio"] for one in found) == 2.0

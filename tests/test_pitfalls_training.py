@@ -571,13 +571,6 @@ def test_13_slots_kind_and_checkpointing_reach_what_reads_them(small, tmp_path, 
             {"loss": {"entropy_coef": 0.1, "entropy_fraction": 2.0}},
             r"entropy_fraction: .* not below ln \|V\|",
         ),
-        (
-            {
-                "loss": {"penalty_coef": 1.0, "policy_clip": None, "penalty_target": 1.0},
-                "minibatch_size": 4,
-            },
-            "steers nothing with one optimizer step",
-        ),
         ({"loss": {"entropy_fraction": 0.5}}, "no effect without entropy_coef"),
         (
             {

@@ -328,6 +328,13 @@ def test_advice_says_whether_it_fits_and_what_would_help(small, tmp_path, monkey
     assert advice([], 1.0)[0].startswith("fits")
 
 
+def test_a_device_that_is_not_here_is_not_compared_with(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert available_memory_gb("cuda:0") is None
+    [line] = advice([planning.StagePlan("ppo", memory_gb=3.0)], None)
+    assert line.startswith("3.0 GB at most; the device asked for is not here")
+
+
 def test_this_machine_has_memory():
     assert 0.5 < available_memory_gb() < 10_000
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from ppomax import planning
+from ppomax import planning, preflight
 from ppomax.errors import CheckpointError, ConfigError, PpomaxError
 from ppomax.pipeline import run_recipe
 from ppomax.recipe import load_recipe
@@ -34,6 +34,26 @@ MISSING = {
         r"setting ppo\.reward\.callable: 'nope:f' cannot be imported",
     ),
     "prompts": ("ppo.max_prompt=3", r"ppo\.max_prompt: no prompt fits 3 tokens"),
+    "a judge's function": (
+        "eval.judges=['callable:nope:f']",
+        r"setting eval\.judges: 'nope:f' cannot be imported",
+    ),
+    "a judge's model": ("eval.judges=['reward:./nope']", r"\./nope"),
+    "people's votes": (
+        "eval.judges=['file:nope.jsonl']",
+        r"setting eval\.judges: file:nope\.jsonl: no such file",
+    ),
+    "questions": ("eval.capability={data: [nope.jsonl]}", r"nope\.jsonl: no such file"),
+    "what nothing makes": ("ppo=null", r"ppo/export"),
+}
+MISSING |= {
+    f"extra {extra}": (word, rf"setting {setting}: {package} is not installed; .*\[{extra}\]")
+    for word, setting, package, extra in (
+        ("ppo.log.to=[wandb]", r"ppo\.log\.to", "wandb", "wandb"),
+        ("ppo.engine={kind: vllm}", r"ppo\.engine\.kind", "vllm", "vllm"),
+        ("eval.data=hub:some/rows", r"eval\.data", "datasets", "hub"),
+        ("ppo.ptx.data=hub:some/rows", r"ppo\.ptx\.data", "datasets", "hub"),
+    )
 }
 
 
@@ -50,6 +70,8 @@ def test_what_a_later_stage_names_is_missed_in_the_plan(name, tiny, tmp_path, sm
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some").mkdir()
     word, text = MISSING[name]
+    if name.startswith("extra"):  # none of them is there
+        monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda _: None)
     more = ["ppo.critic=policy"] if name == "callable" else []
     with pytest.raises(PpomaxError, match=text):
         planning.plan(recipe_of(tmp_path / "run", smoke, *more, word))

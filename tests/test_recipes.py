@@ -114,3 +114,18 @@ def test_a_recipe_can_be_planned(path, tiny, monkeypatch):
 def test_a_recipe_says_which_file_it_is_when_wrong():
     with pytest.raises(ConfigError, match=r"^mine\.yaml: unknown setting sft\.epoch"):
         resolve({"model": "m", "sft": {"data": "d", "epoch": 1}}, "mine.yaml")
+
+
+def test_a_shared_key_that_every_stage_sets_itself_is_no_override(tmp_path):
+    with pytest.raises(ConfigError, match=r"'data=x.jsonl' has no effect: sft, reward, ppo, eval"):
+        load_recipe("smoke", ["data=x.jsonl"])
+    recipe = {"model": "tiny", "data": "a.jsonl", "sft": {"log": {"samples": 1}}, "reward": {}}
+    place = tmp_path / "r.yaml"
+    place.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    found = load_recipe(str(place), ["data=x.jsonl", "log.samples=3", "log.samples_every=2"])
+    assert found.sft.data[0].path == found.reward.data[0].path == "x.jsonl"
+    assert (found.sft.log.samples, found.reward.log.samples) == (1, 3)
+    assert found.sft.log.samples_every == 2
+    place.write_text(yaml.safe_dump(recipe | {"reward": None}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"give sft\.log\.samples="):
+        load_recipe(str(place), ["log.samples=3"])

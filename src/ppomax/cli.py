@@ -180,7 +180,9 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     stages = planning.plan(found)
     for stage in stages:
         typer.echo(visible(stage.text()))
-    for line in planning.advice(stages, planning.available_memory_gb()):
+    devices = {getattr(found, name).device for name in found.stages()}
+    device = next((name for name in sorted(devices) if name.startswith("cuda")), min(devices))
+    for line in planning.advice(stages, planning.available_memory_gb(device)):
         typer.echo(visible(line))
 
 

@@ -36,13 +36,23 @@ class MetricSums:
         for key, value in state["maxima"].items():
             self.maximum(key, value)
 
+    def add_keys(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Know what a `state_dict` knows without its numbers: ranks merge what all of them know."""
+        for key in state["sums"]:
+            self.add(key, 0.0, 0.0)
+        for key in state["maxima"]:
+            self.maximum(key, -math.inf)
+
     def reset(self, state: Mapping[str, Mapping[str, float]]) -> None:
         """Forget what was added since `state_dict` gave the state."""
         self._sums, self._weights = dict(state["sums"]), dict(state["weights"])
         self._maxima = dict(state["maxima"])
 
     def merged(self, world: World) -> dict[str, float]:
-        """Means and maxima over all ranks; keys with no weight are absent."""
+        """Means and maxima over all ranks, which know the same keys.
+
+        Those with no weight are absent.
+        """
         sums = all_sum(self._sums, world)
         weights = all_sum(self._weights, world)
         means = {key: sums[key] / weights[key] for key in sums if weights[key]}

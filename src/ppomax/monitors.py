@@ -268,7 +268,8 @@ DECLARED: tuple[Metric, ...] = (
     Metric(
         "value/explained_variance",
         "1",
-        "1 − Var(G − V)/Var(G), G the λ = 1 returns (no critic in them), before the update",
+        "1 − Var(G − V)/Var(G), G the λ = 1 returns (no critic in them: with "
+        "advantage.missing_eos: bootstrap those of finished replies), before the update",
         "below 0: the critic is worse than a constant",
         _CRITIC,
     ),

@@ -320,9 +320,15 @@ def _frozen(config: SFTConfig | RewardConfig | PPOConfig, shape: Size) -> float:
     return shape.embedding + (shape.parameters - shape.embedding) * share
 
 
-def advice(stages: list[StagePlan], available_gb: float) -> list[str]:
-    """What makes a plan fit that does not."""
+def advice(stages: list[StagePlan], available_gb: float | None) -> list[str]:
+    """What makes a plan fit that does not.
+
+    Args:
+        available_gb: of the device; None: it is not here.
+    """
     most = max((stage.memory_gb for stage in stages), default=0.0)
+    if available_gb is None:
+        return [f"{most:.1f} GB at most; the device asked for is not here to compare with"]
     if most <= available_gb:
         return [f"fits: {most:.1f} GB at most, {available_gb:.1f} GB here"]
     ranks = int(-(-most // available_gb))
@@ -335,9 +341,11 @@ def advice(stages: list[StagePlan], available_gb: float) -> list[str]:
     ]
 
 
-def available_memory_gb() -> float:
-    """Memory of the device the run would use."""
-    if torch.cuda.is_available():
+def available_memory_gb(device: str = "auto") -> float | None:
+    """Memory of the device the run would use; None where there is no such device."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        return None
+    if torch.cuda.is_available() and device != "cpu":
         return float(torch.cuda.get_device_properties(0).total_memory) / GB
     import os
 

@@ -3,13 +3,15 @@
 A file that is not there should not be found out once hours of training are behind it.
 """
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ppomax.data.raw import is_hub_id, iter_raw
 from ppomax.data.sources import SourceConfig
 from ppomax.errors import ConfigError, DataError
 from ppomax.eval.policy_config import EvalConfig
+from ppomax.eval.questions import load_questions
 from ppomax.models.load import check_reward_model, load_tokenizer
 from ppomax.recipe import Recipe
 from ppomax.train.ppo_config import PPOConfig
@@ -23,18 +25,55 @@ def check(recipe: Recipe, name: str) -> None:
         ConfigError, DataError, ModelError: as the stage would once it is reached.
     """
     config = getattr(recipe, name)
+    made = [recipe.out / stage for stage in recipe.stages()]  # what this run is to make
+
+    def is_made(model: str) -> bool:
+        return any(Path(model).is_relative_to(folder) for folder in made)
+
     if isinstance(config, PPOConfig):
         _check_ppo(config)
+    if isinstance(config, PPOConfig | EvalConfig) and config.engine.kind == "vllm":
+        _check_installed(f"{name}.engine.kind", "vllm", "vllm")
+    for tracker in getattr(getattr(config, "log", None), "to", ()):
+        _check_installed(f"{name}.log.to", tracker, tracker)
     found = _sources(config) if isinstance(config, PPOConfig | EvalConfig) else iter(())
     for setting, source in found:
-        if not source.path.startswith("bundled:") and not is_hub_id(source.path):
+        if is_hub_id(source.path):
+            _check_installed(setting, "datasets", "hub")
+        elif not source.path.startswith("bundled:"):
             _check_file(setting, source.path)
     for model in _models(config):
-        if not Path(model).is_relative_to(recipe.out):
+        if not is_made(model):
             load_tokenizer(model, trust_remote_code=config.trust_remote_code)
     for setting, model in _reward_models(config):
-        if not Path(model).is_relative_to(recipe.out):
+        if not is_made(model):
             check_reward_model(setting, model, trust_remote_code=config.trust_remote_code)
+    if isinstance(config, EvalConfig):
+        _check_eval(config, is_made)
+
+
+def _check_installed(setting: str, package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f'setting {setting}: {package} is not installed; pip install "ppomax[{extra}]"'
+        )
+
+
+def _check_eval(config: EvalConfig, is_made: Callable[[str], bool]) -> None:
+    """Judges and questions."""
+    for judge in config.judges:
+        setting = f"eval.judges: {judge.spec}"
+        if judge.kind == "callable":
+            load_callable(judge.target, "eval.judges")
+        elif judge.kind == "reward" and not is_made(judge.target):
+            check_reward_model(setting, judge.target, trust_remote_code=config.trust_remote_code)
+        elif judge.kind == "local" and not is_made(judge.target):
+            load_tokenizer(judge.target)
+        elif judge.kind == "file" and not Path(judge.target).is_file():
+            raise ConfigError(f"setting {setting}: no such file")
+    if config.capability is not None:
+        for path in (*config.capability.data, *config.capability.fewshot):
+            load_questions(path, path)
 
 
 def _check_ppo(config: PPOConfig) -> None:

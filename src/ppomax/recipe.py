@@ -77,7 +77,41 @@ def load_recipe(path: str, overrides: list[str]) -> Recipe:
     asked = apply_overrides({}, overrides).get("ppo")
     if isinstance(ppo, dict) and isinstance(asked, dict) and not has_critic(asked):
         data["ppo"] = without_critic(ppo)  # so that one override asks what a critic is worth
-    return resolve(apply_overrides(data, overrides), str(path))
+    data = apply_overrides(data, overrides)
+    _check_heeded(data, overrides)
+    return resolve(data, str(path))
+
+
+def _check_heeded(data: dict[str, Any], overrides: Sequence[str]) -> None:
+    """A shared key that is asked for must reach a stage.
+
+    Raises:
+        ConfigError: every stage sets its own.
+    """
+    for item in overrides:
+        key = item.partition("=")[0]
+        first, *_ = path = key.split(".")
+        if first not in SHARED + TRAINED:
+            continue
+        may = [name for name in STAGES if isinstance(data.get(name), dict)]
+        if first not in (*SHARED, "data", "heldout"):
+            may = [name for name in may if name != "eval"]
+        if may and all(_sets(data[name], path) for name in may):
+            raise ConfigError(
+                f"override {item!r} has no effect: {', '.join(may)} set their own; give "
+                + " ".join(f"{name}.{key}=…" for name in may)
+            )
+
+
+def _sets(section: object, path: Sequence[str]) -> bool:
+    """Whether a section has a value at the end of a path, or on the way."""
+    for name in path:
+        if not isinstance(section, dict):
+            return True
+        if name not in section:
+            return False
+        section = section[name]
+    return True
 
 
 def resolve(data: dict[str, Any], source: str) -> Recipe:
@@ -191,6 +225,14 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         return load_run(path.parent, overrides)
     recipe = parse(Recipe, apply_overrides(data, list(overrides)), str(place))
     if recipe.out.resolve() != path.resolve():
+        here = path.resolve()
+        depth = len(recipe.out.parts)
+        if not recipe.out.is_absolute() and here.parts[-depth:] == recipe.out.parts:
+            start = Path(*here.parts[:-depth])
+            raise ConfigError(
+                f"{path}: the run's paths are relative to where it was started; go on with "
+                f"`cd {start} && ppomax resume {recipe.out}`, or begin runs with an absolute out"
+            )
         raise ConfigError(
             f"{path}: the run was made in {recipe.out}; a run resumes where it was made: move it "
             f"back, or leave a link there (ln -s {path.resolve()} {recipe.out})"

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -89,6 +90,15 @@ def write_text(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def how_to_go_on(path: Path) -> str:
+    """With a stage's directory that stands in no recipe's run, or with any other."""
+    begun = path / CONFIG
+    alone = not (path.parent / CONFIG).exists() and begun.exists()
+    if alone and re.search(r"^model:", begun.read_text(encoding="utf-8"), re.MULTILINE):
+        return "the same call with resume=True"
+    return f"`ppomax resume {path}`"
+
+
 def create(path: Path, config: str) -> None:
     """Make a run directory and write its config.
 
@@ -97,7 +107,7 @@ def create(path: Path, config: str) -> None:
     """
     if (path / CONFIG).exists():
         raise ConfigError(
-            f"setting out: {path} already holds a run; continue it with `ppomax resume {path}` "
+            f"setting out: {path} already holds a run; continue it with {how_to_go_on(path)} "
             "or give another out=DIR"
         )
     try:

@@ -234,7 +234,7 @@ def test_a_key_that_no_header_holds_is_refused_by_its_variable_alone(server, ask
 
 def test_an_endpoint_that_is_down_is_a_clear_error_and_keeps_what_it_gave(server, ask, tmp_path):
     server.mood = lambda n: "ok" if n < 6 else 503
-    with pytest.raises(PpomaxError, match=r"after 2 tries, last: HTTP 503.*same command"):
+    with pytest.raises(PpomaxError, match=r"after 2 tries, last: HTTP 503.*the same `ppomax eval`"):
         ask(10, retries=1)
     kept = len(read_answers(tmp_path / "answers.jsonl").known)
     assert kept == 6

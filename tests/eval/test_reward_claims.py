@@ -88,6 +88,15 @@ def test_a_model_that_learned_the_truth_is_called_good():
     assert (fed["tone"], fed["warnings"]) == ("unclear", ["12 pairs were trained on"])
 
 
+def test_a_likelihood_per_token_is_of_the_tokens_of_the_model_that_gave_it():
+    gap, good, bad = preferences(0)
+    likelihoods = (-3.0 * good, -bad)
+    own = judged(gap, good, bad, likelihoods=likelihoods, likelihood_tokens=(good * 4, bad))
+    plain = judged(gap, good, bad, likelihoods=likelihoods)
+    told = [one["baselines"]["likelier per token wins"]["accuracy"] for one in (own, plain)]
+    assert told == [1.0, 0.0]  # -3/4 of a nat against -1, and -3
+
+
 @pytest.mark.slow
 def test_a_page_of_long_texts_needs_nothing_else_and_keeps_to_its_size(tmp_path):
     gap, good, bad = preferences(1, n=60)

@@ -6,11 +6,32 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from ppomax.models import fused
 from ppomax.models.heads import hidden_states
-from ppomax.models.lean import GatedMLP, Norm, is_lean, rms_norm, swiglu, use_lean_blocks
+from ppomax.models.lean import (
+    GatedMLP,
+    Norm,
+    is_lean,
+    rms_norm,
+    swiglu,
+    use_lean_blocks,
+    use_mixed_norms,
+)
 from ppomax.models.load import load_policy, load_value_model
 
 
@@ -180,3 +201,31 @@ def test_a_reward_model_has_them_and_what_is_not_known_keeps_its_own():
     model = Qwen3ForCausalLM(config)
     use_lean_blocks(model)
     assert len(found_in(model, Norm)) == 2  # those of queries and keys are no linear layer's
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+LAYER_NORMS = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2)),
+    "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, intermediate_size=48)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32)),
+    "phi": lambda: PhiForCausalLM(PhiConfig(**SMALL, intermediate_size=48)),
+}
+
+
+@pytest.mark.parametrize("family", LAYER_NORMS)
+def test_frozen_models_with_layer_norms_read_as_their_masters_do_under_autocast(family):
+    torch.manual_seed(0)
+    masters = LAYER_NORMS[family]().eval()
+    with torch.no_grad():
+        for parameter in masters.parameters():
+            parameter.copy_(parameter.bfloat16())
+    frozen = copy.deepcopy(masters).bfloat16()
+    ids = torch.randint(0, 64, (2, 9))
+    found = []
+    for model in (masters, frozen):
+        use_mixed_norms(model)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            found.append(hidden_states(model, ids).float())
+    torch.testing.assert_close(*found, rtol=0.02, atol=0.02)
+    with torch.no_grad():
+        frozen(input_ids=ids)  # and as an engine reads it, all in bf16

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -320,3 +322,28 @@ def test_adapters_above_leave_the_trunk_alone():
     (trunk,) = share_trunks((policy, critic), FROZEN)
     assert all(map(torch.equal, plain, [read(model) for model in (policy, critic)]))
     assert len(trunk) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_a_model_that_drops_its_trunk_lets_its_file_go(tmp_path):
+    for name in ("owner", "joins"):
+        llama().save_pretrained(tmp_path / name)
+
+    def load(name):
+        model = type(llama()).from_pretrained(tmp_path / name, attn_implementation="sdpa")
+        model = LanguageModel(model)
+        freeze_layers(model, FROZEN)
+        return model
+
+    def mapped(name):
+        return str(tmp_path / name) in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+    owner, joins = load("owner"), load("joins")
+    if not mapped("joins"):
+        pytest.skip("this version of transformers maps no files")
+    before = read(joins).detach()  # its graph holds weights
+    [_] = share_trunks([owner, joins], FROZEN)
+    gc.collect()
+    assert mapped("owner")
+    assert not mapped("joins")
+    assert torch.equal(read(joins), before)

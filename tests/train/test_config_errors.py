@@ -1,5 +1,6 @@
 """What users get wrong, through the command line: exit code 2, one line that names it."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -268,6 +269,11 @@ def test_resuming_what_is_not_there_is_one_line(ppomax):
 @pytest.mark.slow
 def test_a_run_moved_elsewhere_says_from_where_to_resume(ppomax):
     assert ppomax("sft", SMOKE, "out=run", "sft.max_steps=1", "sft.batch_tokens=200")[0] == 0
+    Path("other").mkdir()
+    with contextlib.chdir("other"):
+        code, _, err = ppomax("resume", "../run")
+    assert code == 2
+    assert f"go on with `cd {Path.cwd()} && ppomax resume run`" in err
     Path("run").rename("moved")
     code, _, err = ppomax("resume", "moved")
     assert code == 2

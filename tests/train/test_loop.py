@@ -249,7 +249,7 @@ def test_a_signal_after_the_last_step_ends_the_stage_done_and_what_follows_is_le
     run = opened(tmp_path)
     with run.stopper.noting():
         os.kill(os.getpid(), signal.SIGUSR1)
-    with pytest.raises(Interrupted, match="ppomax resume"):
+    with pytest.raises(Interrupted, match="the same call with resume=True"):
         run.finish()
     assert loop.is_done(run.path)
 

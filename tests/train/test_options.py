@@ -19,15 +19,16 @@ from ppomax.models.names import resolve
 from ppomax.normalise import RunningMoments
 from ppomax.recipe import load_recipe
 from ppomax.rollout.engine import Rollout
-from ppomax.train import buffer
+from ppomax.train import buffer, observe, ppo
 from ppomax.train.actors import load_actors
 from ppomax.train.estimates import critic_free, estimate
 from ppomax.train.experience_batch import exact_kl, plan_updates, score
 from ppomax.train.loop import StageRun
+from ppomax.train.observe import critic_metrics
 from ppomax.train.ppo import train_ppo
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.ppo_settings import AdvantageSettings, LossSettings
-from ppomax.train.update import Updating, update_policy
+from ppomax.train.update import Updating, kl_of_update, update_critic, update_policy
 
 HERE = World(0, 1, torch.device("cpu"))
 PROMPTS = [[5, 9, 30], [11, 40, 41, 42, 43, 44], [70], [80, 81, 300, 301]]
@@ -186,10 +187,55 @@ def test_the_penalty_s_coefficient_follows_its_target_and_is_saved(small, tmp_pa
     assert state["penalty"] == {"coef": 0.25}
 
 
+@pytest.mark.parametrize("micro_tokens", [1, 10_000])
+def test_the_penalty_is_steered_by_the_kl_after_the_last_step(micro_tokens, small, tmp_path):
+    change = {"optim": {"lr": 1e-2, "warmup": 0}, "micro_tokens": micro_tokens}
+    change |= {"loss": {"policy_clip": None, "penalty_coef": 1.0, "penalty_target": 0.01}}
+    now, experience, minibatch = made(small, tmp_path / "run", change)
+    assert kl_of_update(now, experience, minibatch) == pytest.approx(0, abs=1e-7)
+    before = update_policy(now, experience, minibatch, [], first=True)
+    assert before == pytest.approx(0, abs=1e-7)  # that of the step's own forward
+    total = 0.0
+    with torch.no_grad():
+        for row, reply in enumerate(REPLIES):
+            logprobs = logits_of(now.actors.policy.model.lm, row).log_softmax(-1)
+            own = logprobs[range(len(reply)), reply]
+            moved = own - experience.scored.logprobs[row, : len(reply)]
+            total += float((moved.exp() - 1 - moved).sum())
+    assert total / COUNT > 1e-3
+    assert kl_of_update(now, experience, minibatch) == pytest.approx(total / COUNT, rel=1e-3)
+
+
+def test_a_minibatch_with_nothing_to_learn_from_moves_nothing(small, tmp_path):
+    change = {"optim": {"lr": 1e-2, "warmup": 0}, "critic_optim": {"lr": 1e-2, "warmup": 0}}
+    now, experience, minibatch = made(small, tmp_path / "run", change)
+    update_policy(now, experience, minibatch, [], first=True)  # there are moments now
+    update_critic(now, experience, minibatch, clip=0.2)
+    parts = (now.actors.policy, now.actors.critic)
+    before = [[p.detach().clone() for p in part.model.parameters()] for part in parts]
+    sums = now.sums.state_dict()
+    nothing = dataclasses.replace(experience, mask=torch.zeros_like(experience.mask))
+    assert update_policy(now, nothing, minibatch, [], first=False) is None
+    update_critic(now, nothing, minibatch, clip=0.2)
+    for part, weights in zip(parts, before, strict=True):
+        assert part.step_count == 1
+        assert all(map(torch.equal, part.model.parameters(), weights))
+    assert now.sums.state_dict() == sums
+
+
 @pytest.mark.slow
-def test_an_update_that_target_kl_ends_moves_the_penalty_too(small, tmp_path):
+def test_an_update_that_target_kl_ends_moves_the_penalty_too(small, tmp_path, monkeypatch):
+    read = []
+
+    def timing(seconds, experience, trained, here):
+        lengths = experience.rollout.lengths
+        read.append(trained / sum(lengths))
+        return observe.timing(seconds, experience, trained, here)
+
+    monkeypatch.setattr(ppo, "timing", timing)
     loss = {"policy_clip": None, "penalty_coef": 1.0, "penalty_target": 1e-9, "target_kl": 1e-12}
-    run = train_ppo(small("ppo", tmp_path / "run", {"loss": loss}))
+    run = train_ppo(small("ppo", tmp_path / "run", {"loss": loss, "epochs": 4}))
+    assert all(passes < 2 for passes in read)  # of four
     assert [row["policy/penalty_coef"] for row in rows(run)] == [1.0, 2.0]
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert len([row for row in events if row["kind"] == "target_kl"]) == 2
@@ -328,6 +374,19 @@ def test_a_cut_reply_can_go_on_in_the_critic_s_value(small, tmp_path):
         for t in range(len(reply)):
             expected = sum((0.9 * 0.7) ** (k - t) * errors[k] for k in range(t, len(reply)))
             assert float(found.advantages[row, t]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_critic_is_judged_by_replies_that_its_value_does_not_end(small, tmp_path):
+    found, _ = gappy(small, tmp_path, "bootstrap")
+    rows = [0, 2]  # finished
+    values, returns = (
+        torch.cat([table[row, : len(REPLIES[row])] for row in rows]).double()
+        for table in (found.scored.values, found.monte_carlo)
+    )
+    expected = 1 - float((returns - values).var() / returns.var())
+    explained = critic_metrics(found, guessed=True)["value/explained_variance"]
+    assert explained == pytest.approx(expected, rel=1e-4)
+    assert critic_metrics(found, guessed=False)["value/explained_variance"] != explained
 
 
 def test_a_cut_reply_can_be_dropped_from_what_is_learned_but_not_from_what_is_seen(small, tmp_path):

@@ -152,7 +152,7 @@ def test_a_stage_stopped_inside_a_step_or_evaluation_goes_on_to_the_same_end(
 
 def test_a_signal_while_a_model_loads_ends_the_stage_at_once(small, tmp_path):
     run = opened("sft", small("sft", tmp_path / "run"), resume=False)
-    with pytest.raises(Interrupted, match="ppomax resume"), run:
+    with pytest.raises(Interrupted, match="the same call with resume=True"), run:
         signalled_asleep()
 
 

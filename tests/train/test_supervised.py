@@ -80,6 +80,18 @@ def test_a_stage_out_of_patience_exports_its_best_and_keeps_its_last(kind, small
     assert [path.name for path in (patient / "best").iterdir()] == ["step-000005"]
 
 
+def test_a_stage_that_resumes_behind_its_last_step_writes_the_same_card(small, tmp_path, losses):
+    losses([3.0, 2.0, 2.5])
+    change = STEPS | {"max_steps": 3, "early_stop": {"export": "last"}}
+    run = train_reward(small("reward", tmp_path / "run", change))
+    card = (run / "export" / "README.md").read_text(encoding="utf-8")
+    assert "held-out loss 2.5" in card
+    (run / "done.json").unlink()
+    shutil.rmtree(run / "export")
+    again = train_reward(small("reward", tmp_path / "run", change), resume=True)
+    assert (again / "export" / "README.md").read_text(encoding="utf-8") == card
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [3, 4, 5])
 def test_a_resumed_stage_stops_and_exports_as_if_never_interrupted(kill, small, tmp_path, losses):

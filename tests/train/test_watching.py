@@ -380,13 +380,18 @@ def test_the_same_policy_ties_with_itself_on_tracked_prompts(small, tmp_path):
 
 def test_a_score_that_is_missing_counts_in_no_comparison():
     nan = float("nan")
-    found = against([1.0, nan, 3.0, 2.0], [0.0, 0.0, nan, 2.0])
+    found = against([1.0, nan, 3.0, 2.0], [0.0, 0.0, nan, 2.0], [False] * 4)
     assert found == {
         "heldout/second_mean": 2.0,
         "heldout/win": 0.5,
         "heldout/tie": 0.5,
         "heldout/lose": 0.0,
     }
+
+
+def test_a_reply_that_is_the_sft_models_own_ties_whatever_its_score_was_rounded_to():
+    found = against([1.0, 2.0], [1.0 - 1e-7, 2.0 - 1e-7], [True, False])
+    assert (found["heldout/tie"], found["heldout/win"]) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from ppomax.data.formats import (
     place,
 )
 from ppomax.data.layouts import DIALOGUE, PREFERENCE, PROMPT, TEXT
-from ppomax.data.raw import is_hub_id
+from ppomax.data.raw import count_kinds, is_hub_id
 from ppomax.data.splits import (
     Overlap,
     Split,
@@ -295,7 +295,7 @@ def _check_loaded(
         raise DataError(
             f"{len(bad)} of {total} rows ({len(bad) / total:.1%}) cannot be used as {wanted} rows, "
             f"more than max_bad_rows = {max_bad_rows:.1%}: {shown}"
-            + (f"; and {len(bad) - 3} more (ppomax data check lists them)" if len(bad) > 3 else "")
+            + (f"; and {len(bad) - 3} more, in all {count_kinds(bad)}" if len(bad) > 3 else "")
         )
     for index in sorted(set(range(len(sources))) - set(loaded.source_of)):
         source = sources[index]

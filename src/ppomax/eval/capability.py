@@ -3,7 +3,8 @@
 Three readings of a multiple choice: `letter` (choices shown, the likeliest letter), `text` (choices
 not shown, the likeliest text per UTF-8 byte, so that a long choice is at no disadvantage) and
 `text_sum` (not divided). The prompt is plain text without chat template, as in the EleutherAI
-harness, whose `acc_norm` is `text`.
+harness; its `acc` is `text_sum`, its `acc_norm` divides by characters and not the space before
+them, and so differs from `text` on a few questions in a hundred.
 """
 
 import hashlib

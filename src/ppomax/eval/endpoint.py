@@ -243,7 +243,8 @@ async def _ask_patiently(
     raise PpomaxError(
         f"judge {place.name}: no usable answer on prompt {ask.pair.prompt_id} after "
         f"{place.retries + 1} tries, last: {problem}; "
-        "the answers so far are kept: the same command goes on from there"
+        "the answers so far are kept: the same `ppomax eval`, or `ppomax resume` of the run that "
+        "was to be judged, goes on from there"
     )
 
 

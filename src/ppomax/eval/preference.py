@@ -41,6 +41,7 @@ def evaluate_pairs(
     chosen: Sequence[str],
     rejected: Sequence[str],
     likelihoods: tuple[ArrayLike, ArrayLike] | None = None,
+    likelihood_tokens: tuple[ArrayLike, ArrayLike] | None = None,
     columns: Sequence[str] = SUBSET_COLUMNS,
     seed: int = 0,
     bins: int = 10,
@@ -54,6 +55,7 @@ def evaluate_pairs(
         meta: rows' other columns; accuracy is given by each of `columns`.
         likelihoods: log-probs of chosen and rejected answers under a language model, for two more
             baselines.
+        likelihood_tokens: the answers' tokens in that model's own; default the lengths.
 
     Returns:
         `kind` ("preference"), `num_pairs`, `accuracy`, `subsets`, `baselines`, `differences` (the
@@ -72,7 +74,7 @@ def evaluate_pairs(
     if len(sizes) != 1 or not ids:
         raise ValueError(f"evaluate_pairs: columns of {sorted(sizes)} rows")
     difference = good - bad
-    baselines = _baselines(good_length, bad_length, likelihoods)
+    baselines = _baselines(good_length, bad_length, likelihoods, likelihood_tokens)
     groups = _groups(meta, columns)
     prompted = clusters_of(prompts)
     return {
@@ -255,14 +257,20 @@ class Group(NamedTuple):
 
 
 def _baselines(
-    good_length: Floats, bad_length: Floats, likelihoods: tuple[ArrayLike, ArrayLike] | None
+    good_length: Floats,
+    bad_length: Floats,
+    likelihoods: tuple[ArrayLike, ArrayLike] | None,
+    tokens: tuple[ArrayLike, ArrayLike] | None,
 ) -> dict[str, Floats]:
     """Rules that no preference was needed for; positive where the preferred answer would win."""
     found = {"longer wins": good_length - bad_length, "shorter wins": bad_length - good_length}
     if likelihoods is not None:
         good, bad = (np.asarray(side, dtype=np.float64) for side in likelihoods)
         found["likelier wins"] = good - bad
-        found["likelier per token wins"] = good / good_length - bad / bad_length
+        good_tokens, bad_tokens = (
+            np.asarray(side, dtype=np.float64) for side in tokens or (good_length, bad_length)
+        )
+        found["likelier per token wins"] = good / good_tokens - bad / bad_tokens
     return found
 
 

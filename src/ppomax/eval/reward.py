@@ -27,6 +27,7 @@ from ppomax.eval.scorers import (
     Judge,
     JudgedPairs,
     JudgingSettings,
+    LogLikelihoods,
     encode_for_all,
     judge_pairs,
     load_judge,
@@ -34,7 +35,6 @@ from ppomax.eval.scorers import (
     score_candidates,
     within_positions,
 )
-from ppomax.eval.statistics import Floats
 from ppomax.train.pairs import Pair
 from ppomax.types import PreferenceRow
 
@@ -156,7 +156,7 @@ def _check_columns(by: Sequence[str], rows: Sequence[PreferenceRow]) -> None:
 class Likelihoods(NamedTuple):
     """Log-probs of both answers of every pair under a language model, or why there are none."""
 
-    sides: tuple[Floats, Floats] | None
+    sides: LogLikelihoods | None
     model: str | None = None
     note: str | None = None
 
@@ -175,7 +175,8 @@ def _result(
         prompts=[list(row.prompt) for row in rows],
         chosen=[row.chosen for row in rows],
         rejected=[row.rejected for row in rows],
-        likelihoods=likelihoods.sides,
+        likelihoods=likelihoods.sides and likelihoods.sides[:2],
+        likelihood_tokens=likelihoods.sides and likelihoods.sides[2:],
         columns=columns,
     )
     return found | scores.extra

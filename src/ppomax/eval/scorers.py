@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -171,9 +171,18 @@ def encode_for_all(
     return found
 
 
+class LogLikelihoods(NamedTuple):
+    """Of both answers of every pair under a language model, and their tokens in its tokenizer."""
+
+    chosen: Floats
+    rejected: Floats
+    chosen_tokens: Floats
+    rejected_tokens: Floats
+
+
 def log_likelihoods(
     name: str, rows: list[PreferenceRow], settings: JudgingSettings, here: World
-) -> tuple[Floats, Floats]:
+) -> LogLikelihoods:
     """Log-prob of the preferred and of the other answer under a language model, end included.
 
     Older turns are dropped until a dialogue fits `max_length`, or twice that where its tokenizer
@@ -202,7 +211,8 @@ def log_likelihoods(
     pad = int(template.tokenizer.pad_token_id)
     texts = [(side.ids, side.mask) for side in sides]
     found = summed_logprobs(model, texts, pad, settings, here).cpu().numpy()
-    return found[: len(pairs)], found[len(pairs) :]
+    tokens = np.array([side.num_targets for side in sides], dtype=np.float64)
+    return LogLikelihoods(*np.split(found, 2), *np.split(tokens, 2))
 
 
 def score_candidates(

@@ -58,6 +58,28 @@ class GatedMLP(nn.Module):
         return result
 
 
+class MixedLayerNorm(nn.LayerNorm):
+    """Computes in fp32 where weights and stream differ in dtype, which PyTorch refuses on a CPU.
+
+    Frozen models have bf16 weights, and under autocast an fp32 stream.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] to the same, in the stream's dtype."""
+        if self.weight is None or self.weight.dtype == x.dtype:
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.float()
+        normed = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), bias, self.eps)
+        return normed.to(x.dtype)
+
+
+def use_mixed_norms(model: PreTrainedModel) -> None:
+    """Let LayerNorms read a stream of any dtype."""
+    for module in model.modules():
+        if type(module) is nn.LayerNorm:
+            module.__class__ = MixedLayerNorm
+
+
 def use_lean_blocks(model: PreTrainedModel) -> None:
     """Put both into every block of `transformers`' own whose norms and MLP are known ones."""
     silu = getattr(model.config.get_text_config(), "hidden_act", None) == "silu"

@@ -33,7 +33,7 @@ from ppomax.models.export import generation_config
 from ppomax.models.folders import quiet
 from ppomax.models.fused import use_fused_blocks
 from ppomax.models.heads import LM_HEAD_FILE, ScalarModel, hidden_states, output_weight, set_pad
-from ppomax.models.lean import use_lean_blocks
+from ppomax.models.lean import use_lean_blocks, use_mixed_norms
 from ppomax.models.names import SHORT_NAMES, resolve
 
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
@@ -326,6 +326,7 @@ def _load_model(
             module.p = 0.0
     if attn_implementation is None:
         use_grouped_attention(model)
+    use_mixed_norms(model)
     use_lean_blocks(model)
     use_fused_blocks(model)
     result: PreTrainedModel = model.eval()

@@ -57,6 +57,7 @@ class Trunk:
             for module in model.modules():  # a tied output head is the embedding
                 if module._parameters.get("weight") is weight:
                     module.weight = other.weight
+        _leave_file(model, {id(parameter) for parameter in self.owner.parameters()})
         self._install(self.owner)
         self._install(model)
         return True
@@ -120,6 +121,17 @@ class Trunk:
             return output
 
         return run
+
+
+def _leave_file(model: Model, shared: set[int]) -> None:
+    """Copy what a model keeps for itself, on a processor.
+
+    It may lie in a file that is mapped into memory, which as a whole, with the blocks that were
+    dropped, stays there as long as one weight does.
+    """
+    for parameter in model.parameters():
+        if id(parameter) not in shared and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def _constant(output: Any) -> Any:  # noqa: ANN401 - as the block gives it

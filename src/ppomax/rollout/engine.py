@@ -137,9 +137,13 @@ def check_prompts(prompts: list[list[int]], max_positions: float) -> None:
     Raises:
         ModelError: one does not.
     """
-    longest = max(map(len, prompts), default=0)
+    lengths = list(map(len, prompts))
+    longest = max(lengths, default=0)
     if longest >= max_positions:
+        more = sum(length >= max_positions for length in lengths) - 1
         raise ModelError(
-            f"a prompt has {longest} tokens, the model {max_positions} positions for prompt and "
-            "reply; give shorter prompts"
+            f"prompt {lengths.index(longest) + 1} of {len(prompts)} has {longest} tokens, the "
+            f"model {max_positions} positions for prompt and reply"
+            + (f" ({more} more do not fit either)" if more else "")
+            + "; give shorter prompts"
         )

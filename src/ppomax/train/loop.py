@@ -153,7 +153,7 @@ class StageRun:
             "attempt": self.attempt,
             "environment": environment(self.config, self.world),
             "progress": dict(progress),
-            "skipped_in_a_row": self.skipped_in_a_row,
+            "skipped_in_a_row": dict(self.skipped_in_a_row),  # written while training goes on
             **{key: value for part in parts for key, value in part.state().items()},
         }
         if self.world.is_main:
@@ -286,7 +286,7 @@ class StageRun:
             place = self.keep_batch(name, step, contents() if contents else batch)
             raise TrainingError(
                 f"{self.path}: three optimizer steps of the {name} in a row were not finite "
-                f"({reason}); the last checkpoint is good. Lower the learning rate or "
+                f"({reason}); what checkpoints there are, are good. Lower the learning rate or "
                 f"look at the batch in {place}"
             )
 
@@ -370,9 +370,8 @@ class StageRun:
         """The exception to raise once the state is saved."""
         if self._writer is not None:
             self._writer.wait()
-        return Interrupted(
-            f"stopped at a signal, state saved; go on with `ppomax resume {self.path}`"
-        )
+        how = rundir.how_to_go_on(self.path)
+        return Interrupted(f"stopped at a signal, state saved; go on with {how}")
 
     def finish(self) -> Path:
         """Mark the stage done.
@@ -444,5 +443,5 @@ def check_positions(config: StageSettings, positions: int | None) -> None:
     if positions is not None and config.max_length > positions:
         raise ConfigError(
             f"setting max_length: {config.max_length} is more than the {positions} positions of "
-            f"{config.model}"
+            f"{config.model}; set it to {positions} or less"
         )

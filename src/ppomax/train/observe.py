@@ -35,7 +35,8 @@ def observe(experience: Experience, config: PPOConfig) -> dict[str, float]:
         "advantage/mean": moments.mean,
         "advantage/std": unbiased_std(moments),
     }
-    values |= critic_metrics(experience) | reference_metrics(scored)
+    guessed = config.advantage.missing_eos == "bootstrap"  # what a cut reply would have earned
+    values |= critic_metrics(experience, guessed=guessed) | reference_metrics(scored)
     if scored.spread is not None:
         values["reward/ensemble_std"] = float(scored.spread[alive].mean())
     if config.kl is not None:
@@ -47,14 +48,21 @@ def observe(experience: Experience, config: PPOConfig) -> dict[str, float]:
     return values
 
 
-def critic_metrics(experience: Experience) -> dict[str, float]:
-    """Values and returns, nothing without a critic."""
+def critic_metrics(experience: Experience, *, guessed: bool) -> dict[str, float]:
+    """Values and returns, nothing without a critic.
+
+    Args:
+        guessed: returns of cut replies end in the critic's value, which cannot judge the critic.
+    """
     values, mask = experience.scored.values, experience.mask
     if values is None or experience.returns is None or experience.monte_carlo is None:
         return {}
+    finished = torch.tensor(experience.rollout.finished, device=mask.device)[:, None]
+    known = mask & finished if guessed else mask
+    explained = explained_variance(values, experience.monte_carlo, known)
     return {
         "value/mean": float(masked_mean(values, mask)),
-        "value/explained_variance": float(explained_variance(values, experience.monte_carlo, mask)),
+        "value/explained_variance": float(explained),
         "return/mean": float(masked_mean(experience.returns, mask)),
     }
 
@@ -120,19 +128,18 @@ def engine_gap(rollout: Rollout, scored: Scored) -> dict[str, float]:
 
 
 def timing(
-    seconds: Mapping[str, float], experience: Experience, passes: int, here: World
+    seconds: Mapping[str, float], experience: Experience, trained: int, here: World
 ) -> dict[str, float]:
     """Seconds by phase, tokens per second, memory.
 
     Args:
-        passes: how often the update went over a rollout.
+        trained: tokens that the update read, prompts included.
     """
     new = sum(map(len, experience.rollout.responses))
-    trained = new + sum(map(len, experience.rollout.prompts))
     return {
         **{f"time/{phase}": value for phase, value in seconds.items()},
         "throughput/rollout_tokens_per_s": new / max(seconds["rollout"], 1e-9),
-        "throughput/train_tokens_per_s": trained * passes / max(seconds["update"], 1e-9),
+        "throughput/train_tokens_per_s": trained / max(seconds["update"], 1e-9),
         "memory/peak_gb": peak_memory_gb(here),
     }
 

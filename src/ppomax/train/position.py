@@ -20,7 +20,9 @@ class Position:
     taken: int = 0
     """Optimizer steps taken, policy's and critic's counted alike."""
     kl: float = 0.0
-    """To the sampling policy, after the policy's last step."""
+    """To the sampling policy, as the forward of the policy's last step found it."""
+    tokens: int = 0
+    """Trained on by this process: prompts and responses, each as often as it was read."""
     sums: MetricSums = field(default_factory=MetricSums)
     seconds: dict[str, float] = field(default_factory=dict)
     """Of the phases before the update."""
@@ -40,7 +42,10 @@ class Position:
         """What `state` described; on another number of ranks the first takes all sums."""
         sums = MetricSums()
         parts = state["sums"]
-        mine = [parts[here.rank]] if len(parts) == here.size else parts if here.is_main else []
-        for part in mine:
-            sums.add_state(part)
-        return cls(state["stage"], state["taken"], state["kl"], sums, state["seconds"])
+        as_before = len(parts) == here.size
+        for rank, part in enumerate(parts):
+            if rank == here.rank if as_before else here.is_main:
+                sums.add_state(part)
+            else:
+                sums.add_keys(part)
+        return cls(state["stage"], state["taken"], state["kl"], 0, sums, state["seconds"])

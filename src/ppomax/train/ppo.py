@@ -19,11 +19,11 @@ from ppomax.train.position import Position
 from ppomax.train.ppo_config import PPOConfig
 from ppomax.train.ppo_export import export
 from ppomax.train.ppo_state import Iteration, PPOState
-from ppomax.train.ppo_step import take_step, texts_beside, updating
+from ppomax.train.ppo_step import cut, take_step, texts_beside, updating
 from ppomax.train.prompts import Prompt, reply_seeds
 from ppomax.train.recovery import begin_watch, go_on, judge, learn_normal, track
 from ppomax.train.stopping import StopAsked
-from ppomax.train.update import update_critic, update_policy
+from ppomax.train.update import kl_of_update, update_critic, update_policy
 
 CHECKED_EVERY = 10
 """Iterations, the first among them, whose first forward is computed twice, for scoring and for the
@@ -50,7 +50,7 @@ def train(ppo: PPOState) -> None:
         ppo.buffer = [now.experience, *ppo.buffer][: ppo.config.buffer_iterations]
         with ppo.clock("update"):
             update(ppo, now)
-        values = measure(ppo, now, ppo.config.epochs * len(ppo.buffer), unchanged=now.step == 1)
+        values = measure(ppo, now, unchanged=now.step == 1)
         ppo.kl.update(_kl_in_unit(values, ppo.config), ppo.config.replies)
         ppo.iteration, ppo.at, ppo.current = now.step, None, None
         ppo.score_mean = values["reward/score_mean"]
@@ -68,7 +68,7 @@ def pretrain_critic(ppo: PPOState) -> None:
         now = begin(ppo, "critic", ppo.critic_rollouts + 1)
         with ppo.clock("update"):
             fit_critic(ppo, now, settings.epochs)
-        values = measure(ppo, now, settings.epochs, unchanged=True)
+        values = measure(ppo, now, unchanged=True)
         found, wanted = values["value/explained_variance"], settings.explained_variance
         enough = wanted is not None and found >= wanted
         ppo.critic_rollouts, ppo.at, ppo.current = now.step, None, None
@@ -123,7 +123,7 @@ def collect(ppo: PPOState, stage: str, step: int) -> tuple[list[Prompt], Experie
     if not scored.mask.any():
         texts = [ppo.actors.template.decode(ids) for ids in rollout.responses]
         place = ppo.run.keep_batch(stage, step, texts)
-        why = next(iter(defects.values()), "the reward gave no score")
+        why = next(iter(defects.values()), "the reward gave None or nan")
         raise TrainingError(
             f"{ppo.run.path}: all {len(prompts)} replies of {stage} rollout {step} are set "
             f"aside ({why}); nothing is left to learn from. They are in {place}"
@@ -182,14 +182,22 @@ def update(ppo: PPOState, now: Iteration) -> None:
     _policy_steps(ppo, now)
     if ppo.penalty is not None:
         now.at.sums.add("policy/penalty_coef", ppo.penalty.coef, 1.0)
-        ppo.penalty.update(now.at.kl)
+        if ppo.penalty.target is not None:
+            ppo.penalty.update(ppo.fitted(now.step, partial(_kl_of_update, ppo, now)))
+
+
+def _kl_of_update(ppo: PPOState, now: Iteration) -> float:
+    """How far the newest rollout's policy has been left, over all its replies."""
+    every = [micro for minibatch in now.plan for micro in minibatch]
+    context = updating(ppo, now.at, now.step)
+    return kl_of_update(context, now.experience, cut(ppo, now.experience, every))
 
 
 def _policy_steps(ppo: PPOState, now: Iteration) -> None:
     """Optimizer steps, less those taken before, until the plan or `target_kl` ends them.
 
     The KL of replies from earlier iterations is to the policy that wrote them, and begins
-    above 0: `target_kl` and the penalty's target are held against the newest rollout alone.
+    above 0: `target_kl` is held against the newest rollout alone.
     """
     config, at, plan, number = ppo.config, now.at, now.plan, 0
     context = updating(ppo, at, now.step)
@@ -236,18 +244,17 @@ def fit_critic(ppo: PPOState, now: Iteration, epochs: int) -> None:
 # --- observe ----------------------------------------------------------------------------------
 
 
-def measure(ppo: PPOState, now: Iteration, passes: int, *, unchanged: bool) -> dict[str, float]:
+def measure(ppo: PPOState, now: Iteration, *, unchanged: bool) -> dict[str, float]:
     """The iteration's row of metrics (collective).
 
     Args:
-        passes: how often the update went over a rollout.
         unchanged: the replies are still those of the policy the run started from.
     """
     values = observe(now.experience, ppo.config) | now.at.sums.merged(ppo.here)
     values |= ppo.shape.measure(now.experience, values, unchanged=unchanged)
     if now.at.stage == "ppo":
         values |= track(ppo, now.step)
-    return values | timing(ppo.seconds, now.experience, passes, ppo.here)
+    return values | timing(ppo.seconds, now.experience, now.at.tokens, ppo.here)
 
 
 def show_replies(ppo: PPOState, now: Iteration) -> None:

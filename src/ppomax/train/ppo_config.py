@@ -113,11 +113,6 @@ class PPOConfig(StageSettings):
                 "reward.missing_eos_penalty has no effect with advantage.missing_eos: "
                 f"{self.advantage.missing_eos}, which leaves a cut reply's score out"
             )
-        if self.loss.penalty_target is not None and self.steps_per_iteration == 1:
-            raise ValueError(
-                "loss.penalty_target steers nothing with one optimizer step per iteration, which "
-                "starts at KL 0; take a smaller minibatch_size or more epochs"
-            )
         return self
 
     @model_validator(mode="after")

@@ -64,6 +64,9 @@ def take_step(
         kl = ppo.fitted(context.step, attempt)
         at.taken += 1
         at.kl = kl if newest and kl is not None else at.kl
+        if kl is not None or at.stage == "critic":
+            lengths = experience.rollout.lengths
+            at.tokens += sum(lengths[row] for micro in minibatch for row in micro)
     except StopAsked:
         at.sums.reset(before)
         for part in ppo.trained():

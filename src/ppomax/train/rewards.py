@@ -130,11 +130,11 @@ def _answer(
         if attempt < retries and not wait([future], timeout).done:
             raise TrainingError(
                 f"{name}: {problem}, and still running {timeout:g} s later; it is abandoned, and "
-                "not called again beside itself; raise ppo.reward.timeout; the last checkpoint is "
-                "good"
+                "not called again beside itself; raise ppo.reward.timeout; what checkpoints "
+                "there are, are good"
             )
     raise TrainingError(
-        f"{name} failed {retries + 1} times, last: {problem}; the last checkpoint is good"
+        f"{name} failed {retries + 1} times, last: {problem}; what checkpoints there are, are good"
     )
 
 

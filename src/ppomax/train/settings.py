@@ -41,9 +41,10 @@ class LogSettings(Settings):
     """What is written down while the run goes on; metrics.jsonl always is."""
 
     samples_every: int = Field(5, ge=1)
-    """Steps between rows in samples.jsonl."""
+    """PPO iterations between rows in samples.jsonl; `sft` writes some at each evaluation
+    (`eval_every`)."""
     samples: int = Field(4, ge=0)
-    """Replies written each time."""
+    """Replies written each time, by policies; a reward model writes none."""
     to: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Trackers beside the files; each needs the extra of its name."""
 

@@ -222,10 +222,10 @@ def fit(
     step = state["step"] if state else 0
     best: Best | None = state.get("best") if state else None
     trained: Values | None = state.get("trained") if state else None
-    loss: float | None = None
+    loss: float | None = state.get("loss") if state else None
 
     def save(number: int, values: Values | None = None, rating: float | None = None) -> None:
-        kept = {"step": step, "best": best, "trained": values, "quality": rating}
+        kept = {"step": step, "best": best, "trained": values, "quality": rating, "loss": loss}
         run.save(number, [part], kept, {run.name: step})
         _prune_best(run, best)
 

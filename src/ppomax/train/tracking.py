@@ -106,7 +106,11 @@ class Tracker:
     def measure(self, found: Round) -> dict[str, float]:
         """Metrics of a round; the first one says what the SFT model scored."""
         if self.sft is None:
-            self.sft = {"scores": found.scores, "seconds": found.seconds}
+            self.sft = {
+                "scores": found.scores,
+                "seconds": found.seconds,
+                "responses": found.rollout.responses,
+            }
         scores = _known(found.scores)
         lengths = [len(response) for response in found.rollout.responses]
         values = {
@@ -121,7 +125,10 @@ class Tracker:
             if len(sft):
                 values["heldout/score_w1"] = wasserstein_1(scores, sft)
         if found.seconds is not None:
-            values |= against(found.seconds, self.sft["seconds"])
+            responses = found.rollout.responses
+            theirs = self.sft.get("responses", responses)
+            same = [a == b for a, b in zip(responses, theirs, strict=True)]
+            values |= against(found.seconds, self.sft["seconds"], same)
         return values
 
     def write(self, found: Round, run: StageRun, step: int) -> None:
@@ -161,10 +168,18 @@ class Tracker:
         return [-float(total) for total in sums]
 
 
-def against(seconds: Sequence[float], sft: Sequence[float]) -> dict[str, float]:
-    """Mean of the second scorer and how often a reply beats the SFT model's to the same prompt."""
+def against(
+    seconds: Sequence[float], sft: Sequence[float], same: Sequence[bool]
+) -> dict[str, float]:
+    """Mean of the second scorer and how often a reply beats the SFT model's to the same prompt.
+
+    Args:
+        same: the reply is that of the SFT model; its score may differ by rounding, among others.
+    """
     pairs = [
-        (a, b) for a, b in zip(seconds, sft, strict=True) if not (math.isnan(a) or math.isnan(b))
+        (b if equal else a, b)
+        for a, b, equal in zip(seconds, sft, same, strict=True)
+        if not (math.isnan(a) or math.isnan(b))
     ]
     known = _known(seconds)
     values = {"heldout/second_mean": float(known.mean())} if len(known) else {}

@@ -75,14 +75,19 @@ def update_policy(
     texts: list[list[int]],
     *,
     first: bool,
-) -> float:
+) -> float | None:
     """Surrogate, entropy, KL and LM terms in one step; returns KL to the sampling policy.
+
+    No step, and None, where no token is learned from and there are no texts.
 
     Args:
         first: the parameters are still those that scored the rollout, so the ratio must be 1.
     """
     config, sums, policy = now.config, now.sums, now.actors.policy
     rows = [index for micro in minibatch for index in micro]
+    if not (experience.mask[rows].any() or texts):
+        policy.drop_gradients()
+        return None
     num_tokens = max(1, int(experience.mask[rows].sum()))
     advantages = prepared_advantages(experience, rows, config)
     entropy_mean = _entropy_mean(now, experience, minibatch, num_tokens)
@@ -137,13 +142,16 @@ def update_policy(
 def update_critic(
     now: Updating, experience: Experience, minibatch: list[list[int]], *, clip: float | None
 ) -> None:
-    """Clipped squared error to the returns, one step."""
+    """Clipped squared error to the returns, one step; none where no token is learned from."""
     critic, sums = now.actors.critic, now.sums
     assert critic is not None
     assert experience.returns is not None
     assert experience.scored.values is not None
     rows = [index for micro in minibatch for index in micro]
-    num_tokens = max(1, int(experience.mask[rows].sum()))
+    if not experience.mask[rows].any():
+        critic.drop_gradients()
+        return
+    num_tokens = int(experience.mask[rows].sum())
     for indices, weight in now.run.watched(rank_micro_batches(minibatch, now.here)):
         part = micro_batch(experience, indices, now)
         flat = critic.kept(part.rows)
@@ -167,6 +175,21 @@ def update_critic(
     norm, taken = critic.step()
     _count(now, critic, taken, experience, rows)
     sums.add("value/grad_norm", norm if taken else 0.0, float(taken))
+
+
+@torch.no_grad()
+def kl_of_update(now: Updating, experience: Experience, minibatch: list[list[int]]) -> float:
+    """KL (k3) from the policy that wrote the replies to the one there is now, nats per token."""
+    rows = [index for micro in minibatch for index in micro]
+    num_tokens = max(1, int(experience.mask[rows].sum()))
+    sums = MetricSums()
+    for indices, weight in rank_micro_batches(minibatch, now.here):
+        part = micro_batch(experience, indices, now)
+        with autocast(now.here, now.config.compute_dtype):
+            out = now.actors.policy.model(part.batch, now.config.sampling.temperature)
+        found = _old_kl(part.unflat(out.logprobs), part, experience, num_tokens)
+        sums.add("kl", found * weight, int(part.mask.sum()) * weight / num_tokens)
+    return sums.merged(now.here).get("kl", 0.0)
 
 
 def _count(
