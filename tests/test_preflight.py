@@ -78,6 +78,14 @@ def test_what_a_later_stage_names_is_missed_in_the_plan(name, tiny, tmp_path, sm
     assert not (tmp_path / "run").exists()
 
 
+def test_a_stage_alone_says_which_stage_is_to_come_first(tiny, tmp_path, smoke):
+    recipe = recipe_of(tmp_path / "run", smoke)
+    for name, first in (("reward", "sft"), ("ppo", "reward"), ("eval", "sft")):
+        with pytest.raises(ConfigError, match=f"{name} reads .* which stage {first} makes: run"):
+            run_recipe(recipe, only=name, say=quiet)
+        assert not (tmp_path / "run").exists()
+
+
 def test_ppo_starts_from_sft_or_base(tiny, tmp_path, smoke):
     for value in ("bsae", "[x]"):
         with pytest.raises(ConfigError, match=r"ppo\.start: sft or base is wanted, found"):

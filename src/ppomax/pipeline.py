@@ -14,6 +14,7 @@ from ppomax.distributed import barrier, world
 from ppomax.errors import CheckpointError, ConfigError, DataError, Interrupted, ModelError
 from ppomax.eval.policy import evaluate_policy
 from ppomax.eval.policy_config import EvalConfig
+from ppomax.preflight import check_made
 from ppomax.recipe import STAGES, Recipe
 from ppomax.report.page import write_report
 from ppomax.train.disk import refusals_told
@@ -61,6 +62,7 @@ def run_recipe(
     for name in stages:
         if getattr(recipe, name) is None:
             raise ConfigError(f"recipe has no stage {name}; it has {', '.join(recipe.stages())}")
+    check_made(recipe, stages)
     # One process group for all stages: leaving and joining again may meet the one just left.
     device = getattr(recipe, stages[0]).device
     with _stoppable(out), refusals_told(out), world(device) as here, ExitStack() as held:

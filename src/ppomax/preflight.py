@@ -4,7 +4,7 @@ A file that is not there should not be found out once hours of training are behi
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ppomax.data.raw import is_hub_id, iter_raw
@@ -50,6 +50,26 @@ def check(recipe: Recipe, name: str) -> None:
             check_reward_model(setting, model, trust_remote_code=config.trust_remote_code)
     if isinstance(config, EvalConfig):
         _check_eval(config, is_made)
+
+
+def check_made(recipe: Recipe, stages: Sequence[str]) -> None:
+    """What stages read is there, or made by one of them.
+
+    Raises:
+        ConfigError: another stage of the recipe is to make it first.
+    """
+    for name in stages:
+        config = getattr(recipe, name)
+        read = [*_models(config), *(model for _, model in _reward_models(config))]
+        if not isinstance(config, EvalConfig):
+            read.append(config.model)
+        for model in read:
+            makers = [s for s in recipe.stages() if Path(model).is_relative_to(recipe.out / s)]
+            if makers and not Path(model).exists() and makers[0] not in stages:
+                raise ConfigError(
+                    f"{name} reads {model}, which stage {makers[0]} makes: run "
+                    f"`ppomax {makers[0]}` with this recipe first, or `ppomax run` for all stages"
+                )
 
 
 def _check_installed(setting: str, package: str, extra: str) -> None:

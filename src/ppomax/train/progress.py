@@ -20,8 +20,12 @@ from rich.progress import (
 from ppomax.visible import visible
 
 SHOWN = {
-    "sft": {"loss": "sft/loss", "held-out": "eval/loss", "lr": "sft/lr"},
-    "reward": {"loss": "reward/loss", "accuracy": "reward/accuracy", "held-out": "eval/accuracy"},
+    "sft": {"loss": "sft/loss", "held-out loss": "eval/loss", "lr": "sft/lr"},
+    "reward": {
+        "loss": "reward/loss",
+        "accuracy": "reward/accuracy",
+        "held-out accuracy": "eval/accuracy",
+    },
     "critic": {
         "score": "reward/score_mean",
         "value loss": "value/loss",
