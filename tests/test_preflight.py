@@ -80,8 +80,12 @@ def test_what_a_later_stage_names_is_missed_in_the_plan(name, tiny, tmp_path, sm
 
 def test_a_stage_alone_says_which_stage_is_to_come_first(tiny, tmp_path, smoke):
     recipe = recipe_of(tmp_path / "run", smoke)
-    for name, first in (("reward", "sft"), ("ppo", "reward"), ("eval", "sft")):
-        with pytest.raises(ConfigError, match=f"{name} reads .* which stage {first} makes: run"):
+    for name, first in (
+        ("reward", "`ppomax sft` with"),
+        ("ppo", "`ppomax sft`, `ppomax reward` with"),
+        ("eval", "`ppomax sft`, `ppomax reward`, `ppomax ppo` with"),
+    ):
+        with pytest.raises(ConfigError, match=f"{name}: reads what other stages .*run {first}"):
             run_recipe(recipe, only=name, say=quiet)
         assert not (tmp_path / "run").exists()
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from ppomax.data.raw import is_hub_id, iter_raw
 from ppomax.data.sources import SourceConfig
 from ppomax.errors import ConfigError, DataError
+from ppomax.eval.capability import load_all
 from ppomax.eval.policy_config import EvalConfig
-from ppomax.eval.questions import load_questions
 from ppomax.models.load import check_reward_model, load_tokenizer
 from ppomax.recipe import Recipe
 from ppomax.train.ppo_config import PPOConfig
@@ -58,6 +58,7 @@ def check_made(recipe: Recipe, stages: Sequence[str]) -> None:
     Raises:
         ConfigError: another stage of the recipe is to make it first.
     """
+    first: set[str] = set()
     for name in stages:
         config = getattr(recipe, name)
         read = [*_models(config), *(model for _, model in _reward_models(config))]
@@ -65,11 +66,14 @@ def check_made(recipe: Recipe, stages: Sequence[str]) -> None:
             read.append(config.model)
         for model in read:
             makers = [s for s in recipe.stages() if Path(model).is_relative_to(recipe.out / s)]
-            if makers and not Path(model).exists() and makers[0] not in stages:
-                raise ConfigError(
-                    f"{name} reads {model}, which stage {makers[0]} makes: run "
-                    f"`ppomax {makers[0]}` with this recipe first, or `ppomax run` for all stages"
-                )
+            if not Path(model).exists():
+                first.update(maker for maker in makers if maker not in stages)
+    if first:
+        verbs = ", ".join(f"`ppomax {name}`" for name in recipe.stages() if name in first)
+        raise ConfigError(
+            f"{', '.join(stages)}: reads what other stages of this recipe make; run {verbs} with "
+            "it first, or `ppomax run` for all"
+        )
 
 
 def _check_installed(setting: str, package: str, extra: str) -> None:
@@ -93,7 +97,9 @@ def _check_eval(config: EvalConfig, is_made: Callable[[str], bool]) -> None:
             raise ConfigError(f"setting {setting}: no such file")
     if config.capability is not None:
         for path in (*config.capability.data, *config.capability.fewshot):
-            load_questions(path, path)
+            if is_hub_id(path):
+                _check_installed("eval.capability", "datasets", "hub")
+        load_all(config.capability)
 
 
 def _check_ppo(config: PPOConfig) -> None:

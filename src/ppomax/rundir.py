@@ -92,9 +92,13 @@ def write_text(path: Path, text: str) -> None:
 
 def how_to_go_on(path: Path) -> str:
     """With a stage's directory that stands in no recipe's run, or with any other."""
-    begun = path / CONFIG
-    alone = not (path.parent / CONFIG).exists() and begun.exists()
-    if alone and re.search(r"^model:", begun.read_text(encoding="utf-8"), re.MULTILINE):
+
+    def of_a_stage(folder: Path) -> bool:
+        text = (folder / CONFIG).read_text(encoding="utf-8")
+        return re.search(r"^model:", text, re.MULTILINE) is not None
+
+    begun, above = (path / CONFIG).exists(), (path.parent / CONFIG).exists()
+    if begun and of_a_stage(path) and (not above or of_a_stage(path.parent)):
         return "the same call with resume=True"
     return f"`ppomax resume {path}`"
 

@@ -376,8 +376,11 @@ def test_a_cut_reply_can_go_on_in_the_critic_s_value(small, tmp_path):
             assert float(found.advantages[row, t]) == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_critic_is_judged_by_replies_that_its_value_does_not_end(small, tmp_path):
+def test_a_critic_is_judged_by_replies_that_its_value_does_not_end(small, tmp_path, monkeypatch):
     found, _ = gappy(small, tmp_path, "bootstrap")
+    few = critic_metrics(found, guessed=True)["value/explained_variance"]
+    assert few == 0.0, "two replies tell nothing"
+    monkeypatch.setattr(observe, "LEAST_FINISHED", 2)
     rows = [0, 2]  # finished
     values, returns = (
         torch.cat([table[row, : len(REPLIES[row])] for row in rows]).double()

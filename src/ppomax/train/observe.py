@@ -48,18 +48,24 @@ def observe(experience: Experience, config: PPOConfig) -> dict[str, float]:
     return values
 
 
+LEAST_FINISHED = 8
+"""Replies whose returns tell how well a critic explains them."""
+
+
 def critic_metrics(experience: Experience, *, guessed: bool) -> dict[str, float]:
     """Values and returns, nothing without a critic.
 
     Args:
-        guessed: returns of cut replies end in the critic's value, which cannot judge the critic.
+        guessed: returns of cut replies end in the critic's value, which cannot judge the critic;
+            of fewer than `LEAST_FINISHED` others nothing is said: 0.
     """
     values, mask = experience.scored.values, experience.mask
     if values is None or experience.returns is None or experience.monte_carlo is None:
         return {}
     finished = torch.tensor(experience.rollout.finished, device=mask.device)[:, None]
     known = mask & finished if guessed else mask
-    explained = explained_variance(values, experience.monte_carlo, known)
+    judged = not guessed or int(known.any(1).sum()) >= LEAST_FINISHED
+    explained = explained_variance(values, experience.monte_carlo, known) if judged else 0.0
     return {
         "value/mean": float(masked_mean(values, mask)),
         "value/explained_variance": float(explained),

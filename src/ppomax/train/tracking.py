@@ -126,7 +126,7 @@ class Tracker:
                 values["heldout/score_w1"] = wasserstein_1(scores, sft)
         if found.seconds is not None:
             responses = found.rollout.responses
-            theirs = self.sft.get("responses", responses)
+            theirs = self.sft.get("responses", [None] * len(responses))  # an older checkpoint's
             same = [a == b for a, b in zip(responses, theirs, strict=True)]
             values |= against(found.seconds, self.sft["seconds"], same)
         return values
