@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
@@ -110,6 +111,23 @@ def test_three_skipped_steps_of_one_model_stop_the_run_though_the_other_takes_it
     rows = [row for row in jsonl(run.path / "events.jsonl") if row["kind"] == "skipped_step"]
     assert [row["batch"] for row in rows] == [[1], [2], ["b"]]
     assert {row["model"] for row in rows} == {"policy"}
+
+
+def test_a_checkpoint_written_beside_training_has_its_own_steps_skips(tmp_path, monkeypatch):
+    run, go, plain = opened(tmp_path, checkpoint={"asynchronous": True}), Event(), checkpoint.save
+
+    def late(*given):
+        assert go.wait(60)
+        return plain(*given)
+
+    monkeypatch.setattr(checkpoint, "save", late)
+    run.save(1, [trainable()], {"step": 1}, {"sft": 1})
+    run.step_taken("policy", False, 2, [], reason="non-finite loss")
+    go.set()
+    run._writer.wait()
+    state = json.loads((checkpoint.path_of(run.path / "checkpoints", 1) / "state.json").read_text())
+    assert run.skipped_in_a_row == {"policy": 1}
+    assert state["skipped_in_a_row"] == {}
 
 
 def test_a_step_taken_forgets_the_skipped_ones(tmp_path):

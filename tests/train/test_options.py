@@ -206,6 +206,14 @@ def test_the_penalty_is_steered_by_the_kl_after_the_last_step(micro_tokens, smal
     assert kl_of_update(now, experience, minibatch) == pytest.approx(total / COUNT, rel=1e-3)
 
 
+@pytest.mark.slow
+def test_one_step_an_iteration_steers_the_penalty(small, tmp_path):
+    loss = {"policy_clip": None, "penalty_coef": 1.0, "penalty_target": 1e-12}
+    change = {"loss": loss, "minibatch_size": 4, "rollout_size": 4}
+    run = train_ppo(small("ppo", tmp_path / "run", change))
+    assert [row["policy/penalty_coef"] for row in rows(run)] == [1.0, 2.0]
+
+
 def test_a_minibatch_with_nothing_to_learn_from_moves_nothing(small, tmp_path):
     change = {"optim": {"lr": 1e-2, "warmup": 0}, "critic_optim": {"lr": 1e-2, "warmup": 0}}
     now, experience, minibatch = made(small, tmp_path / "run", change)

@@ -389,6 +389,17 @@ def test_a_score_that_is_missing_counts_in_no_comparison():
     }
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_replies_are_compared_with_the_sft_models_where_a_checkpoint_has_them(kept):
+    tracker = SimpleNamespace(sft={"scores": [1.0, 1.0], "seconds": [1.0, 1.0]})
+    if kept:
+        tracker.sft["responses"] = [[5, 6], [7]]
+    rollout = SimpleNamespace(responses=[[5, 6], [8]])
+    found = tracking.Round(rollout, ["a", "b"], [1.0, 1.0], [1.1, 1.1], [2.0, 1.0])
+    values = tracking.Tracker.measure(tracker, found)
+    assert (values["heldout/win"], values["heldout/tie"]) == ((0.5, 0.5) if kept else (1.0, 0.0))
+
+
 def test_a_reply_that_is_the_sft_models_own_ties_whatever_its_score_was_rounded_to():
     found = against([1.0, 2.0], [1.0 - 1e-7, 2.0 - 1e-7], [True, False])
     assert (found["heldout/tie"], found["heldout/win"]) == (0.5, 0.5)

@@ -48,4 +48,5 @@ class Position:
                 sums.add_state(part)
             else:
                 sums.add_keys(part)
-        return cls(state["stage"], state["taken"], state["kl"], 0, sums, state["seconds"])
+        known = {key: state[key] for key in ("stage", "taken", "kl", "seconds")}
+        return cls(**known, sums=sums)
