@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -42,10 +42,15 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
+def as_lines(rows: Iterable[dict[str, Any]]) -> str:
+    """The text of a JSONL file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows in one write."""
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(_lines(rows))
+        file.write(as_lines(rows))
 
 
 def cut_back(path: Path, keep: "dict[str, int]", attempt: int = 0) -> None:
@@ -61,7 +66,7 @@ def cut_back(path: Path, keep: "dict[str, int]", attempt: int = 0) -> None:
         if row.get("step", 0) <= keep.get(row.get("stage", ""), -1)
         or row.get("attempt", 0) < attempt
     ]
-    write_text(path, _lines(rows))
+    write_text(path, as_lines(rows))
 
 
 def sync(path: Path) -> None:
@@ -73,10 +78,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -260,7 +260,7 @@ def test_the_log_holds_replies_to_held_out_prompts(small, tmp_path, template):
 def test_the_system_prompt_of_training_is_the_default_when_it_writes(
     small, tmp_path, small_data, monkeypatch
 ):
-    from ppomax.eval import generate
+    from ppomax.eval import generate, writing
     from ppomax.rollout import SamplingParams
 
     used = []
@@ -278,7 +278,7 @@ def test_the_system_prompt_of_training_is_the_default_when_it_writes(
         for system in (None, "No."):
             options = {"seed": 0, "dtype": "float32", "limit": 1, "system": system}
             out = tmp_path / "replies.jsonl"
-            generate.generate_file(
+            writing.generate_file(
                 str(model / "export"), small_data["prompts"], out, params, **options
             )
             generate.Chat(str(model / "export"), params, seed=0, system=system)

@@ -1,21 +1,19 @@
-"""Replies to files and to people."""
+"""Replies to prompts and to people."""
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ppomax.data.batching import derived_seed
-from ppomax.data.sources import SourceConfig, load_prompts
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World, world
 from ppomax.errors import ConfigError
 from ppomax.models.load import load_policy, load_tokenizer
 from ppomax.models.names import system_of
 from ppomax.rollout import Engine, EngineSettings, SamplingParams, build_engine
-from ppomax.rundir import write_text
+from ppomax.rollout.engine import check_prompts
 from ppomax.types import Message, PromptRow
 from ppomax.visible import visible
 
@@ -32,45 +30,10 @@ def compute_dtype(name: str) -> torch.dtype:
 
 
 def _engine(
-    model: str, here: World, template: ChatTemplate, dtype: torch.dtype, slots: int
+    lm: PreTrainedModel, here: World, template: ChatTemplate, dtype: torch.dtype, slots: int
 ) -> Engine:
-    lm = load_policy(model, dtype=dtype)  # the engine takes the weights to the device
+    """An engine, which takes the weights to the device."""
     return build_engine(EngineSettings(slots=slots), lm, template, here, dtype)
-
-
-def generate_file(
-    model: str,
-    prompts: str,
-    out: Path,
-    params: SamplingParams,
-    *,
-    seed: int,
-    dtype: str,
-    limit: int | None,
-    system: str | None = None,
-) -> int:
-    """Answer every prompt of a file; returns how many.
-
-    Args:
-        system: prompt for dialogues that have none; default the one the model was trained with.
-
-    Writes JSONL rows {id, prompt, response, finished, model, sampling, seed}.
-    """
-    rows = load_prompts([SourceConfig(path=prompts)]).rows[:limit]
-    if not out.parent.is_dir() or out.is_dir():
-        raise ConfigError(f"option out: {out} cannot be written; name a file in a folder there is")
-    lines = [
-        json.dumps(reply, ensure_ascii=False)
-        for reply in generate_rows(model, rows, params, seed=seed, dtype=dtype, system=system)
-    ]
-    try:
-        if out.exists() and not out.is_file():  # /dev/stdout
-            out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        else:
-            write_text(out, "\n".join(lines) + "\n")
-    except OSError as error:
-        raise ConfigError(f"option out: cannot write {out} ({error.strerror})") from None
-    return len(lines)
 
 
 def generate_rows(
@@ -81,31 +44,51 @@ def generate_rows(
     seed: int,
     dtype: str,
     system: str | None = None,
+    held: Mapping[int, dict[str, Any]] | None = None,
+    told: Callable[[int, dict[str, Any], int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """One reply per prompt, as rows {id, prompt, response, finished, model, sampling, seed}.
 
     Args:
-        system: as in `generate_file`.
+        system: prompt for dialogues that have none; default the one the model was trained with.
+        held: replies that are there already, by their prompt's index.
+        told: called with each new reply as it ends: its prompt's index, the row, its tokens.
+
+    Raises:
+        ModelError: a prompt leaves no position for a reply.
     """
+    found = dict(held or {})
+    left = [index for index in range(len(rows)) if index not in found]
+    if not left:
+        return [found[index] for index in range(len(rows))]
     with world() as here:
         own = system_of(model) if system is None else system
         template = ChatTemplate(load_tokenizer(model), own)
-        engine = _engine(model, here, template, compute_dtype(dtype), 32)
-        ids = [template.prompt(row.messages) for row in rows]
-        seeds = [derived_seed(seed, "generate", row.id, index) for index, row in enumerate(rows)]
-        rollout = engine.generate(ids, params, seeds)
-    return [
-        {
-            "id": row.id,
-            "prompt": list(row.messages),
-            "response": template.decode(reply),
-            "finished": done,
-            "model": model,
-            "sampling": params.model_dump(mode="json"),
-            "seed": seed,
-        }
-        for row, reply, done in zip(rows, rollout.responses, rollout.finished, strict=True)
-    ]
+        lm = load_policy(model, dtype=compute_dtype(dtype))
+        ids = [template.prompt(rows[index].messages) for index in left]
+        positions = getattr(lm.config, "max_position_embeddings", None)
+        if positions is not None:
+            check_prompts(ids, positions, [rows[index].where for index in left])
+        engine = _engine(lm, here, template, compute_dtype(dtype), 32)
+        del lm
+
+        def ended(place: int, reply: list[int], finished: bool) -> None:
+            row = rows[left[place]]
+            found[left[place]] = {
+                "id": row.id,
+                "prompt": list(row.messages),
+                "response": template.decode(reply),
+                "finished": finished,
+                "model": model,
+                "sampling": params.model_dump(mode="json"),
+                "seed": seed,
+            }
+            if told is not None:
+                told(left[place], found[left[place]], len(reply))
+
+        seeds = [derived_seed(seed, "generate", rows[index].id, index) for index in left]
+        engine.generate(ids, params, seeds, ended)
+    return [found[index] for index in range(len(rows))]
 
 
 class Chat:
@@ -119,7 +102,8 @@ class Chat:
         own = system_of(model) if system is None else system
         self.template = ChatTemplate(load_tokenizer(model), own)
         with world() as here:
-            self.engine = _engine(model, here, self.template, torch.float32, 1)
+            lm = load_policy(model, dtype=torch.float32)
+            self.engine = _engine(lm, here, self.template, torch.float32, 1)
 
     def reply(self, text: str) -> str:
         """The model's answer, control characters spelled out: it cannot drive a terminal."""

@@ -14,9 +14,8 @@ from ppomax.data.raw import BadRow, iter_raw
 from ppomax.data.sources import SourceConfig, load_prompts
 from ppomax.data.template import ChatTemplate
 from ppomax.errors import ConfigError, DataError
-from ppomax.eval.generate import generate_rows
-from ppomax.eval.local_judges import fingerprint
 from ppomax.eval.pairs import Pair, Reply, make_pair
+from ppomax.eval.writing import key_of, write_rows
 from ppomax.models.load import load_tokenizer
 from ppomax.rollout import SamplingParams
 from ppomax.types import PromptRow
@@ -134,25 +133,15 @@ def write_replies(
     say: Callable[[str], None],
 ) -> Replies:
     """A model's replies, taken from `path` if it holds those of this very model, else written."""
-    key = json.dumps(
-        {
-            "model": fingerprint(model) or model,
-            "sampling": params.model_dump(mode="json"),
-            "seed": seed,
-            "dtype": dtype,
-            "prompts": [[row.id, row.messages] for row in rows],
-        }
-    )
+    key = key_of(model, rows, params, seed=seed, dtype=dtype)
     mark = path.with_suffix(".key")
     if path.exists() and mark.exists() and mark.read_text(encoding="utf-8") == key:
         say(f"{name}: replies in {path} are used again")
     else:
         say(f"{name}: answering {len(rows)} prompts")
-        replies = generate_rows(model, rows, params, seed=seed, dtype=dtype)
         path.parent.mkdir(parents=True, exist_ok=True)
         mark.unlink(missing_ok=True)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in replies)
-        rundir.write_text(path, text)
+        write_rows(path, model, rows, params, seed=seed, dtype=dtype)
         rundir.write_text(mark, key)
     found = read_replies(str(path), rows, name)
     hidden = hidden_system_turns(model, rows)

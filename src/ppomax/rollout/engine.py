@@ -1,6 +1,6 @@
 """What an engine is: prompts in, replies with their log-probs out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -56,6 +56,10 @@ class Rollout:
         return [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
 
 
+Told = Callable[[int, list[int], bool], None]
+"""Called when a reply ends: the prompt's index, the reply's ids, whether it ended by itself."""
+
+
 class Engine(Protocol):
     """Anything that answers prompts."""
 
@@ -69,9 +73,16 @@ class Engine(Protocol):
         """Let go of them until the next `sync`, where that leaves memory to others."""
 
     def generate(
-        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        seeds: list[int],
+        told: Told | None = None,
     ) -> Rollout:
         """One reply per prompt; a reply depends on its prompt, its seed and the weights.
+
+        Args:
+            told: called with each reply, as soon as the engine knows that it has ended.
 
         Raises:
             ModelError: a prompt leaves no position for a reply.
@@ -131,8 +142,13 @@ def merge_rollouts(parts: list[Rollout], count: int) -> Rollout:
     )
 
 
-def check_prompts(prompts: list[list[int]], max_positions: float) -> None:
+def check_prompts(
+    prompts: list[list[int]], max_positions: float, places: Sequence[str] | None = None
+) -> None:
     """Every prompt leaves a position for a reply.
+
+    Args:
+        places: where each is from, `file:line`.
 
     Raises:
         ModelError: one does not.
@@ -141,9 +157,10 @@ def check_prompts(prompts: list[list[int]], max_positions: float) -> None:
     longest = max(lengths, default=0)
     if longest >= max_positions:
         more = sum(length >= max_positions for length in lengths) - 1
+        row = lengths.index(longest)
+        name = f"prompt {row + 1} of {len(prompts)}" if places is None else f"{places[row]}: prompt"
         raise ModelError(
-            f"prompt {lengths.index(longest) + 1} of {len(prompts)} has {longest} tokens, the "
-            f"model {max_positions} positions for prompt and reply"
+            f"{name} has {longest} tokens, the model {max_positions} positions for prompt and reply"
             + (f" ({more} more do not fit either)" if more else "")
             + "; give shorter prompts"
         )

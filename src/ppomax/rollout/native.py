@@ -19,7 +19,7 @@ from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World
 from ppomax.models.compiled import library
 from ppomax.rollout.cache import Cache, opening_of, room, rotations
-from ppomax.rollout.engine import EngineSettings, Rollout, check_prompts
+from ppomax.rollout.engine import EngineSettings, Rollout, Told, check_prompts
 from ppomax.rollout.graphs import Found, StepGraphs
 from ppomax.rollout.kernels import SOURCE, Kernels
 from ppomax.rollout.reply import Reply, columns_after, columns_of
@@ -284,7 +284,11 @@ class NativeEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        seeds: list[int],
+        told: Told | None = None,
     ) -> Rollout:
         """One reply per prompt, in the prompts' order."""
         check_prompts(prompts, self.max_positions)
@@ -295,11 +299,17 @@ class NativeEngine:
             group = first.setdefault(tuple(prompt), index)
             replies.append(Reply(index, prompt, seed, group, most, [], []))
         finished = [False] * len(replies)
+
+        def end(reply: Reply, by_itself: bool) -> None:
+            finished[reply.index] = by_itself
+            if told is not None:
+                told(reply.index, reply.ids, by_itself)
+
         if replies:
             slots = min(self.settings.slots, len(replies))
             length = min(max(map(len, prompts)) + params.max_new_tokens, self.max_positions)
             cache = self._cache(slots, length, opening_of(prompts))
-            self._run(replies, slots, cache, params, finished)
+            self._run(replies, slots, cache, params, end)
         return Rollout(
             prompts,
             [reply.ids for reply in replies],
@@ -324,7 +334,7 @@ class NativeEngine:
         slots: int,
         cache: Cache,
         params: SamplingParams,
-        finished: list[bool],
+        end: Callable[[Reply, bool], None],
     ) -> None:
         """Write all replies, those with the longest prompts first; at most `slots` at a time."""
         waiting = sorted(replies, key=lambda reply: (-len(reply.prompt), reply.group, reply.index))
@@ -351,7 +361,7 @@ class NativeEngine:
                     reply.ids, params.stop
                 )
                 if ended or len(reply.ids) >= reply.most:
-                    finished[reply.index] = ended
+                    end(reply, ended)
                     self._leave(active, slot, cache)
                     columns = None
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World, full_state
 from ppomax.models.lora import effective_state_dict, has_lora
-from ppomax.rollout.engine import EngineSettings, Rollout, check_prompts
+from ppomax.rollout.engine import EngineSettings, Rollout, Told, check_prompts
 from ppomax.rollout.sampling import SamplingParams, sample
 from ppomax.rollout.stops import StopStrings
 
@@ -59,7 +59,11 @@ class TransformersEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        seeds: list[int],
+        told: Told | None = None,
     ) -> Rollout:
         """One reply per prompt, `slots` at a time, prompts of similar length together."""
         check_prompts(prompts, self.max_positions)
@@ -72,6 +76,9 @@ class TransformersEngine:
         for start in range(0, len(order), self.settings.slots):
             rows = order[start : start + self.settings.slots]
             self._write(rows, prompts, params, seeds, responses, logprobs, finished)
+            if told is not None:
+                for row in rows:
+                    told(row, responses[row], finished[row])
         return Rollout(prompts, responses, logprobs, finished)
 
     def _write(

@@ -20,7 +20,7 @@ from ppomax.data.template import ChatTemplate
 from ppomax.distributed import World, full_state
 from ppomax.errors import ConfigError
 from ppomax.models.lora import effective_state_dict, has_lora
-from ppomax.rollout.engine import EngineSettings, Rollout, check_prompts
+from ppomax.rollout.engine import EngineSettings, Rollout, Told, check_prompts
 from ppomax.rollout.sampling import SamplingParams
 from ppomax.rollout.stops import StopStrings
 
@@ -81,7 +81,11 @@ class VllmEngine:
         """Nothing: vLLM keeps its weights and its cache."""
 
     def generate(
-        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        seeds: list[int],
+        told: Told | None = None,
     ) -> Rollout:
         """One reply per prompt, in the prompts' order.
 
@@ -98,7 +102,13 @@ class VllmEngine:
         ]
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = self.llm.generate(inputs, requests, use_tqdm=False) if prompts else []
-        return read(prompts, [output.outputs[0] for output in outputs], params, self.stops)
+        found = read(prompts, [output.outputs[0] for output in outputs], params, self.stops)
+        if told is not None:
+            for row, (reply, finished) in enumerate(
+                zip(found.responses, found.finished, strict=True)
+            ):
+                told(row, reply, finished)
+        return found
 
 
 def load_vllm() -> Any:  # noqa: ANN401 - an untyped library

@@ -40,6 +40,11 @@ SHOWN = {
         "EV": "value/explained_variance",
         "tok/s": "throughput/rollout_tokens_per_s",
     },
+    "generate": {
+        "length": "response/length_mean",
+        "cut": "response/truncated_fraction",
+        "tok/s": "throughput/rollout_tokens_per_s",
+    },
 }
 """The numbers that matter, by stage."""
 
