@@ -69,7 +69,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if sys.path[:1] in ([""], [str(Path.cwd())]):  # python -m: its files would come before Python's
         del sys.path[0]
-    _set_up()
+    _set_memory_up()
     sys.path.append(str(Path.cwd()))  # where `ppo.reward.callable` is looked for last
     try:
         app()
@@ -90,13 +90,13 @@ def main() -> None:
         sys.exit(130)
 
 
-def _set_up() -> None:
-    """Start this process again with its memory and threads set up, where a verb computes."""
+def _set_memory_up() -> None:
+    """Start this process again with what it is to do with memory, where a verb computes."""
     if not set(sys.argv[1:2]) & COMPUTING or "--help" in sys.argv:
         return
-    from ppomax.process import environment_of_training
+    from ppomax.process import memory_environment
 
-    extra = environment_of_training(os.environ)
+    extra = memory_environment(os.environ)
     if extra:
         os.environ.update(extra)
         # -P: nothing of the working directory may stand in for a module of Python's own
@@ -228,7 +228,7 @@ def watch(
 def generate(
     model: ModelArgument,
     prompts: Annotated[str, typer.Option(help="Prompt file.")],
-    out: Annotated[Path, typer.Option(help="JSONL file to write; stopped, the same call goes on.")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write.")],
     temperature: float = 0.8,
     top_p: float = 0.9,
     repetition_penalty: float = 1.1,
@@ -239,7 +239,7 @@ def generate(
     system: SystemPrompt = None,
 ) -> None:
     """One reply per prompt; the paper's sampling (section 6.1) by default."""
-    from ppomax.eval.writing import generate_file
+    from ppomax.eval.generate import generate_file
 
     params = sampling(
         temperature=temperature,

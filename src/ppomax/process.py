@@ -14,12 +14,10 @@ KEPT = 2**40
 """Bytes that the C allocator keeps for what is asked next instead of giving them back: all."""
 PRODUCTS = 128
 """Matrix products of different shapes that are kept compiled, some three micro-batches' worth."""
-SPINS = 1000
-"""Looks that an OpenMP thread takes for its next work before it sleeps; by default 300,000."""
 
 
-def environment_of_training(environment: Mapping[str, str]) -> dict[str, str]:
-    """What to add to the environment of a process that trains on the CPU.
+def memory_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What to add to the environment of a process that trains on the CPU, for its memory's sake.
 
     The C allocator is to keep memory, and in huge pages: a training step frees and takes hundreds
     of large tensors, and on virtual machines the page faults of fresh 4 kB pages can cost several
@@ -27,9 +25,6 @@ def environment_of_training(environment: Mapping[str, str]) -> dict[str, str]:
     free training could not use. oneDNN, and PyTorch's layer above it, are to keep few products
     compiled: of each shape they hold a third of a megabyte, 1,024 shapes by default, and replies of
     changing lengths are always new ones (docs/LOG.md).
-
-    Threads are to wait for one another awake for microseconds, not milliseconds: where other
-    processes keep the cores busy, threads that wait take from each other the time they wait for.
 
     All of these are read when a process starts; what is set already stays, and nothing is added
     where the allocator's settings are: they are the sign that this was done.
@@ -44,8 +39,6 @@ def environment_of_training(environment: Mapping[str, str]) -> dict[str, str]:
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(PRODUCTS),
         "LRU_CACHE_CAPACITY": str(PRODUCTS),
     }
-    if "OMP_WAIT_POLICY" not in environment:
-        wanted["GOMP_SPINCOUNT"] = str(SPINS)
     return {name: value for name, value in wanted.items() if name not in environment}
 
 
@@ -59,5 +52,5 @@ def open_as_umask_says(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    for name, value in environment_of_training(os.environ).items():
+    for name, value in memory_environment(os.environ).items():
         sys.stdout.write(f"export {name}={value}\n")
