@@ -390,6 +390,12 @@ def test_data_check_says_what_a_file_holds(ppomax, small_data):
     code, out, _ = ppomax("data", "check", small_data["pairs"])
     assert code == 0
     assert "8" in out
+    code, out, _ = ppomax("data", "check", small_data["prompts"], "--kind", "sft")
+    assert code == 1  # dialogues that wait for an answer are nothing to imitate
+    assert "read as SFT data" in out
+    code, _, err = ppomax("data", "check", small_data["prompts"], "--kind", "pairs")
+    assert code == 2
+    assert "none of preference, SFT, prompt, text" in err
 
 
 @pytest.mark.slow

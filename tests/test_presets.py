@@ -10,11 +10,12 @@ import pytest
 import yaml
 
 from ppomax import presets
-from ppomax.config import merge
+from ppomax.config import merge, parse
 from ppomax.errors import ConfigError
 from ppomax.presets import with_preset
 from ppomax.recipe import resolve
 from ppomax.train.ppo import train_ppo
+from ppomax.train.ppo_config import PPOConfig
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "presets"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -34,6 +35,18 @@ def settings(name, **more):
     least = {"data": ["d"], "iterations": 1, "reward": {"model": "r"}}
     data = {"model": "base", "sft": {"data": ["d"]}, "ppo": least | more | {"preset": name}}
     return resolve(data, "test").ppo
+
+
+def test_settings_of_a_program_name_presets_as_recipes_do():
+    given = {"model": "sft", "out": "o", "data": ["d"], "iterations": 1, "kl": {"coef": 0.3}}
+    given |= {"reward": {"model": "r"}}
+    named = parse(PPOConfig, given | {"preset": "vanilla"})
+    assert named == parse(PPOConfig, with_preset(given | {"preset": "vanilla"}, "test"))
+    assert named.critic_pretraining is None  # the preset's
+    assert named.kl.coef == 0.3  # what stands beside it wins
+    assert named != parse(PPOConfig, given) == parse(PPOConfig, given | {"preset": "ppo-max"})
+    with pytest.raises(ConfigError, match=r"ppo\.preset: no preset 'vanila'.* vanilla"):
+        parse(PPOConfig, given | {"preset": "vanila"})
 
 
 def test_every_ablation_figure_has_its_curves():

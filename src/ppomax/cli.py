@@ -228,7 +228,7 @@ def watch(
 def generate(
     model: ModelArgument,
     prompts: Annotated[str, typer.Option(help="Prompt file.")],
-    out: Annotated[Path, typer.Option(help="JSONL file to write.")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write; stopped, the same call goes on.")],
     temperature: float = 0.8,
     top_p: float = 0.9,
     repetition_penalty: float = 1.1,
@@ -239,7 +239,7 @@ def generate(
     system: SystemPrompt = None,
 ) -> None:
     """One reply per prompt; the paper's sampling (section 6.1) by default."""
-    from ppomax.eval.generate import generate_file
+    from ppomax.eval.writing import generate_file
 
     params = sampling(
         temperature=temperature,
@@ -322,11 +322,17 @@ def annotate(
 
 
 @data_app.command("check")
-def data_check(files: Annotated[list[str], typer.Argument(help="Data files.")]) -> None:
+def data_check(
+    files: Annotated[list[str], typer.Argument(help="Data files.")],
+    kind: Annotated[
+        str | None,
+        typer.Option(help="What they are to be: preference, SFT, prompt or text; default found."),
+    ] = None,
+) -> None:
     """Rows, format found, defects with line numbers; exit 1 if any row would be refused."""
-    from ppomax.data.check import check_files, render
+    from ppomax.data.check import check_files, kind_named, render
 
-    found = check_files(files)
+    found = check_files(files, None if kind is None else kind_named(kind))
     for line in render(found):
         typer.echo(visible(line))
     if found.refused:

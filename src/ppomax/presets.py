@@ -63,8 +63,10 @@ def find_recipe(name: str) -> Path:
     found = shipped / f"{path.stem}.yaml"
     if path.parent.name in ("", "recipes") and found.exists():
         return found
-    known = ", ".join(sorted(item.stem for item in shipped.glob("*.yaml")))
-    raise ConfigError(f"{name}: no such recipe file; shipped recipes: {known}")
+    known = sorted(item.stem for item in shipped.glob("*.yaml"))
+    near = get_close_matches(path.stem, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(f"{name}: no such recipe file; {hint}shipped recipes: {', '.join(known)}")
 
 
 def with_preset(section: dict[str, Any], source: str) -> dict[str, Any]:

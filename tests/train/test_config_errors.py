@@ -216,6 +216,11 @@ def test_a_wrong_recipe_is_one_line_that_names_the_file(verb, case, ppomax, tmp_
     assert "recipe.yaml" in result[2]
 
 
+def test_a_recipe_that_is_almost_named_is_offered(ppomax):
+    assert_refused(ppomax("run", "smok"), "no such recipe file; did you mean smoke? shipped recipe")
+    assert_refused(ppomax("run", "xyz"), "no such recipe file; shipped recipes: demo")
+
+
 @pytest.mark.slow
 def test_a_stage_the_recipe_lacks_is_named(ppomax):
     result = ppomax("ppo", SMOKE, "out=run", "ppo=null", "eval=null")

@@ -232,7 +232,7 @@ def test_the_critic_is_fitted_with_the_policy_frozen_until_it_explains_enough(sm
     state = json.loads((run / "checkpoints" / "step-000003" / "state.json").read_text())
     assert (state["critic_steps"], state["critic_ready"], state["iteration"]) == (0, True, 0)
     assert state["moments"]["count"] == 12
-    ready = [row for row in jsonl(run / "events.jsonl") if row["kind"] == "critic_ready"]
+    ready = [row for row in jsonl(run / "events.jsonl") if row["kind"] == "critic_pretrained"]
     assert [(row["stage"], row["step"], row["reached"]) for row in ready] == [("critic", 3, False)]
 
 

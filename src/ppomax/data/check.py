@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ppomax.data.formats import (
     BadRow,
@@ -19,6 +19,7 @@ from ppomax.data.formats import (
 )
 from ppomax.data.layouts import DIALOGUE, PREFERENCE, TEXT
 from ppomax.data.sources import fingerprint, locate
+from ppomax.errors import ConfigError
 from ppomax.types import PreferenceRow, PromptRow, SFTRow, TextRow
 
 Kind = Literal["preference", "SFT", "prompt", "text"]
@@ -88,6 +89,19 @@ def check_files(paths: Sequence[str | Path], kind: Kind | None = None) -> CheckR
         ConfigError: the extra that reads a file is not installed.
     """
     return CheckReport([_check(str(path), kind) for path in paths])
+
+
+def kind_named(name: str) -> Kind:
+    """What rows are to be used as, by name; capitals do not matter.
+
+    Raises:
+        ConfigError: there is no such use.
+    """
+    for kind in get_args(Kind):
+        if kind.lower() == name.lower():
+            found: Kind = kind
+            return found
+    raise ConfigError(f"option kind: {name!r} is none of {', '.join(get_args(Kind))}")
 
 
 def render(report: CheckReport) -> list[str]:

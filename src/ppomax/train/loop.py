@@ -26,6 +26,7 @@ from ppomax.metrics import as_row
 from ppomax.models.compiled import library
 from ppomax.models.kernels import SOURCE
 from ppomax.monitors import check_keys
+from ppomax.train.crowding import Crowding
 from ppomax.train.disk import refusals_told
 from ppomax.train.progress import Progress, number
 from ppomax.train.resuming import differences, environment, open_directory
@@ -81,6 +82,7 @@ class StageRun:
             open_trackers(config.log.to, name, self.path) if world.is_main else []
         )
         self.progress = Progress(name, enabled=world.is_main)
+        self.crowding = Crowding(world)
         if config.dtype == "bfloat16" and not distributed.bfloat16_is_fast(world.device.type):
             self.progress.say(
                 "dtype bfloat16: this processor has no units for it and emulates them, several "
@@ -208,6 +210,9 @@ class StageRun:
             self.path / rundir.METRICS, [as_row(self.stage, step, self.attempt, seconds, values)]
         )
         self.progress.show(self.stage, step, total, values)
+        crowded = self.crowding.note()
+        if crowded is not None:
+            self.event("crowded", step=step, note=crowded)
         for tracker in self.trackers:
             tracker.log(self.stage, step, values)
 

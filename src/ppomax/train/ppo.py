@@ -78,7 +78,9 @@ def pretrain_critic(ppo: PPOState) -> None:
         if ppo.critic_ready:
             assert ppo.actors.critic is not None
             ppo.actors.critic.step_count = 0
-            ppo.run.event("critic_ready", step=now.step, explained_variance=found, reached=enough)
+            ppo.run.event(
+                "critic_pretrained", step=now.step, explained_variance=found, reached=enough
+            )
         ppo.save_if_due(ppo.critic_ready)
 
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from ppomax.data.sources import Sources
 from ppomax.models.lora import LoraSettings
+from ppomax.presets import with_preset
 from ppomax.rollout.engine import EngineSettings
 from ppomax.rollout.sampling import SamplingParams
 from ppomax.train.monitor_settings import MonitorSettings
@@ -77,7 +78,12 @@ class PPOConfig(StageSettings):
     @model_validator(mode="before")
     @classmethod
     def _follow_estimator(cls, data: Any) -> Any:  # noqa: ANN401 - whatever stands in the recipe
-        """Defaults that hang on the estimator; what is set by hand stays and is checked."""
+        """Over the `preset` that is named, and over defaults that hang on the estimator.
+
+        What is set by hand stays and is checked.
+        """
+        if isinstance(data, dict) and "preset" in data:
+            data = with_preset(data, "settings")
         advantage = data.get("advantage") if isinstance(data, dict) else None
         if isinstance(advantage, AdvantageSettings):
             advantage = advantage.model_dump()
