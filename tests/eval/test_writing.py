@@ -130,6 +130,12 @@ def test_each_reply_is_told_once_as_it_stands_in_the_file(tiny, rows):
     assert all(tokens == 6 for reply, tokens in told.values() if not reply["finished"])
 
 
+def test_a_prompt_that_stands_twice_has_two_replies(tiny, rows):
+    first, second = generate.generate_rows(tiny, [rows[0], rows[0]], PARAMS, **OPTIONS)
+    assert first["id"] == second["id"]
+    assert first["response"] != second["response"]
+
+
 def test_a_prompt_that_does_not_fit_is_named_by_its_line_and_nothing_is_lost(tiny, tmp_path):
     place = tmp_path / "prompts.jsonl"
     lines = [{"prompt": "Say tea."}, {"prompt": "so " * 3000}, {"prompt": "so " * 2500}]

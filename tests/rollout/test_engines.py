@@ -838,6 +838,24 @@ def test_a_packed_product_is_its_layers_side_by_side_with_their_updates():
 # --- compiled kernels and PyTorch's operations
 
 
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+def test_each_reply_is_told_once_and_as_the_rollout_has_it(kind):
+    told = []
+    engine = engine_of(make("llama"), kind, slots=5)
+    prompts = prompts_of(24)
+    found = engine.generate(
+        prompts,
+        SamplingParams(max_new_tokens=24),
+        seeds_of(24),
+        lambda row, ids, finished: told.append((row, list(ids), finished)),
+    )
+    whole = zip(range(24), found.responses, found.finished, strict=True)
+    assert sorted(told) == list(whole)
+    assert len(set(found.finished)) == 2  # some ended by themselves, some were cut
+    if kind == "native":  # those that wait for a slot are told behind those that had one
+        assert [row for row, _, _ in told] != sorted(row for row, _, _ in told)
+
+
 @pytest.fixture
 def no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
