@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ppomax import pipeline
+from ppomax.config import dump
 from ppomax.errors import CheckpointError, ConfigError, Interrupted
 from ppomax.pipeline import run_recipe
 from ppomax.recipe import load_recipe, load_run, resolve
@@ -213,6 +214,34 @@ def test_a_signal_between_stages_ends_the_run_as_one_to_resume(tiny, tmp_path, m
     with pytest.raises(Interrupted, match="ppomax resume"):
         run_recipe(recipe, say=quiet)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_stage_that_cannot_work_may_be_taken_out_of_a_run(tiny, tmp_path, monkeypatch, smoke):
+    begun = []
+
+    def runs(config, *, resume):
+        if config.out.name == "eval":
+            raise ConfigError("no such judge")
+        begun.append(config.out.name)
+        config.out.mkdir(parents=True, exist_ok=True)
+        (config.out / "config.yaml").write_text(dump(config))
+        (config.out / "done.json").write_text("{}")
+
+    monkeypatch.setattr(pipeline, "_run_stage", runs)
+    monkeypatch.setattr(pipeline, "write_report", lambda *_: None)
+    out = tmp_path / "run"
+    with pytest.raises(ConfigError, match="no such judge"):
+        run_recipe(load_recipe("smoke", [f"out={out}", *smoke]), say=quiet)
+    assert begun == ["sft", "reward", "ppo"]
+    done = run_recipe(load_run(out, ["eval=null"]), resume=True, asked=True, say=quiet)
+    assert done.report == out / "report.html"
+    assert load_run(out).eval is None
+    (out / "asked.json").write_text('{"stages": ["eval"]}')
+    with pytest.raises(ConfigError, match="none is left"):
+        run_recipe(load_run(out, ["eval=null"]), resume=True, asked=True, say=quiet)
+    (out / "asked.json").write_text('{"stages": ["sft", "reward"]}')
+    with pytest.raises(CheckpointError, match="differs"):  # what was begun stays
+        run_recipe(load_run(out, ["ppo=null"]), resume=True, asked=True, say=quiet)
 
 
 def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ def run_recipe(
     Args:
         only: one stage's name; default all.
         resume: continue in an existing run directory.
-        asked: only the stages that were started there before.
+        asked: only the stages that were asked for there before, and that the recipe still has.
 
     Raises:
         ConfigError: the directory holds a run and `resume` is off.
@@ -58,7 +58,10 @@ def run_recipe(
     out = recipe.out
     stages = [only] if only else recipe.stages()
     if asked:
-        stages = _asked(out, recipe.stages())
+        left = recipe.stages()  # one that was not begun may have been taken out
+        stages = [name for name in _asked(out, left) if name in left]
+        if not stages:
+            raise ConfigError(f"{out}: of the stages that were asked for there none is left")
     for name in stages:
         if getattr(recipe, name) is None:
             raise ConfigError(f"recipe has no stage {name}; it has {', '.join(recipe.stages())}")
