@@ -8,7 +8,6 @@ from typing import Any
 
 from ppomax import rundir
 from ppomax.data.sources import SourceConfig, load_prompts
-from ppomax.distributed import world
 from ppomax.errors import ConfigError
 from ppomax.eval.generate import generate_rows
 from ppomax.eval.local_judges import fingerprint
@@ -99,8 +98,7 @@ def write_rows(
     kept: list[dict[str, Any]] = [{"key": key}]
     kept += [{"row": row, "reply": reply} for row, reply in held.items()]
     rundir.write_text(unfinished, rundir.as_lines(kept))  # less a torn last line
-    with world() as here:
-        progress = Progress("generate", enabled=here.is_main)
+    progress = Progress("generate", enabled=True)
     if held:
         progress.say(f"{len(held)} of {len(rows)} replies are there, in {unfinished}")
     shown = _Shown(progress, len(rows), len(held))
@@ -116,7 +114,7 @@ def write_rows(
     finally:
         progress.close()
     rundir.write_text(path, rundir.as_lines(replies))
-    unfinished.unlink()
+    unfinished.unlink(missing_ok=True)  # another process may write the same
 
 
 class _Shown:
