@@ -16,6 +16,7 @@ from ppomax.presets import with_preset
 from ppomax.recipe import resolve
 from ppomax.train.ppo import train_ppo
 from ppomax.train.ppo_config import PPOConfig
+from ppomax.train.ppo_settings import AdvantageSettings
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "presets"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -45,6 +46,11 @@ def test_settings_of_a_program_name_presets_as_recipes_do():
     assert named.critic_pretraining is None  # the preset's
     assert named.kl.coef == 0.3  # what stands beside it wins
     assert named != parse(PPOConfig, given) == parse(PPOConfig, given | {"preset": "ppo-max"})
+    advantage = AdvantageSettings(estimator="grpo")
+    for each in (advantage, advantage.model_dump(exclude_unset=True)):
+        found = parse(PPOConfig, given | {"preset": "ppo-max", "advantage": each})
+        assert found.critic is None
+        assert found.samples_per_prompt == 4
     with pytest.raises(ConfigError, match=r"ppo\.preset: no preset 'vanila'.* vanilla"):
         parse(PPOConfig, given | {"preset": "vanila"})
 

@@ -51,6 +51,17 @@ def test_who_knows_how_their_threads_wait_are_left_alone(counted, monkeypatch, n
     assert watch.note() is None
 
 
+def test_more_threads_than_cores_are_told_apart_from_other_processes(counted, monkeypatch):
+    for cores, text in ((1, "2 threads take turns on 1 cores"), (2, "other processes")):
+        monkeypatch.setattr(
+            crowding.os, "sched_getaffinity", lambda _, n=cores: set(range(n)), raising=False
+        )
+        counted.update(time=0.0, taken=0)
+        watch = Crowding(World(0, 1, CPU))
+        counted.update(time=100.0, taken=10**6)
+        assert text in watch.note()
+
+
 def test_one_thread_waits_for_none_and_a_gpu_is_another_matter(counted, monkeypatch):
     cuda = Crowding(World(0, 1, torch.device("cuda")))
     one = Crowding(World(0, 1, CPU))

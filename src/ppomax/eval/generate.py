@@ -44,51 +44,58 @@ def generate_rows(
     seed: int,
     dtype: str,
     system: str | None = None,
-    held: Mapping[int, dict[str, Any]] | None = None,
-    told: Callable[[int, dict[str, Any], int], None] | None = None,
+    held: Mapping[int, tuple[str, bool]] | None = None,
+    began: Callable[[], None] | None = None,
+    told: Callable[[int, str, bool, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """One reply per prompt, as rows {id, prompt, response, finished, model, sampling, seed}.
 
     Args:
         system: prompt for dialogues that have none; default the one the model was trained with.
-        held: replies that are there already, by their prompt's index.
-        told: called with each new reply as it ends: its prompt's index, the row, its tokens.
+        held: replies that are there already, by their prompt's index: text, and whether it ended
+            by itself.
+        began: called when the first reply is begun.
+        told: called with each new reply as it ends: its prompt's index, text, whether it ended by
+            itself, tokens.
 
     Raises:
         ModelError: a prompt leaves no position for a reply.
     """
     found = dict(held or {})
     left = [index for index in range(len(rows)) if index not in found]
-    if not left:
-        return [found[index] for index in range(len(rows))]
-    with world() as here:
-        own = system_of(model) if system is None else system
-        template = ChatTemplate(load_tokenizer(model), own)
-        lm = load_policy(model, dtype=compute_dtype(dtype))
-        ids = [template.prompt(rows[index].messages) for index in left]
-        positions = getattr(lm.config, "max_position_embeddings", None)
-        if positions is not None:
-            check_prompts(ids, positions, [rows[index].where for index in left])
-        engine = _engine(lm, here, template, compute_dtype(dtype), 32)
-        del lm
+    if left:
+        with world() as here:
+            own = system_of(model) if system is None else system
+            template = ChatTemplate(load_tokenizer(model), own)
+            lm = load_policy(model, dtype=compute_dtype(dtype))
+            ids = [template.prompt(rows[index].messages) for index in left]
+            positions = getattr(lm.config, "max_position_embeddings", None)
+            if positions is not None:
+                check_prompts(ids, positions, [rows[index].where for index in left])
+            engine = _engine(lm, here, template, compute_dtype(dtype), 32)
+            del lm
 
-        def ended(place: int, reply: list[int], finished: bool) -> None:
-            row = rows[left[place]]
-            found[left[place]] = {
-                "id": row.id,
-                "prompt": list(row.messages),
-                "response": template.decode(reply),
-                "finished": finished,
-                "model": model,
-                "sampling": params.model_dump(mode="json"),
-                "seed": seed,
-            }
-            if told is not None:
-                told(left[place], found[left[place]], len(reply))
+            def ended(place: int, reply: list[int], finished: bool) -> None:
+                found[left[place]] = template.decode(reply), finished
+                if told is not None:
+                    told(left[place], *found[left[place]], len(reply))
 
-        seeds = [derived_seed(seed, "generate", rows[index].id, index) for index in left]
-        engine.generate(ids, params, seeds, ended)
-    return [found[index] for index in range(len(rows))]
+            seeds = [derived_seed(seed, "generate", rows[index].id, index) for index in left]
+            if began is not None:
+                began()
+            engine.generate(ids, params, seeds, ended)
+    return [
+        {
+            "id": row.id,
+            "prompt": list(row.messages),
+            "response": found[index][0],
+            "finished": found[index][1],
+            "model": model,
+            "sampling": params.model_dump(mode="json"),
+            "seed": seed,
+        }
+        for index, row in enumerate(rows)
+    ]
 
 
 class Chat:

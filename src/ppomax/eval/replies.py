@@ -140,8 +140,7 @@ def write_replies(
     else:
         say(f"{name}: answering {len(rows)} prompts")
         path.parent.mkdir(parents=True, exist_ok=True)
-        mark.unlink(missing_ok=True)
-        write_rows(path, model, rows, params, seed=seed, dtype=dtype)
+        write_rows(path, model, rows, params, seed=seed, dtype=dtype, mark=mark)
         rundir.write_text(mark, key)
     found = read_replies(str(path), rows, name)
     hidden = hidden_system_turns(model, rows)

@@ -41,11 +41,17 @@ class Crowding:
         if rate < LIMIT:
             return None
         self.looks = False
+        cores = len(os.sched_getaffinity(0))
+        if threads > cores:
+            return (
+                f"{threads} threads take turns on {cores} cores ({rate:.0f} times a second each), "
+                "and wait for one another; `threads` says how many there are"
+            )
         return (
             f"other processes take this one's cores ({rate:.0f} times a second and thread), and "
             "threads that wait for one another take more; where that is to last, stop and resume "
-            "with OMP_WAIT_POLICY=passive in the environment: the same results, several times "
-            "sooner"
+            "with OMP_WAIT_POLICY=passive in the environment: the same results, in half the time "
+            "or less"
         )
 
 

@@ -5,7 +5,7 @@ A trick is a value and null turns it off; a setting without effect in its combin
 
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from ppomax.data.sources import Sources
 from ppomax.models.lora import LoraSettings
@@ -83,7 +83,11 @@ class PPOConfig(StageSettings):
         What is set by hand stays and is checked.
         """
         if isinstance(data, dict) and "preset" in data:
-            data = with_preset(data, "settings")
+            plain = {
+                key: value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
+                for key, value in data.items()
+            }
+            data = with_preset(plain, "settings")
         advantage = data.get("advantage") if isinstance(data, dict) else None
         if isinstance(advantage, AdvantageSettings):
             advantage = advantage.model_dump()
