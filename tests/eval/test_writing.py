@@ -100,7 +100,7 @@ def test_a_reply_is_on_the_disk_while_others_are_being_written(
     assert set(seen) >= {0, 2, 4, 6}
 
 
-def test_torn_lines_and_lines_of_no_use_are_passed_over(tiny, rows, tmp_path, stop_after):
+def test_torn_lines_and_lines_of_no_use_are_passed_over(tiny, rows, tmp_path, stop_after, capsys):
     out = tmp_path / "out"
     stop_after(2)
     with pytest.raises(KeyboardInterrupt):
@@ -113,6 +113,7 @@ def test_torn_lines_and_lines_of_no_use_are_passed_over(tiny, rows, tmp_path, st
     written = stop_after(2)
     with pytest.raises(KeyboardInterrupt):
         write_rows(out, tiny, rows, PARAMS, **OPTIONS)
+    assert "2 of 8 replies are there" in capsys.readouterr().err
     assert len(written) == 2  # and the torn line does not swallow the first of them
     written = stop_after(99)
     write_rows(out, tiny, rows, PARAMS, **OPTIONS)
@@ -248,7 +249,7 @@ def test_to_a_pipe_or_through_a_link_replies_go_at_once(tiny, small_data, tmp_pa
     pipe, link, behind = (tmp_path / name for name in ("pipe", "link", "behind"))
     os.mkfifo(pipe)
     read = []
-    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
     reader.start()
     assert generate_file(tiny, small_data["prompts"], pipe, PARAMS, **options) == 2
     reader.join(30)
@@ -268,6 +269,24 @@ def test_what_cannot_be_written_is_said_of_its_file(tiny, rows, tmp_path, monkey
     monkeypatch.setattr(writing.rundir, "append_jsonl", full)
     with pytest.raises(ConfigError, match=r"option out: cannot write .*unfinished \(No space"):
         write_rows(tmp_path / "out", tiny, rows, PARAMS, **OPTIONS)
+
+
+def test_a_mark_never_stands_beside_replies_that_are_not_its_own(tiny, rows, tmp_path, monkeypatch):
+    place, said = tmp_path / "0.jsonl", []
+    write_replies(tiny, rows, PARAMS, place, "a", **OPTIONS, say=said.append)
+    write = writing.rundir.write_text
+
+    def dies(path, text):
+        if path.suffix == ".key":
+            raise KeyboardInterrupt
+        write(path, text)
+
+    monkeypatch.setattr(writing.rundir, "write_text", dies)
+    with pytest.raises(KeyboardInterrupt):
+        write_replies(tiny, rows, PARAMS, place, "a", seed=4, dtype="float32", say=said.append)
+    monkeypatch.setattr(writing.rundir, "write_text", write)
+    write_replies(tiny, rows, PARAMS, place, "a", **OPTIONS, say=said.append)
+    assert {line["seed"] for line in lines_of(place)} == {3}
 
 
 def test_an_evaluation_goes_on_with_its_replies(tiny, rows, tmp_path, stop_after):
