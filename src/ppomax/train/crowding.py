@@ -17,7 +17,7 @@ SECONDS = 30.0
 """Looked at over so long at least."""
 LIMIT = 50.0
 """Times a second that the kernel takes a core from one of this process's threads. Alone on two
-cores it does 13 times, beside busy processes 95 to 130 (ours)."""
+cores it does 13 times, beside busy processes 80 to 130 (ours)."""
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Environment variables of those who know how their threads wait."""
 
