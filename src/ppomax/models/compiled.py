@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ppomax.models.pull import cache_dir
 
-HEADER = Path(__file__).with_name("compiled.h")
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("compiled.h", "tiles.h"))
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
@@ -74,14 +74,14 @@ def build(compiler: str, source: Path, folder: Path) -> Path:
         ).stdout
 
     macros = run("-dM", "-E", "-x", "c++", os.devnull)  # tell compiler, version and processor
-    read = source.read_bytes() + HEADER.read_bytes()
+    read = b"".join(path.read_bytes() for path in (source, *HEADERS))
     told = read + " ".join((*FLAGS, *platform.libc_ver(), macros)).encode()
     built = folder / f"{hashlib.sha256(told).hexdigest()[:16]}.so"
     if not built.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as place:
             fresh = Path(place) / built.name
-            run(f"-I{HEADER.parent}", "-o", str(fresh), str(source))
+            run(f"-I{HEADERS[0].parent}", "-o", str(fresh), str(source))
             try:
                 built.hardlink_to(fresh)
             except FileExistsError:

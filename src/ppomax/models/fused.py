@@ -2,7 +2,7 @@
 
 What `transformers` computes, with the same rounding in bf16 but for the sums of norms and softmax.
 Kept for backward are the residual stream, heads as they were projected and after they are mixed,
-gate and up; backward casts weights, and computes norms, rotations, shares and the MLP's product,
+gate and up; backward rounds weights, and computes norms, rotations, shares and the MLP's product,
 again.
 
 Where a caller says whose states it reads, blocks read a batch as its distinct prefixes
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from ppomax.models import products
 from ppomax.models.attention import LONGEST, MOST_SCORES, NAME
 from ppomax.models.blocks import decoder_blocks
 from ppomax.models.kernels import HeadNorms, Kernels, Turns, kernels_for
@@ -216,33 +217,13 @@ def is_plain(
     )
 
 
-def _side_by_side(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Matrices below one another in the compute dtype."""
-    if len(weights) == 1:
-        return weights[0].to(dtype)
-    whole = weights[0].new_empty(sum(map(len, weights)), weights[0].shape[1], dtype=dtype)
-    for place, weight in zip(torch.split(whole, list(map(len, weights))), weights, strict=True):
-        place.copy_(weight)
-    return whole
-
-
-def _product(x: Tensor, *weights: Tensor) -> Tensor:
-    """X W', for matrices that read the same."""
-    return torch.mm(x, _side_by_side(weights, x.dtype).T)
-
-
-def _to_input(gradient: Tensor, *weights: Tensor) -> Tensor:
-    """What `_product` read."""
-    return torch.mm(gradient, _side_by_side(weights, gradient.dtype))
-
-
 def _to_weights(
     gradient: Tensor, x: Tensor, weights: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """What `_product` read it with; None for those that want no gradient."""
+    """What `products.forward` read with; None for those that want no gradient."""
     if not any(wanted):
         return [None] * len(weights)
-    found = torch.split(torch.mm(gradient.T, x).float(), list(map(len, weights)))
+    found = torch.split(products.to_weight(gradient, x), list(map(len, weights)))
     return [one if want else None for one, want in zip(found, wanted, strict=True)]
 
 
@@ -316,15 +297,15 @@ def _forward(
     kernels = layout.kernels
     x = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     normed = kernels.norm(x, norm.float(), layout.attention_eps)
-    qkv = _product(normed, query, key, value)
+    qkv = products.forward(normed, query, key, value)
     q, k, v = _split(qkv, layout, head_norms)
     mixed = torch.bmm(_shares(q, k, layout), _groups(v, k.shape[1])).view(q.shape)
     mixed = kernels.gather_heads(mixed, _places(read, layout))
     between, mlp_normed = kernels.add_and_norm(
-        _only(read, x), _product(mixed, out), mlp_norm.float(), layout.mlp_eps
+        _only(read, x), products.forward(mixed, out), mlp_norm.float(), layout.mlp_eps
     )
-    gate_up = _product(mlp_normed, gate, up)
-    total = between + _product(kernels.swiglu(gate_up), down)
+    gate_up = products.forward(mlp_normed, gate, up)
+    total = between + products.forward(kernels.swiglu(gate_up), down)
     ctx.save_for_backward(read, x, qkv, mixed, between, gate_up, *weights)
     ctx.layout = layout
     return total.view(len(hidden), -1, hidden.shape[-1])
@@ -338,17 +319,17 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa:
     around = gradient.reshape(between.shape).contiguous()
 
     rounded = around.to(qkv.dtype)
-    to_gate_up, product = kernels.swiglu_backward(gate_up, _to_input(rounded, down))
+    to_gate_up, product = kernels.swiglu_backward(gate_up, products.to_input(rounded, down))
     to_down = _to_weights(rounded, product, [down], wanted[8:9])
     mlp_normed = kernels.norm(between, mlp_norm.float(), layout.mlp_eps)
     to_gate = _to_weights(to_gate_up, mlp_normed, [gate, up], wanted[6:8])
     around, rounded, to_mlp_norm = kernels.norm_backward(
-        between, mlp_norm.float(), _to_input(to_gate_up, gate, up), around, layout.mlp_eps
+        between, mlp_norm.float(), products.to_input(to_gate_up, gate, up), around, layout.mlp_eps
     )
     to_out = _to_weights(rounded, mixed, [out], wanted[4:5])
     q, k, v = _split(qkv, layout, head_norms)
     to_mixed = kernels.scatter_heads(
-        _to_input(rounded, out), layout.texts, q.shape[3], _places(read, layout)
+        products.to_input(rounded, out), layout.texts, q.shape[3], _places(read, layout)
     )
     mixing = _groups(to_mixed, groups)
     shares = _shares(q, k, layout)
@@ -369,7 +350,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa:
     to_x, _, to_norm = kernels.norm_backward(
         x,
         norm.float(),
-        _to_input(to_qkv, query, key, value),
+        products.to_input(to_qkv, query, key, value),
         _among_all(read, around, x),
         layout.attention_eps,
     )

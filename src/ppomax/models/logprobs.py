@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ppomax.models import products
 from ppomax.models.kernels import Kernels, kernels_for
 
 CHUNK_ELEMENTS = 2**22
@@ -185,9 +186,9 @@ def _gradients_by_parts(
         if grad_hidden is not None and dtype == torch.float32:
             grad_hidden.addmm_(grad, matrix)
         elif grad_hidden is not None:
-            grad_hidden += torch.mm(grad, matrix)
+            grad_hidden += products.to_input(grad, matrix)
         if grad_weight is not None:
-            grad_weight[part] = torch.mm(grad.T, states)
+            products.to_weight(grad, states, out=grad_weight[part])
     return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight
 
 
@@ -250,7 +251,7 @@ def _parts(states: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tens
         part = slice(start, min(start + width, vocab))
         matrix = weight[part].to(states.dtype)
         logits = room[: count * len(matrix)].view(count, len(matrix))
-        yield part, matrix, torch.mm(states, matrix.T, out=logits)
+        yield part, matrix, products.forward(states, matrix, out=logits)
 
 
 def _read(

@@ -23,13 +23,13 @@ class Room:
 
 
 class Rooms(threading.local):
-    """For scores and their gradient, the largest tensors that a block makes and drops.
+    """For scores, their gradient and packed matrices, the largest that a block makes and drops.
 
     Among blocks of what is kept for backward, each would leave a hole of its size.
     """
 
     def __init__(self) -> None:
-        self.shares, self.gradient = Room(), Room()
+        self.shares, self.gradient, self.packed = Room(), Room(), Room()
 
 
 ROOMS = Rooms()

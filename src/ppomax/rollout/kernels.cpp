@@ -6,15 +6,10 @@
 #include <memory>
 #include <vector>
 
-#include "compiled.h"
+#include "tiles.h"
 
 #ifdef __AVX512BF16__
 #define BF16_PRODUCTS
-#endif
-#if defined(__AMX_BF16__) && defined(__linux__) && defined(__x86_64__)
-#define TILES  // a processor that multiplies tiles of bf16 (AMX)
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace {
@@ -165,48 +160,7 @@ inline void block(int64_t b, const T* x, int64_t rows, const T* panel, const T* 
 }
 
 #ifdef TILES
-constexpr int64_t SIDE = 16;     // rows of a tile
 constexpr int64_t AHEAD = 8192;  // bytes of a panel's stream
-
-// Linux lends tiles to processes that ask; false where it does not.
-inline bool may_use_tiles() {
-  static const bool may = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM
-  return may;
-}
-
-// Compilers do not know what tiles read: what was written before is to lie in memory.
-inline void settle() { asm volatile("" ::: "memory"); }
-
-// Sets up tiles 0 to 3 for sums, [above, below] x 2, 4 and 5 for x, 6 and 7 for weights; in the end
-// they are what they were, for oneDNN may remember how it left them.
-struct Tiles {
-  struct alignas(64) Setting {
-    uint8_t palette = 1, start = 0, none[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-  };
-  Setting before, now;
-
-  Tiles() {
-    settle();
-    _tile_storeconfig(&before);
-    settle();
-  }
-  ~Tiles() {
-    settle();
-    if (before.palette)
-      _tile_loadconfig(&before);
-    else
-      _tile_release();
-  }
-  void set(int64_t above, int64_t below) {  // rows
-    const int64_t rows[] = {above, above, below, below, above, below, SIDE, SIDE};
-    if (now.bytes[0] && now.rows[0] == above && now.rows[2] == below) return;
-    for (int i = 0; i < 8; i++) now.rows[i] = uint8_t(rows[i]), now.bytes[i] = rows[i] ? 64 : 0;
-    settle();
-    _tile_loadconfig(&now);
-  }
-};
 
 // Up to 2 * SIDE rows times one panel.
 inline void tiles(int64_t rows, const bf16* x, const bf16* panel, int64_t inputs, Tiles& held,
