@@ -5,8 +5,8 @@
 The tiny model's block with 64 texts of 48 tokens, and SmolLM2-135M's with 16 of 100. Both do the
 same on the same tensors in turn. Prints a line per pass: the ratio (above 1: the compiled one is
 faster; of the medians), then microseconds of each way. A ratio that falls from one day to the next
-is worth a look: compilers give up on a loop without a word. Writes
-benchmarks/results/passes_DTYPE.json.
+is worth a look: compilers give up on a loop without a word. On a processor with tiles (AMX) the
+three products of gate and up are among them. Writes benchmarks/results/passes_DTYPE.json.
 """
 
 import argparse
@@ -23,9 +23,11 @@ from common import write_result
 from shapes import SHAPES
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from ppomax.models import products
 from ppomax.models.kernels import HeadNorms, Turns, kernels_for
 from ppomax.models.lean import rms_norm, swiglu
 from ppomax.models.prefixes import Texts
+from ppomax.models.products import tiles_for
 
 BATCHES = {"tiny": (64, 48), "135M": (16, 100)}
 """Texts and their tokens, by shape."""
@@ -66,7 +68,29 @@ def passes(shape, batch, length, dtype):
     soft_back = backward(lambda s: s.masked_fill(hidden, -torch.inf).softmax(-1), scores)
     split_back = backward(split, qkv)
     lone = HeadNorms()
+    gate, up = torch.randn(2, shape.intermediate, shape.hidden)
+    normed = torch.randn(tokens, shape.hidden).to(dtype)
+
+    def below():
+        return torch.cat([gate.to(dtype), up.to(dtype)])
+
+    multiplied = {
+        "product": (
+            lambda: products.forward(normed, gate, up),
+            lambda: torch.mm(normed, below().T),
+        ),
+        "product, input": (
+            lambda: products.to_input(both, gate, up),
+            lambda: torch.mm(both, below()),
+        ),
+        "product, weights": (
+            lambda: products.to_weight(both, normed),
+            lambda: torch.mm(both.T, normed).float(),
+        ),
+    }
+    in_tiles = dtype == torch.bfloat16 and tiles_for(torch.float32) is not None
     return {
+        **(multiplied if in_tiles else {}),
         "norm": (
             lambda: kernels.norm(x, weight, EPS),
             lambda: rms_norm(x, weight, EPS, dtype),
