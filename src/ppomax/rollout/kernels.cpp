@@ -162,7 +162,7 @@ inline void block(int64_t b, const T* x, int64_t rows, const T* panel, const T* 
 #ifdef TILES
 constexpr int64_t AHEAD = 8192;  // bytes of a panel's stream
 
-// Up to 2 * SIDE rows times one panel.
+// Up to 2 * SIDE rows times one panel; why in this order, says models/products.cpp.
 inline void tiles(int64_t rows, const bf16* x, const bf16* panel, int64_t inputs, Tiles& held,
                   float (*out)[PANEL<bf16>]) {
   constexpr int64_t WIDTH = PANEL<bf16>, DEEP = STEP<bf16>;
@@ -178,14 +178,14 @@ inline void tiles(int64_t rows, const bf16* x, const bf16* panel, int64_t inputs
   auto add = [&](const bf16* from, int64_t apart, const bf16* weights) {
     fetch(reinterpret_cast<const char*>(weights) + AHEAD, DEEP * WIDTH * sizeof(bf16));
     _tile_loadd(4, from, apart * sizeof(bf16));
-    _tile_loadd(6, weights, 2 * WIDTH * sizeof(bf16));
-    _tile_loadd(7, weights + WIDTH, 2 * WIDTH * sizeof(bf16));
+    _tile_stream_loadd(6, weights, 2 * WIDTH * sizeof(bf16));
     _tile_dpbf16ps(0, 4, 6);
+    _tile_stream_loadd(7, weights + WIDTH, 2 * WIDTH * sizeof(bf16));
+    if (both) _tile_loadd(5, from + SIDE * apart, apart * sizeof(bf16));
     _tile_dpbf16ps(1, 4, 7);
     if (both) {
-      _tile_loadd(5, from + SIDE * apart, apart * sizeof(bf16));
-      _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
+      _tile_dpbf16ps(2, 5, 6);
     }
   };
   const int64_t whole = inputs / DEEP * DEEP, left = inputs - whole;
