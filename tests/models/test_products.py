@@ -1,13 +1,18 @@
 """The matrix products of training, in tiles and without."""
 
+import ctypes
 import math
+import mmap
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from ppomax.models import products
-from ppomax.models.products import FEWEST, MOST, tiles_for
+from ppomax.models.compiled import library
+from ppomax.models.products import FEWEST, KEPT, MOST, SOURCE, tiles_for
+from ppomax.models.rooms import Rooms
 
 TILES = tiles_for(torch.bfloat16) is not None
 tiles = pytest.mark.skipif(not TILES, reason="this processor multiplies no tiles")
@@ -140,7 +145,9 @@ def test_what_does_not_lie_in_one_piece_is_multiplied_too(turned):
     close(
         products.to_input(given["gradient"], given["weight"]), gradient.double() @ weight.double()
     )
-    close(products.to_weight(given["gradient"], given["x"]), gradient.double().T @ x.double())
+    found = products.to_weight(given["gradient"], given["x"])
+    assert found.dtype == torch.float32
+    close(found, gradient.double().T @ x.double())
 
 
 @pytest.mark.parametrize("mixed", [True, False])
@@ -171,7 +178,77 @@ def test_pytorch_s_own_products_in_tiles_are_not_disturbed():
         assert torch.equal(torch.mm(a, b), before)
 
 
+BAD = {
+    "fewer inputs": lambda: products.forward(randn(64, 40), randn(8, 41)),
+    "three dimensions": lambda: products.forward(randn(64, 2, 20), randn(8, 20)),
+    "another out": lambda: products.forward(
+        randn(64, 40), randn(8, 40), out=torch.empty(64, 8, dtype=torch.float64)
+    ),
+    "fewer outputs": lambda: products.to_input(randn(64, 40), randn(41, 50)),
+    "one matrix wider": lambda: products.to_input(randn(64, 40), randn(20, 50), randn(20, 51)),
+    "more tokens": lambda: products.to_weight(randn(64, 40), randn(65, 50)),
+    "two dtypes": lambda: products.to_weight(randn(64, 40).float(), randn(64, 50)),
+    "an out too small": lambda: products.to_weight(
+        randn(64, 40), randn(64, 50), out=torch.empty(39, 50)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_fit_is_refused_as_pytorch_refuses_it(name):
+    with pytest.raises(RuntimeError):
+        BAD[name]()
+
+
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(0, 40, 8), (64, 0, 8), (64, 40, 0)])
+def test_nothing_times_something(tokens, inputs, outputs):
+    for found, expected in all_three(tokens, inputs, [outputs], torch.float32):
+        assert torch.equal(found.double(), expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect is called as Linux has it")
+@pytest.mark.parametrize("inputs", [33, 40, 64])
+def test_nothing_is_read_behind_a_matrix(inputs):
+    x, weight = at_an_edge(randn(75, inputs)), at_an_edge(randn(45, inputs, dtype=torch.float32))
+    gradient = at_an_edge(randn(75, 45))
+    products.forward(x, weight)
+    products.forward(x, at_an_edge(randn(45, inputs)))
+    products.to_input(gradient, weight)
+    products.to_weight(gradient, x)
+
+
+def at_an_edge(matrix):
+    """The same in memory behind which a read ends the process."""
+    size = matrix.numel() * matrix.element_size()
+    whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, whole + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    last = ctypes.c_void_p(start + whole)
+    assert libc.mprotect(last, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    place = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=whole - size)
+    return place.view(matrix.dtype).view(matrix.shape).copy_(matrix)
+
+
 @tiles
-def test_tiles_are_used_where_the_processor_has_them_alone():
+def test_large_packed_sides_are_not_kept(monkeypatch):
+    monkeypatch.setattr(products, "ROOMS", Rooms())
+    products.forward(randn(64, 200), randn(300, 200))
+    held = len(products.ROOMS.packed.held)
+    assert 0 < held <= KEPT
+    products.forward(randn(64, 600), randn(8000, 600))
+    assert len(products.ROOMS.packed.held) == held
+
+
+def test_tiles_are_used_where_the_processor_has_them():
+    found = library(SOURCE)
+    if isinstance(found, str) or not Path("/proc/cpuinfo").exists():
+        pytest.skip("no compiled kernels, or nobody says what this processor has")
     told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    assert "amx_bf16" in told
+    assert bool(found.may_use()) == TILES
+    assert hasattr(found, "to_weight") <= ("amx_bf16" in told)
+    if hasattr(found, "to_weight"):
+        assert TILES
+        gradient, x = randn(64, 40), randn(64, 50, seed=1)
+        rounded = torch.mm(gradient.T, x).float()
+        assert not torch.equal(products.to_weight(gradient, x), rounded)

@@ -1,7 +1,8 @@
 """Kernels in C++, built once for this processor with the compiler that is found.
 
 On a processor the small operations between matrix products, dozens of passes over memory in each
-block, take as long as the products. Where no C++ compiler is found PyTorch's operations are used.
+block, take as long as the products, and products themselves can be had faster in places. Where no
+C++ compiler is found PyTorch's operations are used.
 """
 
 import ctypes

@@ -1,6 +1,7 @@
 """A Llama block in training as one operation: its products, and compiled kernels between them.
 
-What `transformers` computes, with the same rounding in bf16 but for the sums of norms and softmax.
+What `transformers` computes, with the same rounding in bf16 but for the sums of norms and softmax,
+and for gradients of weights where products are computed in tiles.
 Kept for backward are the residual stream, heads as they were projected and after they are mixed,
 gate and up; backward rounds weights, and computes norms, rotations, shares and the MLP's product,
 again.

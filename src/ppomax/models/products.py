@@ -1,7 +1,8 @@
 """The three matrix products of training: products.cpp in bf16 where a processor has tiles.
 
-Elsewhere, and in other dtypes, PyTorch's. Both have fp32 sums; gradients of weights, which are
-added up in fp32, are rounded to bf16 on the way by PyTorch's alone.
+Elsewhere, in other dtypes, and of what does not fit, PyTorch's. Both have fp32 sums; gradients of
+weights, which are added up in fp32, are rounded to bf16 on the way by PyTorch's alone. Callers are
+autograd's functions: nothing here is recorded.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ FEWEST = 32
 """Tokens for whose sake a matrix is packed."""
 MOST = 3
 """Matrices that are read side by side without a copy."""
+KEPT = 2**22
+"""Numbers of a packed side whose memory is kept for the next one: 8 MB."""
 
 
 def forward(
@@ -32,18 +35,23 @@ def forward(
     out: Float[Tensor, "tokens outputs"] | None = None,
 ) -> Float[Tensor, "tokens outputs"]:
     """X W' in the dtype of X, for matrices below one another."""
-    tiles = _tiles(x, weights, *([] if out is None else [out]))
+    shape = len(x), sum(map(len, weights))
+    fits = all(weight.shape[1:] == x.shape[1:] for weight in weights)
+    if out is not None:
+        fits &= out.shape == shape and out.dtype == x.dtype
+    tiles = _tiles(x, weights, out) if fits else None
     if tiles is None:
         return torch.mm(x, _side_by_side(weights, x.dtype).T, out=out)
-    out = x.new_empty(len(x), sum(map(len, weights))) if out is None else out
-    return tiles.forward(x, weights, out)
+    return tiles.forward(x, weights, x.new_empty(shape) if out is None else out)
 
 
 def to_input(
     gradient: Float[Tensor, "tokens outputs"], *weights: Float[Tensor, "outputs inputs"]
 ) -> Float[Tensor, "tokens inputs"]:
     """What `forward` read, from the gradient of what it gave."""
-    tiles = _tiles(gradient, weights)
+    alike = {weight.shape[1:] for weight in weights}
+    fits = len(alike) == 1 and gradient.shape[1] == sum(map(len, weights))
+    tiles = _tiles(gradient, weights) if fits else None
     if tiles is None:
         return torch.mm(gradient, _side_by_side(weights, gradient.dtype))
     return tiles.to_input(gradient, weights)
@@ -55,12 +63,15 @@ def to_weight(
     out: Float[Tensor, "outputs inputs"] | None = None,
 ) -> Float[Tensor, "outputs inputs"]:
     """What `forward` read it with, in fp32 or the dtype of `out`."""
-    tiles = _tiles(x, [x], gradient, *([] if out is None else [out]))
-    if tiles is None or (out is not None and out.dtype != torch.float32):
+    shape = gradient.shape[1], x.shape[1]
+    fits = len(gradient) == len(x) and gradient.dtype == x.dtype
+    if out is not None:
+        fits &= out.shape == shape and out.dtype == torch.float32
+    tiles = _tiles(x, [x], gradient, out) if fits else None
+    if tiles is None:
         found = torch.mm(gradient.T, x)
         return found.float() if out is None else out.copy_(found)
-    if out is None:
-        out = x.new_empty(gradient.shape[1], x.shape[1], dtype=torch.float32)
+    out = x.new_empty(shape, dtype=torch.float32) if out is None else out
     return tiles.to_weight(gradient, x, out)
 
 
@@ -74,11 +85,12 @@ def _side_by_side(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return whole
 
 
-def _tiles(x: Tensor, weights: Sequence[Tensor], *others: Tensor) -> "Tiles | None":
+def _tiles(x: Tensor, weights: Sequence[Tensor], *others: Tensor | None) -> "Tiles | None":
     """What multiplies such matrices, where that is not PyTorch."""
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or len(x) < FEWEST:
         return None
-    if not all(matrix.is_contiguous() for matrix in (x, *weights, *others)):
+    matrices = [each for each in (x, *weights, *others) if each is not None]
+    if not all(each.dim() == 2 and each.numel() and each.is_contiguous() for each in matrices):
         return None
     kinds = {weight.dtype for weight in weights}
     return tiles_for(kinds.pop()) if len(kinds) == 1 and len(weights) <= MOST else None
@@ -144,4 +156,5 @@ def _ends(weights: Sequence[Tensor]) -> tuple[int, int, int]:
 def _room(like: Tensor, columns: int, depth: int) -> Tensor:
     """For the right side, packed, and a strip of the left one for each thread."""
     strips = -(-columns // STRIP) + threads()
-    return ROOMS.packed.of(like, strips * STRIP * -(-depth // DEEP) * DEEP)
+    size = strips * STRIP * -(-depth // DEEP) * DEEP
+    return ROOMS.packed.of(like, size) if size <= KEPT else like.new_empty(size)

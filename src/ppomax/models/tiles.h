@@ -4,7 +4,7 @@
 
 #include "compiled.h"
 
-#if defined(__AMX_BF16__) && defined(__linux__) && defined(__x86_64__)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(MASKED) && defined(__linux__)
 #define TILES
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -22,8 +22,8 @@ inline bool may_use_tiles() {
 // Compilers do not know what tiles read: what was written before is to lie in memory.
 inline void settle() { asm volatile("" ::: "memory"); }
 
-// Sets up tiles 0 to 3 for sums, [above, below] x 2, 4 and 5 for x, 6 and 7 for weights; in the end
-// they are what they were, for oneDNN may remember how it left them.
+// Sets up tiles 0 to 3 for sums, [above, below] x 2, 4 and 5 for the left side, 6 and 7 for the right
+// one; in the end they are what they were, for oneDNN may remember how it left them.
 struct Tiles {
   struct alignas(64) Setting {
     uint8_t palette = 1, start = 0, none[14] = {};

@@ -23,8 +23,8 @@ from ppomax.errors import (
     TrainingError,
 )
 from ppomax.metrics import as_row
+from ppomax.models import kernels, products
 from ppomax.models.compiled import library
-from ppomax.models.kernels import SOURCE
 from ppomax.monitors import check_keys
 from ppomax.train.crowding import Crowding
 from ppomax.train.disk import refusals_told
@@ -88,8 +88,9 @@ class StageRun:
                 "dtype bfloat16: this processor has no units for it and emulates them, several "
                 "times slower than float32; dtype: auto chooses for each machine"
             )
-        missing = library(SOURCE) if world.device.type == "cpu" else None
-        if isinstance(missing, str):
+        sources = (kernels.SOURCE, products.SOURCE) if world.device.type == "cpu" else ()
+        missing = next((why for why in map(library, sources) if isinstance(why, str)), None)
+        if missing is not None:
             self.progress.say(f"training with PyTorch's operations, more slowly: {missing}")
 
     def restore(self, parts: Sequence[Trainable[Any]]) -> dict[str, Any] | None:

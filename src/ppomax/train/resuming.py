@@ -13,6 +13,7 @@ from ppomax.distributed import World
 from ppomax.errors import CheckpointError
 from ppomax.models import kernels as training
 from ppomax.models.compiled import library
+from ppomax.models.products import tiles_for
 from ppomax.rollout import EngineSettings
 from ppomax.rollout import kernels as decoding
 from ppomax.train.settings import StageSettings
@@ -73,6 +74,7 @@ def environment(config: StageSettings, world: World) -> dict[str, str | int]:
         "processor": _processor(world),
         "decoding": _built(decoding.SOURCE, cpu and engine is not None and engine.kernels),
         "training": _built(training.SOURCE, cpu),
+        "products": "tiles" if cpu and tiles_for(torch.float32) is not None else "plain",
         "dtype": config.dtype,
         "ranks": world.size,
         "threads": torch.get_num_threads(),
@@ -93,7 +95,7 @@ def _processor(world: World) -> str:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In words, in what the two environments differ."""
     if before:
-        before = {"training": "plain", **before}  # of checkpoints older than the compiled blocks
+        before = {"training": "plain", "products": "plain", **before}  # of older checkpoints
     return [
         f"{before[name]} {name} before, {value} now"
         for name, value in now.items()
