@@ -9,6 +9,7 @@ from ppomax.distributed import World
 from ppomax.errors import CheckpointError, ConfigError
 from ppomax.pipeline import run_recipe
 from ppomax.recipe import STAGES, load_recipe, load_run, same_run
+from ppomax.train import resuming
 from ppomax.train.resuming import changed_keys, differences, environment, harmful
 from ppomax.train.settings import StageSettings
 from ppomax.train.sft import train_sft
@@ -51,6 +52,15 @@ def test_what_changes_the_last_bits_is_named_with_both_values():
     assert len(found) == 3
     assert differences(before, before) == []
     assert differences({}, now) == [], "a checkpoint that does not say leaves nothing to compare"
+
+
+@pytest.mark.parametrize("found", [None, object()])
+def test_products_in_tiles_are_told_from_those_of_an_older_checkpoint(monkeypatch, found):
+    monkeypatch.setattr(resuming, "tiles_for", lambda _: found)
+    now = environment(settings(), HERE)
+    older = {name: value for name, value in now.items() if name != "products"}
+    told = [] if found is None else ["plain products before, tiles now"]
+    assert differences(older, now) == told
 
 
 @pytest.mark.slow
